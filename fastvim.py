@@ -1,0 +1,1078 @@
+"""FastVim: vision state-space models that pool the token grid, in one file.
+
+The idea. Vision Mamba (Vim) walks over all h x w patches of an image with a selective scan, forwards and backwards.
+FastVim first averages the tokens of each row, scans the h averages, and gives every token of a row the result; the
+next layer does the same with columns. Two layers connect every pair of patches, and the recurrence, the one part that
+cannot run in parallel, takes h steps instead of h x w. Everything else in the block stays as it was.
+
+    Fast Vision Mamba: Pooling Spatial Dimensions for Accelerated Processing. Kapse, Betz, Sivanandan.     (the paper)
+    Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model. Zhu et al.      (Vim)
+    Mamba: Linear-Time Sequence Modeling with Selective State Spaces. Gu, Dao.                                 (Mamba)
+
+Every encoder of the paper is this block with two settings per layer: in which order the grid is flattened for the
+convolution and the scan, and which of its axes are pooled away before the scan. So there is one table (SCHEDULES),
+one mixer, one encoder. Read from top to bottom:
+
+    1 schedules and variants     2 the plan: how a layer walks the grid       3 the operations, in plain PyTorch
+    4 choosing a backend         5 mixer, block, patch embeddings, encoder    6 initialisation
+    7 building and loading       8 counting multiply-adds                     9 the command line
+
+    python fastvim.py             every model: parameters, multiply-adds at 224 px, milliseconds per image
+    python fastvim.py doctor      what this machine has: torch, devices, compilers, backends
+
+    model = fastvim.create_model("fastvim_tiny", num_classes=10)
+    logits = model(torch.randn(2, 3, 224, 224))
+
+Symbols, the same everywhere:
+
+    B  batch               L  tokens of the grid, h * w or h * w * c       D  embed_dim, width of the residual stream
+    E  inner width, 2 D    P  scan steps: groups of pooled tokens          N  d_state, states per inner channel
+    R  dt_rank, ceil(D/16) W  d_conv, taps of the convolution              K  directions: 0 forward, 1 backward
+    h, w, c  the axes of the token grid (rows, columns, image channels)
+    x, z  the two halves of in_proj    c  silu(conv(x))    p  pooled c    s  what the scan says of each group
+"""
+import argparse
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+import types
+from typing import Callable, NamedTuple, Optional, Sequence, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from einops import rearrange, repeat
+from torch import Tensor
+
+log = logging.getLogger("fastvim")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Schedules and variants
+
+# One row a layer, used in turn: (flatten order, axes pooled away), in einops axis names, outermost axis first.
+# "h w" walks along the rows; pooling "w" there leaves one token for each row (the paper's Pool_col, section 3.1).
+SCHEDULES = {
+    "vim": [("h w", "")],
+    "fastvim": [("h w", "w"), ("w h", "h")],
+    "pool_col": [("h w", "w")],                                                     # Table 6: without alternation
+    "pool_row": [("w h", "h")],
+    "channelvim": [("h w c", "")],                                                  # section 3.3: a token per channel
+    "channelvim_spatial": [("c h w", "")],
+    "fastchannelvim": [("h w c", "w"), ("w h c", "h")],
+    "fastchannelvim_spatial": [("c h w", "w"), ("c w h", "h")],
+    "fastchannelvim_2d": [("h w c", "w c"), ("w h c", "h c"), ("h w c", "h w")],    # Table 21
+}
+
+SIZES = {                                                                           # Table 25
+    "tiny": dict(embed_dim=192, depth=24),
+    "small": dict(embed_dim=384, depth=24),
+    "base": dict(embed_dim=768, depth=24),
+    "large": dict(embed_dim=1024, depth=48),
+    "huge": dict(embed_dim=1280, depth=64, patch_size=14),
+}
+
+FAMILIES = {
+    "fastvim": dict(schedule="fastvim"),
+    "vim": dict(schedule="vim", class_token=True),          # with the post-SSM norm; ssm_norm=None gives the first Vim
+    "fastmaskvim": dict(schedule="fastvim"),                # a FastVim that is shown only the tokens of `keep`
+    "channelvim": dict(schedule="channelvim", class_token=True, in_chans=8, num_classes=161),
+    "fastchannelvim": dict(schedule="fastchannelvim", in_chans=8, num_classes=161),
+}
+
+NORMS = {"rmsnorm": functools.partial(nn.RMSNorm, eps=1e-5), "layernorm": functools.partial(nn.LayerNorm, eps=1e-5)}
+POOLS = ("mean", "max", "attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that defines a model. Every field can be given to `create_model` by name.
+
+    Raises ValueError, naming the field and the choices, on an unknown or impossible value."""
+    schedule: str = "fastvim"                   # a row of SCHEDULES
+    img_size: Union[int, tuple] = 224           # pixels, or (height, width): fixes the position embeddings; any size runs
+    patch_size: int = 16                        # pixels
+    in_chans: int = 3
+    num_classes: int = 1000                     # 0: no head, the model returns the pooled features
+    embed_dim: int = 192                        # D
+    depth: int = 24                             # blocks
+    d_state: int = 16                           # N
+    d_conv: int = 4                             # W; 0 leaves the convolution out and keeps SiLU (Table 7)
+    expand: int = 2                             # E / D
+    dt_rank: Optional[int] = None               # R; None: ceil(D / 16)
+    class_token: bool = False                   # one more token, un-pooled, whose scan step is the middle one
+    block_norm: str = "rmsnorm"                 # Table 17
+    ssm_norm: Optional[str] = "layernorm"       # norm after the scan, section 4.1 "Stability"; None: without
+    pool: str = "mean"                          # mean | max | attention (Table 20)
+    pool_scale: float = 1.0                     # factor of mean pooling; 0.25 after masked pretraining (Table 14)
+    skip_before_expand: bool = False            # True: D multiplies the pooled tokens (Table 18, "After D")
+    drop_path_rate: float = 0.0                 # stochastic depth at the last block, rising linearly from 0
+    hcs: bool = True                            # hierarchical channel sampling in training (per-channel models only)
+    hcs_sorted: bool = True                     # keep sampled channels in order, which a sequence model needs
+    mask_divisor: str = "axis"                  # masked mean: divide by the "axis" length or by the "count" (Table 12)
+    released_masking: bool = False              # the released code's backward branch, which mixes rows (for its weights)
+    out_indices: Optional[Sequence[int]] = None  # blocks tapped for dense tasks: no head, one LayerNorm for each tap
+
+    def __post_init__(self):
+        def choose(field, choices):
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{field}={getattr(self, field)!r} is unknown; choose from {', '.join(map(str, choices))}")
+        choose("schedule", SCHEDULES)
+        choose("block_norm", NORMS)
+        choose("ssm_norm", (None, *NORMS))
+        choose("pool", POOLS)
+        choose("mask_divisor", ("axis", "count"))
+        for field, least in dict(patch_size=1, in_chans=1, num_classes=0, embed_dim=1, depth=1, d_state=1, d_conv=0,
+                                 expand=1).items():
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{field}={value!r} must be a whole number of at least {least}")
+        size = self.img_size if isinstance(self.img_size, (tuple, list)) else (self.img_size, self.img_size)
+        if len(size) != 2 or min(size) < self.patch_size:
+            raise ValueError(f"img_size={self.img_size} must be one size or (height, width) of at least one patch "
+                             f"({self.patch_size} px)")
+        object.__setattr__(self, "img_size", tuple(size))
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={self.drop_path_rate} must lie in [0, 1)")
+        if self.pool_scale != 1 and (self.pool != "mean" or self.schedule in ("vim", "channelvim", "channelvim_spatial")):
+            raise ValueError(f"pool_scale={self.pool_scale} scales mean pooling only; "
+                             f"this model has schedule={self.schedule!r}, pool={self.pool!r}")
+        if self.out_indices is not None:
+            object.__setattr__(self, "out_indices", tuple(self.out_indices))
+            if not self.out_indices or not all(0 <= i < self.depth for i in self.out_indices):
+                raise ValueError(f"out_indices={self.out_indices} must name blocks between 0 and {self.depth - 1}")
+
+    @property
+    def rows(self):                             # layer i runs by rows[i % len(rows)]
+        return SCHEDULES[self.schedule]
+
+    @property
+    def storage(self):                          # tokens lie in memory in the order in which the first layer walks them
+        return self.rows[0][0]
+
+    @property
+    def per_channel(self):
+        return "c" in self.storage
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. The plan: how one layer walks the token grid
+
+CLASS, PADDING = -1, -2     # what a slot of the token tensor may hold besides the id of a grid token
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Answers, for one layer, which token stands at a position of the flatten order, and to which group (scan step)
+    that position belongs. All backends share it, so none of them ever needs to know what a row or a column is.
+
+    A full grid needs no tables: it is the einops patterns of `storage`, `order` and `pooled`, or, for kernels, the
+    strides of `axes`. Kept tokens of a mask and class tokens are the ragged form: tables over S slots, of batch B or 1.
+        token (B S) int64       position -> slot of the token tensor
+        group (K B S) int64     position -> scan step, for each direction
+        divisor (K B S) float32 what the position's value is divided by in its group's mean; infinity for padding"""
+    storage: str
+    order: str
+    pooled: str
+    grid: tuple                                 # ((axis, length), ...) in storage order
+    steps: int                                  # P
+    pool_scale: float = 1.0
+    token: Optional[Tensor] = None
+    group: Optional[Tensor] = None
+    divisor: Optional[Tensor] = None
+
+    @property
+    def sizes(self):
+        return dict(self.grid)
+
+    @property
+    def kept(self):                             # the axes that the scan walks along, outermost first
+        return " ".join(a for a in self.order.split() if a not in self.pooled.split())
+
+    @property
+    def axes(self):
+        """((length, stride in tokens, pooled), ...) of the flatten order: position -> token is index arithmetic."""
+        stride, strides = 1, {}
+        for axis, length in reversed(self.grid):
+            strides[axis], stride = stride, stride * length
+        return tuple((self.sizes[a], strides[a], a in self.pooled.split()) for a in self.order.split())
+
+    def tables(self, device=None):
+        """The two answers for the full grid, as int64 tables: position -> token (L), position -> group (L)."""
+        token = torch.arange(math.prod(self.sizes.values()), device=device)
+        token = rearrange(token, f"({self.storage}) -> ({self.order})", **self.sizes)
+        group = torch.arange(math.prod(self.sizes[a] for a in self.kept.split()), device=device)
+        return token, repeat(group, f"({self.kept}) -> ({self.order})", **self.sizes)
+
+
+def make_plan(row, storage, sizes, slots=None, *, pool_scale=1.0, mask_divisor="axis", released_masking=False):
+    """The plan of one schedule row over a grid of `sizes` {axis: length}, whose tokens lie in the order `storage`.
+
+    slots: None for a full grid, or (B S) int64 that says what each slot of the token tensor holds: a grid token (its
+    index in `storage` order, each at most once per image), CLASS or PADDING.
+    Section 3.2: a group that kept no token pools to zero and still takes its step of the scan."""
+    order, pooled = row
+    steps = math.prod(sizes[a] for a in order.split() if a not in pooled.split())
+    length = math.prod(sizes[a] for a in pooled.split())
+    plan = Plan(storage, order, pooled, tuple((a, sizes[a]) for a in storage.split()), steps, pool_scale)
+    if slots is None:
+        return plan
+
+    token, group = plan.tables(slots.device)                                                 # (L) (L)
+    real, is_class = slots >= 0, slots == CLASS                                              # (B S) (B S)
+    rank = token.argsort()[slots.clamp(min=0)]                                               # (B S) place in the order
+    if pooled:
+        begin = torch.full((steps,), len(token), device=slots.device).scatter_reduce(
+            0, group, torch.arange(len(token), device=slots.device), "amin")                 # (P) first place of a group
+        group = group[rank]                                                                  # (B S)
+        middle = torch.full_like(slots[:, :1], steps // 2)                                   # (B 1)
+        begin = begin[middle]                                                                # (B 1)
+    else:                                       # nothing pooled: the kept tokens are the scan steps, one after another
+        group = rank = rank.masked_fill(~real, len(token)).argsort(dim=1, stable=True).argsort(1)
+        steps = slots.shape[1]
+        middle = begin = real.sum(1, keepdim=True) // 2
+    if has_class := bool(is_class.any()):
+        # The class token takes the middle step of the scan and pushes the later groups back by one. In the flatten
+        # order it stands before the group that it pushed: between the middle rows, or, in Vim, in the middle.
+        group = torch.where(is_class, middle, group + (group >= middle))
+        steps += bool(pooled)
+    last = 2 * len(token) + 2
+    key = torch.where(real, 2 * rank + 1, torch.where(is_class, 2 * begin, last))            # padding comes last
+    token = key.argsort(dim=1, stable=True)                                                      # (B S) position -> slot
+    real, is_class, group = (t.gather(1, token) for t in (real, is_class, group.clamp(max=steps - 1)))
+    if released_masking:
+        # The released code pools, and later expands, the reversed tokens by the row ids of the unreversed ones.
+        if has_class or not bool(real.all()):
+            raise ValueError("released_masking knows neither class tokens nor padding: give every image of the batch "
+                             "the same number of kept tokens")
+        group = torch.stack([group, steps - 1 - group.flip(1)])                              # (K B S)
+    else:
+        group = torch.stack([group, group])                                                  # (K B S)
+    if mask_divisor == "count":
+        count = torch.zeros(2, len(group[0]), steps, device=slots.device)
+        count = count.scatter_add(2, group, real.float().expand(group.shape))                # (K B P)
+        divisor = count.gather(2, group)
+    else:
+        divisor = torch.full(group.shape, float(length), device=slots.device)
+    divisor = torch.where(is_class, 1.0, torch.where(real, divisor / pool_scale, math.inf))  # (K B S)
+    return dataclasses.replace(plan, steps=steps, token=token, group=group, divisor=divisor)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. The operations, in plain PyTorch: the specification
+#
+# Four functions do all the work between the matrix products. Here they are as short as we can write them; `scan_cpu`
+# and `scan_cuda` say the same in a faster way and are tested against these, outputs and gradients, in float64.
+
+
+class SSMWeights(NamedTuple):
+    """What the operations need of a mixer. The leading axis K holds the two directions."""
+    conv_w: Optional[Tensor]                    # (K E W), None without the convolution
+    conv_b: Optional[Tensor]                    # (K E)
+    x_proj: Tensor                              # (K R+2N E)
+    dt_proj: Tensor                             # (K E R)
+    dt_bias: Tensor                             # (K E)
+    A_log: Tensor                               # (K E N)
+    D: Tensor                                   # (K E)
+    norm_w: Optional[Tensor]                    # (E), None without the post-SSM norm
+    norm_b: Optional[Tensor]                    # (E), None for RMSNorm
+    score_w: Optional[Tensor]                   # (K E), attention pooling only
+    score_b: Optional[Tensor]                   # (K)
+    pool: str
+    pool_scale: float
+    skip_before_expand: bool
+
+
+def at_least_float32(x):
+    """States, sums and norms are kept in float32 when the activations are 16-bit, and in float64 when they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def norm(x, weight, bias, eps=1e-5):
+    """RMSNorm, or LayerNorm when there is a bias, over the last axis."""
+    if bias is None:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_norm(hidden, residual, weight, bias):
+    """hidden (B L D), residual (B L D) float32 or None -> normed (B L D) in hidden's type, residual + hidden."""
+    residual = at_least_float32(hidden) if residual is None else residual + hidden
+    u = norm(residual, at_least_float32(weight), None if bias is None else at_least_float32(bias))
+    return u.to(weight.dtype), residual
+
+
+def flatten(x, plan):
+    """Tokens as they lie -> as the layer walks them. x (B L E) -> (B L E)."""
+    if plan.token is None:
+        return rearrange(x, f"b ({plan.storage}) e -> b ({plan.order}) e", **plan.sizes)
+    x = x.gather(1, plan.token[..., None].expand(x.shape))
+    # padding reads as zero, which is what a convolution sees beyond the end of a sequence
+    return x.masked_fill(plan.divisor[0].isinf()[..., None], 0)
+
+
+def unflatten(y, plan):
+    """The inverse of flatten: as the layer walks the tokens -> as they lie. y (B L E) -> (B L E)."""
+    if plan.token is None:
+        return rearrange(y, f"b ({plan.order}) e -> b ({plan.storage}) e", **plan.sizes)
+    return y.gather(1, plan.token.argsort(1)[..., None].expand(y.shape))
+
+
+def conv_silu(x, weight, bias):
+    """SiLU of the causal depthwise convolution, in both directions. x (B L E), weight (K E W) -> c (K B L E).
+
+    Forward, a token meets itself at tap W - 1 and the one W - 1 before it at tap 0. Backward is the same on the
+    reversed sequence: mirrored taps and padding on the other side, so that nothing has to be turned around."""
+    if weight is None:
+        return F.silu(torch.stack([x, x]))                                                   # Table 7, "w/o conv1d"
+    E, W = weight.shape[1:]
+    x = x.mT                                                                                 # (B E L)
+    forward = F.conv1d(F.pad(x, (W - 1, 0)), weight[0, :, None], bias[0], groups=E)
+    backward = F.conv1d(F.pad(x, (0, W - 1)), weight[1, :, None].flip(2), bias[1], groups=E)
+    return F.silu(torch.stack([forward.mT, backward.mT]))                                    # (K B L E)
+
+
+def pool(c, plan, kind, score=None):
+    """Tokens -> groups (Algorithm 1, line 3). c (K B L E), for attention score (K B L 1) -> p (K B P E).
+
+    Of equal maxima the first in the flatten order counts and receives the gradient."""
+    if plan.token is None and plan.pooled:                          # a full grid: every group has the same length
+        pattern = f"k b ({plan.order}) e -> k b ({plan.kept}) ({plan.pooled}) e"
+        c = rearrange(c, pattern, **plan.sizes)                                              # (K B P length E)
+        if kind == "mean":
+            return c.mean(3) * plan.pool_scale
+        if kind == "max":
+            return c.max(3).values
+        return (c * rearrange(score, pattern, **plan.sizes).softmax(3)).sum(3)
+    if plan.token is None:
+        return c
+    padding = plan.divisor.isinf()[..., None]                                                # (K B L 1)
+    if not plan.pooled:
+        return c.masked_fill(padding, 0)
+
+    # Ragged groups: the same three by scattering.
+    def group_max(v):                                                                        # (K B L X), of one's group
+        index = plan.group[..., None].expand(v.shape)
+        top = v.new_full((*v.shape[:2], plan.steps, v.shape[-1]), -math.inf)
+        return top.scatter_reduce(2, index, v.detach().masked_fill(padding, -math.inf), "amax").gather(2, index)
+
+    def group_sum(v):                                                                        # (K B L X) -> (K B P X)
+        return v.new_zeros(*v.shape[:2], plan.steps, v.shape[-1]).scatter_add(
+            2, plan.group[..., None].expand(v.shape), v)
+
+    if kind == "mean":
+        return group_sum(c / plan.divisor[..., None])
+    if kind == "max":
+        index, L = plan.group[..., None].expand(c.shape), c.shape[2]
+        place = torch.arange(L, device=c.device)[:, None].expand(c.shape)
+        place = place.masked_fill(~((c == group_max(c)) | c.isnan()) | padding, L)
+        first = place.new_full((*c.shape[:2], plan.steps, c.shape[-1]), L).scatter_reduce(2, index, place, "amin")
+        return F.pad(c, (0, 0, 0, 1)).gather(2, first)              # a group without tokens reads the zero beyond the end
+    a = (score - group_max(score)).exp().masked_fill(padding, 0)                             # (K B L 1)
+    total = group_sum(a).clamp(min=torch.finfo(a.dtype).tiny).gather(2, plan.group[..., None])
+    return group_sum(c * (a / total))
+
+
+def expand(s, plan):
+    """Groups -> tokens (Algorithm 1, line 9). s (K B P E) -> (K B L E)."""
+    if plan.token is None:
+        return repeat(s, f"k b ({plan.kept}) e -> k b ({plan.order}) e", **plan.sizes)
+    return s.gather(2, plan.group[..., None].expand(-1, s.shape[1], -1, s.shape[-1]))
+
+
+def conv_pool(x, w, plan):
+    """Operation 1: x (B L E) -> p (K B P E), and c (K B L E), which a backend that recomputes it leaves None."""
+    c = conv_silu(flatten(at_least_float32(x), plan), w.conv_w, w.conv_b)
+    score = None
+    if w.pool == "attention":                                       # section 10, "Effect of different pooling methods"
+        score = torch.einsum("kble,ke->kbl", c, w.score_w)[..., None] + w.score_b[:, None, None, None]
+    return pool(c, plan, w.pool, score), c
+
+
+def selective_scan(x, dt, A, B, C, D=None, dt_bias=None):
+    """Operation 2, equations 2 to 4: h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t;  s_t = C_t h_t (+ D x_t).
+
+    x, dt (K B P E), A (K E N), B, C (K B P N), D, dt_bias (K E) -> s (K B P E). dt goes through softplus(dt + dt_bias).
+    Direction 0 runs from the first step to the last, direction 1 from the last to the first.
+    As Mamba does, B is discretised by Euler's rule (dt B) and only A by the zero-order hold of equation 2."""
+    if dt_bias is not None:
+        dt = dt + dt_bias[:, None, None]
+    dt = F.softplus(dt)
+    inputs = [torch.cat([v[:1], v[1:].flip(2)]) for v in (x, dt, B, C)]     # direction 1 starts at the other end
+    h, s = 0.0, []
+    for x_t, dt_t, B_t, C_t in zip(*(v.unbind(2) for v in inputs)):         # (K B E) (K B E) (K B N) (K B N)
+        h = torch.exp(dt_t[..., None] * A[:, None]) * h + (dt_t * x_t)[..., None] * B_t[..., None, :]    # (K B E N)
+        s.append((h * C_t[..., None, :]).sum(-1))                           # (K B E)
+    s = torch.stack(s, 2)                                                   # (K B P E)
+    s = torch.cat([s[:1], s[1:].flip(2)])
+    return s if D is None else s + D[:, None, None] * x
+
+
+def expand_gate(xz, c, s, w, plan):
+    """Operation 3: c (K B L E), s (K B P E) and the gate z of xz (B L 2E) -> y (B L E), as the tokens lie.
+
+    The skip uses the unpooled c (Figure 2): pooling shortens the scan, not the picture."""
+    y = expand(s, plan)                                                     # (K B L E)
+    if not w.skip_before_expand:
+        y = y + w.D[:, None, None] * c
+    y = unflatten((y[0] + y[1]) / 2, plan)                                  # (B L E)
+    if w.norm_w is not None:
+        y = norm(y, w.norm_w, w.norm_b)
+    return (y * F.silu(at_least_float32(xz.chunk(2, -1)[1]))).to(xz.dtype)
+
+
+def ssm(xz, w, plan):
+    """Everything between in_proj and out_proj: xz (B L 2E) -> y (B L E)."""
+    ops = pick_backend(xz.device)
+    p, c = ops.conv_pool(xz.chunk(2, -1)[0], w, plan)                       # (K B P E) (K B L E)
+    N, R = w.A_log.shape[-1], w.dt_proj.shape[-1]
+    dt, B, C = torch.einsum("kbpe,kre->kbpr", p, w.x_proj).split([R, N, N], -1)     # (K B P R) (K B P N) (K B P N)
+    dt = torch.einsum("kbpr,ker->kbpe", dt, w.dt_proj)                      # (K B P E)
+    D = w.D if w.skip_before_expand else None
+    s = ops.selective_scan(p, dt, -torch.exp(w.A_log), B, C, D, w.dt_bias)  # (K B P E)
+    return ops.expand_gate(xz, c, s, w, plan)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Choosing a backend
+
+
+class Backend(NamedTuple):
+    """An implementation of the operations, with the signatures of section 3."""
+    name: str
+    devices: tuple                              # torch device types it serves; empty: all
+    why: str                                    # one line for `doctor` and for the log
+    add_norm: Callable
+    conv_pool: Callable
+    selective_scan: Callable
+    expand_gate: Callable
+
+
+BACKENDS = {}                                   # name -> Backend; the last one registered that serves a device is taken
+_forced = []                                    # innermost use_backend last
+_announced = set()
+
+
+def register_backend(backend):
+    """Adds a Backend, or replaces the one of that name. It is preferred on its devices from now on."""
+    BACKENDS.pop(backend.name, None)
+    BACKENDS[backend.name] = backend
+
+
+@contextlib.contextmanager
+def use_backend(name):
+    """`with use_backend("python"):` runs models by that backend, whatever the device and FASTVIM_BACKEND say.
+    Raises ValueError, naming the choices, for an unknown name."""
+    _known_backend(name, "use_backend")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def _known_backend(name, source):
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: no backend {name!r}; choose from {', '.join(BACKENDS)}")
+    return BACKENDS[name]
+
+
+def pick_backend(device):
+    """The backend for a torch.device: use_backend, else the variable FASTVIM_BACKEND, else the last one registered
+    that serves it. The choice is logged once."""
+    device, forced = torch.device(device), os.environ.get("FASTVIM_BACKEND")
+    if _forced or forced:
+        backend = _known_backend(_forced[-1], "use_backend") if _forced else _known_backend(forced, "FASTVIM_BACKEND")
+        if backend.devices and device.type not in backend.devices:
+            raise ValueError(f"backend {backend.name!r} serves {', '.join(backend.devices)}, not {device.type}")
+        reason = "asked for"
+    else:
+        backend = next(b for b in reversed(BACKENDS.values()) if not b.devices or device.type in b.devices)
+        reason = backend.why
+    if (backend.name, device.type) not in _announced and not torch.compiler.is_compiling():
+        _announced.add((backend.name, device.type))
+        log.info("backend %s on %s: %s", backend.name, device.type, reason)
+    return backend
+
+
+register_backend(Backend("python", (), "plain PyTorch, on every device", add_norm, conv_pool, selective_scan, expand_gate))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Mixer, block, patch embeddings, encoder
+
+
+class Mixer(nn.Module):
+    """The bidirectional, pooled SSM of Figure 2. Parameters carry the names of the released checkpoints."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        D, N, W = cfg.embed_dim, cfg.d_state, cfg.d_conv
+        E, R = cfg.expand * D, cfg.dt_rank or math.ceil(D / 16)
+        self.cfg = cfg
+        self.in_proj = nn.Linear(D, 2 * E, bias=False)
+        for b in ("", "_b"):                    # forward; backward, on the reversed sequence, with weights of its own
+            if W:
+                self.add_module(f"conv1d{b}", nn.Conv1d(E, E, W, groups=E))
+            self.add_module(f"x_proj{b}", nn.Linear(E, R + 2 * N, bias=False))
+            self.add_module(f"dt_proj{b}", nn.Linear(R, E))
+            self.register_parameter(f"A{b}_log", nn.Parameter(torch.empty(E, N)))
+            self.register_parameter(f"D{b}", nn.Parameter(torch.empty(E)))
+            if cfg.pool == "attention":
+                self.add_module(f"pool_proj{b}", nn.Linear(E, 1))
+        self.layernorm = NORMS[cfg.ssm_norm](E) if cfg.ssm_norm else None
+        self.out_proj = nn.Linear(E, D, bias=False)
+
+    def weights(self):
+        cfg, pair = self.cfg, lambda a, b: at_least_float32(torch.stack([a, b]))
+        score = (self.pool_proj, self.pool_proj_b) if cfg.pool == "attention" else None
+        return SSMWeights(
+            conv_w=pair(self.conv1d.weight, self.conv1d_b.weight)[:, :, 0] if cfg.d_conv else None,
+            conv_b=pair(self.conv1d.bias, self.conv1d_b.bias) if cfg.d_conv else None,
+            x_proj=pair(self.x_proj.weight, self.x_proj_b.weight),
+            dt_proj=pair(self.dt_proj.weight, self.dt_proj_b.weight),
+            dt_bias=pair(self.dt_proj.bias, self.dt_proj_b.bias),
+            A_log=pair(self.A_log, self.A_b_log),
+            D=pair(self.D, self.D_b),
+            norm_w=at_least_float32(self.layernorm.weight) if cfg.ssm_norm else None,
+            norm_b=at_least_float32(self.layernorm.bias) if cfg.ssm_norm == "layernorm" else None,
+            score_w=pair(*(m.weight for m in score))[:, 0] if score else None,
+            score_b=pair(*(m.bias for m in score))[:, 0] if score else None,
+            pool=cfg.pool, pool_scale=cfg.pool_scale, skip_before_expand=cfg.skip_before_expand)
+
+    def forward(self, u, plan):
+        xz = self.in_proj(u)                                                # (B L 2E)
+        with torch.autocast(u.device.type, enabled=False):                  # the scan and its inputs stay in float32
+            y = ssm(xz, self.weights(), plan)                               # (B L E)
+        return self.out_proj(y)                                             # (B L D)
+
+
+class Block(nn.Module):
+    """residual += hidden; hidden = mixer(norm(residual)). The residual stream is kept in float32."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm = NORMS[cfg.block_norm](cfg.embed_dim)
+        self.mixer = Mixer(cfg)
+
+    def forward(self, hidden, residual, plan, drop_path=0.0):
+        ops = pick_backend(hidden.device)
+        u, residual = ops.add_norm(hidden, residual, self.norm.weight, getattr(self.norm, "bias", None))
+        hidden = self.mixer(u, plan)                                        # (B L D)
+        return stochastic_depth(hidden, drop_path if self.training else 0.0), residual
+
+
+def stochastic_depth(x, rate):
+    """Drops whole samples of a residual branch and scales the others up. x (B ...)."""
+    if rate == 0:
+        return x
+    keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - rate)
+    return x * keep / (1 - rate)
+
+
+class PatchEmbed(nn.Module):
+    """Image (B C H W) -> a token per patch, or per patch and channel: (B D h w) or (B D c h w)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        p, self.patch_size, self.per_channel = cfg.patch_size, cfg.patch_size, cfg.per_channel
+        if cfg.per_channel:                     # section 3.3: one filter for all channels, told apart by an embedding
+            self.proj = nn.Conv3d(1, cfg.embed_dim, (1, p, p), (1, p, p))
+            self.channel_embed = nn.Embedding(cfg.in_chans, cfg.embed_dim)
+        else:
+            self.proj = nn.Conv2d(cfg.in_chans, cfg.embed_dim, p, p)
+
+    def forward(self, x, channels=None):
+        H, W = x.shape[-2:]
+        x = F.pad(x, (0, -W % self.patch_size, 0, -H % self.patch_size))    # zeros below and to the right
+        if not self.per_channel:
+            return self.proj(x)                                             # (B D h w)
+        channel = self.channel_embed(channels).mT                           # (D c)
+        return self.proj(x[:, None]) + channel[..., None, None]             # (B D c h w)
+
+
+class FastVim(nn.Module):
+    """The encoder: patches, blocks by the schedule table, a head. One class for every model of the paper.
+
+    FastVim(schedule="fastvim", embed_dim=192, ...): the fields of Config. Images are float (B in_chans H W), of any
+    height and width: padded with zeros to whole patches, position embeddings resized, pooled by their own grid."""
+
+    def __init__(self, **fields):
+        super().__init__()
+        unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(Config)})
+        if unknown:
+            raise ValueError(f"unknown option {', '.join(unknown)}; choose from "
+                             f"{', '.join(f.name for f in dataclasses.fields(Config))}")
+        self.cfg = cfg = Config(**fields)
+        D = cfg.embed_dim
+        self.patch_embed = PatchEmbed(cfg)
+        self.grid_size = tuple(-(-s // cfg.patch_size) for s in cfg.img_size)       # (h, w) of pos_embed
+        positions = math.prod(self.grid_size) + (cfg.class_token and not cfg.per_channel)
+        self.pos_embed = nn.Parameter(torch.empty(1, positions, D))         # channels share the position of their patch
+        self.cls_token = nn.Parameter(torch.empty(1, 1, D)) if cfg.class_token else None
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        if cfg.out_indices is None:
+            self.norm_f = NORMS[cfg.block_norm](D)
+            self.head = nn.Linear(D, cfg.num_classes) if cfg.num_classes else nn.Identity()
+        else:                                                               # dense tasks: a norm for each tap, no head
+            for i in range(len(cfg.out_indices)):
+                self.add_module(f"outnorm_{i}", NORMS["layernorm"](D))
+        self.drop_path_rates = torch.linspace(0, cfg.drop_path_rate, cfg.depth, device="cpu").tolist()
+        self.grad_checkpointing = False         # True: keep only each block's input, recompute the rest backwards
+        init_weights(self)
+
+    # -- tokens
+
+    def _class_slot(self, h, w, c=1):
+        """Where the class token lies among the tokens of a full grid: where the first layer walks over it."""
+        order, pooled = self.cfg.rows[0]
+        return (h // 2) * w if pooled else h * w * c // 2
+
+    def _position_embedding(self, h, w):
+        """pos_embed for a grid of h x w tokens (1 h*w D) and, if it has a row of its own, for the class token."""
+        pos, own = self.pos_embed, self.cfg.class_token and not self.cfg.per_channel
+        return resize_pos_embed(pos, self.grid_size, (h, w), self._class_slot(*self.grid_size) if own else None)
+
+    def _tokens(self, x, keep, channels):
+        """Image -> tokens (B S D) as they lie, slots (B S) or None, and the grid {axis: length}."""
+        cfg = self.cfg
+        if x.ndim != 4 or not x.is_floating_point():
+            raise TypeError(f"images must be a float tensor (B, C, H, W), not {x.dtype} of shape {tuple(x.shape)}")
+        if min(x.shape[2:]) < 1:
+            raise ValueError(f"images of shape {tuple(x.shape)} have no pixels")
+        channels = self._channels(x, channels)
+        if cfg.per_channel and cfg.hcs and self.training:
+            # Hierarchical channel sampling: how many, then which. A sequence model needs them in order (Table 19).
+            pick = torch.randperm(x.shape[1])[:int(torch.randint(1, x.shape[1] + 1, ()))]
+            pick = (pick.sort().values if cfg.hcs_sorted else pick).to(x.device)
+            x, channels = x[:, pick], channels[pick]
+        x = self.patch_embed(x, channels)                                   # (B D h w) or (B D c h w)
+        sizes = dict(zip("chw" if cfg.per_channel else "hw", x.shape[2:]))
+        pos, class_pos = self._position_embedding(sizes["h"], sizes["w"])   # (1 h*w D) (1 1 D) or None
+        pos = rearrange(pos, "1 (h w) d -> 1 d h w", h=sizes["h"])
+        x = x + (pos[:, :, None] if cfg.per_channel else pos)
+        x = rearrange(x, f"b d {' '.join(sizes)} -> b ({cfg.storage}) d")   # (B L D)
+        slots, at = None, self._class_slot(**sizes)
+        if keep is not None:
+            slots = self._check_keep(keep, x)                               # (B S)
+            x = x.gather(1, slots.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))       # (B S D)
+            at = slots.shape[1] // 2
+        if cfg.class_token:
+            token = self.cls_token if class_pos is None else self.cls_token + class_pos
+            x = torch.cat([x[:, :at], token.expand(len(x), -1, -1), x[:, at:]], 1)           # (B S D)
+            if slots is None:
+                slots = torch.arange(x.shape[1] - 1, device=x.device)[None]
+            slots = torch.cat([slots[:, :at], slots.new_full((len(slots), 1), CLASS), slots[:, at:]], 1)
+        return x, slots, sizes
+
+    def _channels(self, x, channels):
+        """Checks the image's channels against the model's; returns their ids as a tensor for per-channel models."""
+        cfg, C = self.cfg, x.shape[1]
+        if not cfg.per_channel:
+            if channels is not None:
+                raise ValueError("channels= is for per-channel models; this model mixes its channels in patch_embed")
+            if C != cfg.in_chans:
+                raise ValueError(f"images have {C} channels, the model in_chans={cfg.in_chans}")
+            return None
+        if channels is None:
+            if C != cfg.in_chans:
+                raise ValueError(f"images have {C} channels, the model in_chans={cfg.in_chans}: say which they are with "
+                                 f"channels=[ids between 0 and {cfg.in_chans - 1}]")
+            return torch.arange(C, device=x.device)
+        channels = torch.as_tensor(channels, device=x.device)
+        if channels.shape != (C,) or channels.is_floating_point() or C == 0 or not (
+                0 <= int(channels.min()) and int(channels.max()) < cfg.in_chans):
+            raise ValueError(f"channels={channels.tolist()} must give one id between 0 and {cfg.in_chans - 1} for each "
+                             f"of the image's {C} channels")
+        return channels.long()
+
+    def _check_keep(self, keep, x):
+        """keep (B S) integer ids of tokens, -1 for padding -> slots (B S), sorted as they lie, padding last."""
+        B, L = x.shape[:2]
+        keep = torch.as_tensor(keep, device=x.device)
+        if keep.ndim != 2 or keep.shape[0] != B or keep.is_floating_point() or keep.shape[1] == 0:
+            raise ValueError(f"keep must hold integer token ids of shape (B={B}, kept tokens), -1 for padding; "
+                             f"got {keep.dtype} of shape {tuple(keep.shape)}")
+        keep = keep.long().masked_fill(keep < 0, L).sort(1).values
+        if int(keep.max()) > L or bool(((keep[:, 1:] == keep[:, :-1]) & (keep[:, 1:] < L)).any()):
+            raise ValueError(f"keep must name each of the {L} tokens (0 to {L - 1}) at most once per image")
+        return keep.masked_fill(keep == L, PADDING)
+
+    def _plan(self, i, slots, sizes):
+        """The plan of layer i."""
+        cfg = self.cfg
+        order, pooled = cfg.rows[i % len(cfg.rows)]
+        if slots is not None and not pooled and order == cfg.storage and not bool((slots == PADDING).any()):
+            return Plan("l", "l", "", (("l", slots.shape[1]),), slots.shape[1])     # tokens walked as they lie
+        return make_plan((order, pooled), cfg.storage, sizes, slots, pool_scale=cfg.pool_scale,
+                         mask_divisor=cfg.mask_divisor, released_masking=cfg.released_masking)
+
+    def _blocks(self, x, slots, sizes):
+        """Runs the blocks; yields each one's output (B S D) and the residual (B S D) that it has still to be added to."""
+        plans = [self._plan(i, slots, sizes) for i in range(len(self.cfg.rows))]    # once a batch, not once a layer
+        hidden, residual = x, None
+        for i, block in enumerate(self.layers):
+            args = hidden, residual, plans[i % len(plans)], self.drop_path_rates[i]
+            if self.grad_checkpointing and self.training:
+                hidden, residual = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+            else:
+                hidden, residual = block(*args)
+            yield hidden, residual
+
+    # -- public
+
+    def forward_features(self, x, keep=None, channels=None):
+        """Images (B C H W) -> normed tokens (B S D).
+
+        keep (B S) int64: encode only these tokens, -1 pads images that keep fewer (section 3.2, FastMaskVim). Tokens
+            are numbered in the order in which they lie (h w; h w c for channel-first per-channel models) and come out
+            sorted by number, padding last; with a class token S is one more.
+        channels (C) ids of the given channels, for per-channel models; default all in order.
+        Raises TypeError or ValueError on a wrong dtype, shape, channel or token id."""
+        return self._features(x, keep, channels)[0]
+
+    def _features(self, x, keep=None, channels=None):
+        if self.cfg.out_indices is not None:
+            raise ValueError("a model with out_indices has no final norm or head: use forward_intermediates")
+        x, slots, sizes = self._tokens(x, keep, channels)
+        for hidden, residual in self._blocks(x, slots, sizes):
+            pass
+        x, _ = pick_backend(x.device).add_norm(hidden, residual, self.norm_f.weight, getattr(self.norm_f, "bias", None))
+        return x, slots
+
+    def forward(self, x, keep=None, channels=None):
+        """Images (B C H W) -> logits (B num_classes). The readout is the class token, or the mean over tokens."""
+        x, slots = self._features(x, keep, channels)                        # (B S D)
+        if self.cfg.class_token:
+            x = x[:, int((slots[0] == CLASS).nonzero())]                    # (B D)
+        elif slots is None:
+            x = x.mean(1)                                                   # (B D)
+        else:
+            real = (slots >= 0).to(x)[..., None]                            # (B S 1)
+            x = (x * real).sum(1) / real.sum(1)
+        return self.head(x)
+
+    def forward_intermediates(self, x, indices=None, channels=None):
+        """Images (B C H W) -> a list of feature maps (B D h w), or (B D c h w) per channel, after the blocks `indices`.
+
+        A tap is the block's own output, not the residual stream, through outnorm_i if the model was made with
+        out_indices (then `indices` is those): so the released dense checkpoints were built."""
+        cfg = self.cfg
+        if indices is not None and cfg.out_indices is not None and tuple(indices) != cfg.out_indices:
+            raise ValueError(f"indices={tuple(indices)}, but the model has norms for out_indices={cfg.out_indices}")
+        indices = cfg.out_indices if indices is None else tuple(indices)
+        if not indices or not all(0 <= i < cfg.depth for i in indices):
+            raise ValueError(f"indices={indices} must name blocks between 0 and {cfg.depth - 1}")
+        x, slots, sizes = self._tokens(x, None, channels)
+        maps = {}
+        for i, (hidden, _) in enumerate(self._blocks(x, slots, sizes)):
+            if i not in indices:
+                continue
+            if cfg.class_token:
+                at = self._class_slot(**sizes)
+                hidden = torch.cat([hidden[:, :at], hidden[:, at + 1:]], 1)
+            if cfg.out_indices is not None:
+                hidden = getattr(self, f"outnorm_{indices.index(i)}")(hidden)
+            maps[i] = rearrange(hidden, f"b ({cfg.storage}) d -> b d {' '.join(sizes)}", **sizes)
+            if i == max(indices):
+                break
+        return [maps[i] for i in indices]
+
+
+def resize_pos_embed(pos, old, new, class_row=None):
+    """pos (1 rows D) of a grid old (h, w) -> (1 h*w D) of the grid new, bicubically, and the class token's row or None."""
+    own = None
+    if class_row is not None:
+        own = pos[:, class_row:class_row + 1]
+        pos = torch.cat([pos[:, :class_row], pos[:, class_row + 1:]], 1)
+    if tuple(old) != tuple(new):
+        grid = rearrange(pos, "1 (h w) d -> 1 d h w", h=old[0])
+        grid = F.interpolate(at_least_float32(grid), new, mode="bicubic", align_corners=False).to(pos.dtype)
+        pos = rearrange(grid, "1 d h w -> 1 (h w) d")
+    return pos, own
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Initialisation, all of it, as in the released code
+
+# patch_embed.proj         image: LeCun normal, bias 0; per channel: PyTorch's default
+# pos_embed, cls_token     truncated normal 0.02
+# channel_embed            normal 0.02
+# head                     truncated normal 0.02, bias 0
+# out_proj                 Kaiming uniform (a = sqrt 5) / sqrt(depth), so that the residual stream keeps its scale
+# A_log                    log(1 .. N): the real part of S4D
+# D                        1
+# dt_proj                  weight U(-R^-1/2, R^-1/2), bias softplus^-1(dt), dt log-uniform in [1e-3, 1e-1], at least 1e-4
+# dt_proj_b                PyTorch's default weight, bias 0: softplus gives dt = 0.69. An oversight that came with Vim's
+#                          code; the published numbers were trained with it, so it is the default here too
+# other linear biases      0; in_proj, x_proj, pool_proj, conv1d and norms keep PyTorch's default
+
+
+@torch.no_grad()
+def init_weights(model):
+    """Initialises a FastVim in place, from torch's global generator."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Conv2d):
+            std = math.prod(module.weight.shape[1:]) ** -0.5 / 0.87962566103423978      # of a normal cut at 2 sigma
+            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Mixer):
+            R, (E, N) = module.dt_proj.in_features, module.A_log.shape
+            nn.init.uniform_(module.dt_proj.weight, -R ** -0.5, R ** -0.5)
+            dt = torch.exp(torch.rand(E) * (math.log(0.1) - math.log(1e-3)) + math.log(1e-3)).clamp(min=1e-4)
+            module.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))                # softplus(bias) = dt
+            for A_log, D in ((module.A_log, module.D), (module.A_b_log, module.D_b)):
+                A_log.copy_(torch.arange(1.0, N + 1).log().expand(E, N))
+                nn.init.ones_(D)
+            nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
+            module.out_proj.weight /= math.sqrt(model.cfg.depth)
+    for name in ("pos_embed", "cls_token"):
+        if getattr(model, name) is not None:
+            nn.init.trunc_normal_(getattr(model, name), std=0.02)
+    if model.cfg.per_channel:
+        nn.init.normal_(model.patch_embed.channel_embed.weight, std=0.02)
+    if isinstance(getattr(model, "head", None), nn.Linear):
+        nn.init.trunc_normal_(model.head.weight, std=0.02)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Building and loading
+
+
+def list_models():
+    """The names that create_model knows."""
+    return [f"{family}_{size}" for family in FAMILIES for size in SIZES]
+
+
+def create_model(name, **overrides):
+    """A freshly initialised model by name, for example "fastvim_tiny", with any field of Config overridden.
+
+    Raises ValueError for an unknown name, option or combination, naming the choices."""
+    family, _, size = str(name).rpartition("_")
+    if family not in FAMILIES or size not in SIZES:
+        raise ValueError(f"unknown model {name!r}; choose a family from {', '.join(FAMILIES)} and a size from "
+                         f"{', '.join(SIZES)}, for example fastvim_tiny")
+    return FastVim(**{**SIZES[size], **FAMILIES[family], **overrides})
+
+
+class _Inert:
+    """Stands for every object of a checkpoint file that is neither a tensor nor a plain value: it does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def _nothing(self, *args, **kwargs):
+        pass
+
+    __setstate__ = __setitem__ = __call__ = append = extend = add = _nothing
+
+
+class _TensorsOnly(pickle.Unpickler):
+    """Reads a checkpoint without running anything that it names: released files hold objects of libraries that the
+    user does not have (Lightning's, MMEngine's) and NumPy arrays, for which weights_only=True refuses the whole file."""
+    allowed = {("collections", "OrderedDict"): dict}
+    allowed.update({("torch._utils", f): getattr(torch._utils, f)
+                    for f in ("_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_tensor")})
+
+    def find_class(self, module, name):
+        return self.allowed.get((module, name), _Inert)
+
+
+def read_checkpoint(path):
+    """Reads .safetensors, .pt, .pth or .ckpt without running code from it.
+
+    Returns (tensors {name: Tensor}, source): the encoder's weights under our names, and where in the file they lay.
+    EMA weights are taken when there are some. Raises FileNotFoundError, or ValueError for an unreadable file."""
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            content = load_file(path)
+        else:
+            reader = types.SimpleNamespace(Unpickler=_TensorsOnly, load=pickle.load, __name__="tensors_only")
+            content = torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False)
+    except ImportError:
+        raise
+    except Exception as error:          # a truncated or foreign file can fail in any way
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}: {error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no dictionary of weights")
+    # Lightning: state_dict_ema, state_dict. Vim, MAE and our own: model. Ours keeps the EMA weights under ema.
+    source = next((k for k in ("state_dict_ema", "ema", "state_dict", "model") if isinstance(content.get(k), dict)), "")
+    tensors = {k: v for k, v in (content[source] if source else content).items() if isinstance(v, Tensor)}
+    for prefix in ("module.", "backbone."):
+        found = {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
+        if found:
+            tensors, source = found, f"{source}.{prefix}".strip(".")
+    if not tensors:
+        raise ValueError(f"{path} holds no weights")
+    return tensors, source or "the file itself"
+
+
+def load_checkpoint(model, path):
+    """Loads the weights at `path` strictly into a FastVim, and returns one line that says what was taken.
+
+    Takes our own checkpoints, the released .ckpt and .pth files, those of the original Vim, and .safetensors. Position
+    embeddings of another (square) grid are resized. Raises ValueError, listing the keys that differ, if the file
+    belongs to another model; the model is then unchanged."""
+    tensors, source = read_checkpoint(path)
+    note, own = f"loaded {source} of {os.path.basename(os.fspath(path))}", model.state_dict()
+    pos = tensors.get("pos_embed")
+    if pos is not None and pos.ndim == 3 and "pos_embed" in own and pos.shape[1] != own["pos_embed"].shape[1]:
+        has_class = model.cfg.class_token and not model.cfg.per_channel
+        side = math.isqrt(pos.shape[1] - has_class)
+        if side * side + has_class == pos.shape[1]:
+            row = model._class_slot(side, side) if has_class else None
+            patches, own_row = resize_pos_embed(pos, (side, side), model.grid_size, row)
+            at = model._class_slot(*model.grid_size)
+            tensors["pos_embed"] = torch.cat([patches[:, :at], own_row, patches[:, at:]], 1) if has_class else patches
+            note += f", position embeddings resized from {side} x {side} to {model.grid_size[0]} x {model.grid_size[1]}"
+    wrong = [f"{k} is {tuple(tensors[k].shape)} in the file, {tuple(own[k].shape)} in the model"
+             for k in own if k in tensors and tensors[k].shape != own[k].shape]
+    for title, keys in (("missing in the file", own.keys() - tensors.keys()),
+                        ("unknown to the model", tensors.keys() - own.keys()), ("of another shape", wrong)):
+        if keys:
+            shown = "; ".join(sorted(keys)[:8])
+            wrong = wrong if title == "of another shape" else wrong + [f"{len(keys)} {title}: {shown}"]
+    if wrong:
+        raise ValueError(f"{path} belongs to another model than {model.cfg}:\n  " + "\n  ".join(wrong[:20]))
+    model.load_state_dict(tensors, strict=True)
+    return note
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Counting multiply-adds
+
+
+def count_macs(cfg, img_size=None):
+    """Multiply-adds of one image's forward pass, by part, as {part: count}; cfg is a Config, img_size pixels or (H, W).
+
+    The matrix products are exact. As is usual since fvcore, the scan counts 9 P E N a direction and a norm 5 per
+    element. What remains uncounted is elementwise: SiLU, the gate, pooling, the D skip, the residual additions."""
+    H, W = (img_size, img_size) if isinstance(img_size, int) else img_size or cfg.img_size
+    h, w, c = -(-H // cfg.patch_size), -(-W // cfg.patch_size), cfg.in_chans if cfg.per_channel else 1
+    D, E, N, patch = cfg.embed_dim, cfg.expand * cfg.embed_dim, cfg.d_state, cfg.patch_size ** 2
+    R, L = cfg.dt_rank or math.ceil(D / 16), h * w * c + cfg.class_token
+    macs = dict(patch_embed=h * w * D * cfg.in_chans * patch, in_proj=0, conv1d=0, x_proj=0, dt_proj=0, out_proj=0,
+                scan=0, norm=5 * L * D, head=D * cfg.num_classes)
+    for i in range(cfg.depth):
+        row = cfg.rows[i % len(cfg.rows)]
+        P = make_plan(row, cfg.storage, dict(h=h, w=w, c=c)).steps + cfg.class_token
+        macs["in_proj"] += 2 * L * D * E
+        macs["conv1d"] += 2 * L * E * cfg.d_conv
+        macs["x_proj"] += 2 * P * E * (R + 2 * N)
+        macs["dt_proj"] += 2 * P * R * E
+        macs["scan"] += 2 * 9 * P * E * N
+        macs["out_proj"] += L * E * D
+        macs["norm"] += 5 * L * D + (5 * L * E if cfg.ssm_norm else 0)
+    return macs
+
+
+def count_vit_macs(img_size, embed_dim=192, depth=12, patch_size=16, in_chans=3, num_classes=1000):
+    """Multiply-adds of a ViT (DeiT) with a class token, for the comparison of Figure 4."""
+    D, patches = embed_dim, math.ceil(img_size / patch_size) ** 2
+    L = patches + 1
+    return patches * D * in_chans * patch_size ** 2 + depth * (12 * L * D * D + 2 * L * L * D) + D * num_classes
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. The command line
+
+
+def _milliseconds(cfg, device):
+    """Time of one image, measured here and now: the median of three runs, or one run if that takes long."""
+    with torch.device("meta"):
+        model = FastVim(**dataclasses.asdict(cfg))
+    model = model.to_empty(device=device).eval()
+    for p in model.parameters():
+        p.data.normal_(std=0.02)
+    x, times = torch.randn(1, cfg.in_chans, *cfg.img_size, device=device), []
+    with torch.inference_mode():
+        while len(times) < 4 and sum(times) < 4:                            # the first run warms up
+            start = time.perf_counter()
+            model(x).sum().item()                                           # .item() waits for the device
+            times.append(time.perf_counter() - start)
+    times = sorted(times[1:] or times)
+    return 1e3 * times[len(times) // 2]
+
+
+def _table(args):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = [m for m in list_models() if args.models in m]
+    if not wanted:
+        raise SystemExit(f"no model has {args.models!r} in its name; the models are: {', '.join(list_models())}")
+    print(f"backend {pick_backend(device).name} on {device}, {torch.get_num_threads()} threads, float32, batch 1")
+    print(f"{'model':24} {'parameters':>12} {'G multiply-adds':>16} {'ms / image':>11}")
+    for name in wanted:
+        with torch.device("meta"):
+            model = create_model(name)
+        parameters = sum(p.numel() for p in model.parameters())
+        macs = sum(count_macs(model.cfg, 224).values()) / 1e9
+        print(f"{name:24} {parameters:12,} {macs:16.2f} {_milliseconds(model.cfg, device):11.1f}", flush=True)
+
+
+def _figure4(resolutions):
+    print("G multiply-adds by resolution (the paper's Figure 4)")
+    print(f"{'pixels':>8} {'ViT-T':>10} {'Vim-T':>10} {'FastVim-T':>10}")
+    vim, fast = (Config(**SIZES["tiny"], **FAMILIES[f]) for f in ("vim", "fastvim"))
+    for r in resolutions:
+        counts = count_vit_macs(r), sum(count_macs(vim, r).values()), sum(count_macs(fast, r).values())
+        print(f"{r:8} " + " ".join(f"{n / 1e9:10.2f}" for n in counts))
+
+
+def _doctor():
+    def version(command):
+        path = shutil.which(command)
+        if path is None:
+            return "not found"
+        lines = subprocess.run([path, "--version"], capture_output=True, text=True).stdout.strip().splitlines()
+        return (lines[-1] if command == "nvcc" else lines[0]) if lines else path
+    print(f"python    {sys.version.split()[0]}\ntorch     {torch.__version__} (CUDA {torch.version.cuda})")
+    print(f"cpu       {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+          f"{torch.backends.cpu.get_cpu_capability()}")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"gpu       {', '.join(gpus) or 'none'}")
+    for command in ("g++", "nvcc", "ninja"):
+        print(f"{command:9} {version(command)}")
+    forced = os.environ.get("FASTVIM_BACKEND")
+    print(f"backends  FASTVIM_BACKEND is {forced or 'not set'}")
+    for backend in BACKENDS.values():
+        print(f"  {backend.name:8} {', '.join(backend.devices) or 'every device'}: {backend.why}")
+    for device in ["cpu"] + ["cuda"] * bool(gpus):
+        print(f"  on {device} models run by {pick_backend(device).name!r}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The models of FastVim: size, multiply-adds at 224 px, time per image.")
+    parser.add_argument("command", nargs="?", choices=["table", "doctor"], default="table",
+                        help="table: every model, measured here (default); doctor: what this machine has")
+    parser.add_argument("--models", default="", metavar="TEXT", help="only models with TEXT in their name, such as tiny")
+    parser.add_argument("--resolution", type=int, nargs="+", metavar="PX",
+                        help="instead: multiply-adds of ViT-T, Vim-T and FastVim-T at these sizes (Figure 4)")
+    args = parser.parse_args()
+    try:
+        if args.command == "doctor":
+            _doctor()
+        elif args.resolution:
+            if min(args.resolution) < 16:
+                parser.error("--resolution: at least 16 pixels, one patch")
+            _figure4(args.resolution)
+        else:
+            _table(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
