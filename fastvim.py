@@ -213,11 +213,12 @@ class Plan:
         return token, repeat(group, f"({self.kept}) -> ({self.order})", **self.sizes)
 
 
-def make_plan(row, storage, sizes, slots=None, *, pool_scale=1.0, mask_divisor="axis", released_masking=False):
+def make_plan(row, storage, sizes, slots=None, *, class_token=False, pool_scale=1.0, mask_divisor="axis",
+              released_masking=False):
     """The plan of one schedule row over a grid of `sizes` {axis: length}, whose tokens lie in the order `storage`.
 
     slots: None for a full grid, or (B S) int64 that says what each slot of the token tensor holds: a grid token (its
-    index in `storage` order, each at most once per image), CLASS or PADDING.
+    index in `storage` order, each at most once per image), CLASS (once, if there is a class_token) or PADDING.
     Section 3.2: a group that kept no token pools to zero and still takes its step of the scan."""
     order, pooled = row
     steps = math.prod(sizes[a] for a in order.split() if a not in pooled.split())
@@ -239,7 +240,7 @@ def make_plan(row, storage, sizes, slots=None, *, pool_scale=1.0, mask_divisor="
         group = rank = rank.masked_fill(~real, len(token)).argsort(dim=1, stable=True).argsort(1)
         steps = slots.shape[1]
         middle = begin = real.sum(1, keepdim=True) // 2
-    if has_class := bool(is_class.any()):
+    if class_token:
         # The class token takes the middle step of the scan and pushes the later groups back by one. In the flatten
         # order it stands before the group that it pushed: between the middle rows, or, in Vim, in the middle.
         group = torch.where(is_class, middle, group + (group >= middle))
@@ -250,7 +251,7 @@ def make_plan(row, storage, sizes, slots=None, *, pool_scale=1.0, mask_divisor="
     real, is_class, group = (t.gather(1, token) for t in (real, is_class, group.clamp(max=steps - 1)))
     if released_masking:
         # The released code pools, and later expands, the reversed tokens by the row ids of the unreversed ones.
-        if has_class or not bool(real.all()):
+        if class_token or not bool(real.all()):
             raise ValueError("released_masking knows neither class tokens nor padding: give every image of the batch "
                              "the same number of kept tokens")
         group = torch.stack([group, steps - 1 - group.flip(1)])                              # (K B S)
@@ -598,6 +599,13 @@ class PatchEmbed(nn.Module):
         return self.proj(x[:, None]) + channel[..., None, None]             # (B D c h w)
 
 
+class Layout(NamedTuple):
+    """How the tokens of a batch lie in memory."""
+    sizes: dict                                 # {axis: length} of the token grid
+    slots: Optional[Tensor]                     # (B or 1, S) int64: see make_plan; None: a full grid
+    padded: bool                                # some image keeps fewer tokens than another
+
+
 class FastVim(nn.Module):
     """The encoder: patches, blocks by the schedule table, a head. One class for every model of the paper.
 
@@ -631,9 +639,9 @@ class FastVim(nn.Module):
     # -- tokens
 
     def _class_slot(self, h, w, c=1):
-        """Where the class token lies among the tokens of a full grid: where the first layer walks over it."""
-        order, pooled = self.cfg.rows[0]
-        return (h // 2) * w if pooled else h * w * c // 2
+        """Where the class token lies among the tokens of a full grid. The plan would find it anywhere; here Vim walks
+        over all tokens as they lie, and an image model's pos_embed has its rows in the order of the first layer."""
+        return (h // 2) * w if self.cfg.rows[0][1] and not self.cfg.per_channel else h * w * c // 2
 
     def _position_embedding(self, h, w):
         """pos_embed for a grid of h x w tokens (1 h*w D) and, if it has a row of its own, for the class token."""
@@ -641,7 +649,7 @@ class FastVim(nn.Module):
         return resize_pos_embed(pos, self.grid_size, (h, w), self._class_slot(*self.grid_size) if own else None)
 
     def _tokens(self, x, keep, channels):
-        """Image -> tokens (B S D) as they lie, slots (B S) or None, and the grid {axis: length}."""
+        """Image -> tokens (B S D) as they lie, and their Layout."""
         cfg = self.cfg
         if x.ndim != 4 or not x.is_floating_point():
             raise TypeError(f"images must be a float tensor (B, C, H, W), not {x.dtype} of shape {tuple(x.shape)}")
@@ -659,9 +667,10 @@ class FastVim(nn.Module):
         pos = rearrange(pos, "1 (h w) d -> 1 d h w", h=sizes["h"])
         x = x + (pos[:, :, None] if cfg.per_channel else pos)
         x = rearrange(x, f"b d {' '.join(sizes)} -> b ({cfg.storage}) d")   # (B L D)
-        slots, at = None, self._class_slot(**sizes)
+        slots, at, padded = None, self._class_slot(**sizes), False
         if keep is not None:
             slots = self._check_keep(keep, x)                               # (B S)
+            padded = bool((slots == PADDING).any())
             x = x.gather(1, slots.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))       # (B S D)
             at = slots.shape[1] // 2
         if cfg.class_token:
@@ -670,7 +679,7 @@ class FastVim(nn.Module):
             if slots is None:
                 slots = torch.arange(x.shape[1] - 1, device=x.device)[None]
             slots = torch.cat([slots[:, :at], slots.new_full((len(slots), 1), CLASS), slots[:, at:]], 1)
-        return x, slots, sizes
+        return x, Layout(sizes, slots, padded)
 
     def _channels(self, x, channels):
         """Checks the image's channels against the model's; returns their ids as a tensor for per-channel models."""
@@ -705,18 +714,16 @@ class FastVim(nn.Module):
             raise ValueError(f"keep must name each of the {L} tokens (0 to {L - 1}) at most once per image")
         return keep.masked_fill(keep == L, PADDING)
 
-    def _plan(self, i, slots, sizes):
-        """The plan of layer i."""
-        cfg = self.cfg
-        order, pooled = cfg.rows[i % len(cfg.rows)]
-        if slots is not None and not pooled and order == cfg.storage and not bool((slots == PADDING).any()):
-            return Plan("l", "l", "", (("l", slots.shape[1]),), slots.shape[1])     # tokens walked as they lie
-        return make_plan((order, pooled), cfg.storage, sizes, slots, pool_scale=cfg.pool_scale,
+    def _plan(self, row, layout):
+        cfg, slots = self.cfg, layout.slots
+        if slots is not None and row == (cfg.storage, "") and not layout.padded:    # all tokens, walked as they lie
+            return make_plan(("l", ""), "l", dict(l=slots.shape[1]))
+        return make_plan(row, cfg.storage, layout.sizes, slots, class_token=cfg.class_token, pool_scale=cfg.pool_scale,
                          mask_divisor=cfg.mask_divisor, released_masking=cfg.released_masking)
 
-    def _blocks(self, x, slots, sizes):
+    def _blocks(self, x, layout):
         """Runs the blocks; yields each one's output (B S D) and the residual (B S D) that it has still to be added to."""
-        plans = [self._plan(i, slots, sizes) for i in range(len(self.cfg.rows))]    # once a batch, not once a layer
+        plans = [self._plan(row, layout) for row in self.cfg.rows]          # once a batch, not once a layer
         hidden, residual = x, None
         for i, block in enumerate(self.layers):
             args = hidden, residual, plans[i % len(plans)], self.drop_path_rates[i]
@@ -738,20 +745,20 @@ class FastVim(nn.Module):
         Raises TypeError or ValueError on a wrong dtype, shape, channel or token id."""
         return self._features(x, keep, channels)[0]
 
-    def _features(self, x, keep=None, channels=None):
+    def _features(self, x, keep, channels):
         if self.cfg.out_indices is not None:
             raise ValueError("a model with out_indices has no final norm or head: use forward_intermediates")
-        x, slots, sizes = self._tokens(x, keep, channels)
-        for hidden, residual in self._blocks(x, slots, sizes):
+        x, layout = self._tokens(x, keep, channels)
+        for hidden, residual in self._blocks(x, layout):
             pass
         x, _ = pick_backend(x.device).add_norm(hidden, residual, self.norm_f.weight, getattr(self.norm_f, "bias", None))
-        return x, slots
+        return x, layout.slots
 
     def forward(self, x, keep=None, channels=None):
         """Images (B C H W) -> logits (B num_classes). The readout is the class token, or the mean over tokens."""
         x, slots = self._features(x, keep, channels)                        # (B S D)
         if self.cfg.class_token:
-            x = x[:, int((slots[0] == CLASS).nonzero())]                    # (B D)
+            x = x[torch.arange(len(x), device=x.device), (slots == CLASS).int().argmax(1)]   # (B D)
         elif slots is None:
             x = x.mean(1)                                                   # (B D)
         else:
@@ -770,17 +777,17 @@ class FastVim(nn.Module):
         indices = cfg.out_indices if indices is None else tuple(indices)
         if not indices or not all(0 <= i < cfg.depth for i in indices):
             raise ValueError(f"indices={indices} must name blocks between 0 and {cfg.depth - 1}")
-        x, slots, sizes = self._tokens(x, None, channels)
+        x, layout = self._tokens(x, None, channels)
         maps = {}
-        for i, (hidden, _) in enumerate(self._blocks(x, slots, sizes)):
+        for i, (hidden, _) in enumerate(self._blocks(x, layout)):
             if i not in indices:
                 continue
             if cfg.class_token:
-                at = self._class_slot(**sizes)
+                at = self._class_slot(**layout.sizes)
                 hidden = torch.cat([hidden[:, :at], hidden[:, at + 1:]], 1)
             if cfg.out_indices is not None:
                 hidden = getattr(self, f"outnorm_{indices.index(i)}")(hidden)
-            maps[i] = rearrange(hidden, f"b ({cfg.storage}) d -> b d {' '.join(sizes)}", **sizes)
+            maps[i] = rearrange(hidden, f"b ({cfg.storage}) d -> b d {' '.join(layout.sizes)}", **layout.sizes)
             if i == max(indices):
                 break
         return [maps[i] for i in indices]
