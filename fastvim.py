@@ -32,6 +32,7 @@ Symbols, the same everywhere:
     x, z  the two halves of in_proj    c  silu(conv(x))    p  pooled c    s  what the scan says of each group
 """
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -886,7 +887,7 @@ class _Inert:
 class _TensorsOnly(pickle.Unpickler):
     """Reads a checkpoint without running anything that it names: released files hold objects of libraries that the
     user does not have (Lightning's, MMEngine's) and NumPy arrays, for which weights_only=True refuses the whole file."""
-    allowed = {("collections", "OrderedDict"): dict}
+    allowed = {("collections", "OrderedDict"): collections.OrderedDict}
     allowed.update({("torch._utils", f): getattr(torch._utils, f)
                     for f in ("_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_tensor")})
 
@@ -895,10 +896,9 @@ class _TensorsOnly(pickle.Unpickler):
 
 
 def read_checkpoint(path):
-    """Reads .safetensors, .pt, .pth or .ckpt without running code from it.
+    """The dictionary in a .safetensors, .pt, .pth or .ckpt file, read without running code from it.
 
-    Returns (tensors {name: Tensor}, source): the encoder's weights under our names, and where in the file they lay.
-    EMA weights are taken when there are some. Raises FileNotFoundError, or ValueError for an unreadable file."""
+    Raises FileNotFoundError, or ValueError for a file that is no checkpoint."""
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -911,49 +911,53 @@ def read_checkpoint(path):
             content = torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False)
     except ImportError:
         raise
-    except Exception as error:          # a truncated or foreign file can fail in any way
+    except Exception as error:                                              # a damaged file can fail in any way
         raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no dictionary of weights")
-    # Lightning: state_dict_ema, state_dict. Vim, MAE and our own: model. Ours keeps the EMA weights under ema.
+    return content
+
+
+def model_weights(content):
+    """What read_checkpoint returned -> (weights {name: Tensor} under our names, where in the file they lay).
+
+    Takes EMA weights when there are some: state_dict_ema or state_dict of Lightning and MMEngine files, ema or model
+    of ours, of Vim's and of MAE's, or the dictionary itself. Raises ValueError if there are no tensors."""
     source = next((k for k in ("state_dict_ema", "ema", "state_dict", "model") if isinstance(content.get(k), dict)), "")
     tensors = {k: v for k, v in (content[source] if source else content).items() if isinstance(v, Tensor)}
     for prefix in ("module.", "backbone."):
-        found = {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
-        if found:
-            tensors, source = found, f"{source}.{prefix}".strip(".")
+        if found := {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}:
+            tensors, source = found, f"{source} {prefix[:-1]}".strip()
     if not tensors:
-        raise ValueError(f"{path} holds no weights")
-    return tensors, source or "the file itself"
+        raise ValueError("the checkpoint holds no weights")
+    return tensors, source or "the weights"
 
 
 def load_checkpoint(model, path):
-    """Loads the weights at `path` strictly into a FastVim, and returns one line that says what was taken.
+    """Loads the weights at `path` (a file, or what read_checkpoint made of it) strictly into a model; returns one line
+    that says what was taken.
 
-    Takes our own checkpoints, the released .ckpt and .pth files, those of the original Vim, and .safetensors. Position
-    embeddings of another (square) grid are resized. Raises ValueError, listing the keys that differ, if the file
-    belongs to another model; the model is then unchanged."""
-    tensors, source = read_checkpoint(path)
-    note, own = f"loaded {source} of {os.path.basename(os.fspath(path))}", model.state_dict()
+    Position embeddings of another, square grid are resized. Raises ValueError, listing the keys that differ, if the
+    file belongs to another model, which is then left as it was; FileNotFoundError or ValueError as read_checkpoint."""
+    tensors, source = model_weights(path if isinstance(path, dict) else read_checkpoint(path))
+    own, note = model.state_dict(), f"loaded {source}"
     pos = tensors.get("pos_embed")
-    if pos is not None and pos.ndim == 3 and "pos_embed" in own and pos.shape[1] != own["pos_embed"].shape[1]:
-        has_class = model.cfg.class_token and not model.cfg.per_channel
-        side = math.isqrt(pos.shape[1] - has_class)
-        if side * side + has_class == pos.shape[1]:
-            row = model._class_slot(side, side) if has_class else None
-            patches, own_row = resize_pos_embed(pos, (side, side), model.grid_size, row)
+    if isinstance(model, FastVim) and pos is not None and pos.shape != own["pos_embed"].shape:
+        row = model.cfg.class_token and not model.cfg.per_channel           # whether the class token has a row
+        side = math.isqrt(pos.shape[1] - row)
+        if pos.ndim == 3 and side * side + row == pos.shape[1]:
+            patches, class_pos = resize_pos_embed(pos, (side, side), model.grid_size,
+                                                  model._class_slot(side, side) if row else None)
             at = model._class_slot(*model.grid_size)
-            tensors["pos_embed"] = torch.cat([patches[:, :at], own_row, patches[:, at:]], 1) if has_class else patches
-            note += f", position embeddings resized from {side} x {side} to {model.grid_size[0]} x {model.grid_size[1]}"
-    wrong = [f"{k} is {tuple(tensors[k].shape)} in the file, {tuple(own[k].shape)} in the model"
-             for k in own if k in tensors and tensors[k].shape != own[k].shape]
-    for title, keys in (("missing in the file", own.keys() - tensors.keys()),
-                        ("unknown to the model", tensors.keys() - own.keys()), ("of another shape", wrong)):
-        if keys:
-            shown = "; ".join(sorted(keys)[:8])
-            wrong = wrong if title == "of another shape" else wrong + [f"{len(keys)} {title}: {shown}"]
-    if wrong:
-        raise ValueError(f"{path} belongs to another model than {model.cfg}:\n  " + "\n  ".join(wrong[:20]))
+            tensors["pos_embed"] = torch.cat([patches[:, :at], class_pos, patches[:, at:]], 1) if row else patches
+            note += f", position embeddings resized from {side} x {side} to {' x '.join(map(str, model.grid_size))}"
+    differ = {"missing in the file": sorted(own.keys() - tensors.keys()),
+              "unknown to the model": sorted(tensors.keys() - own.keys()),
+              "of another shape": [f"{k} {tuple(tensors[k].shape)}, in the model {tuple(own[k].shape)}"
+                                   for k in own if k in tensors and tensors[k].shape != own[k].shape]}
+    if any(differ.values()):
+        raise ValueError("the checkpoint belongs to another model:" + "".join(
+            f"\n  {len(keys)} {what}: {'; '.join(keys[:6])}{'; ...' * (len(keys) > 6)}" for what, keys in differ.items() if keys))
     model.load_state_dict(tensors, strict=True)
     return note
 

@@ -1,0 +1,47 @@
+"""What several test files need: a tiny model without zeros and ones among its weights, and its gradients."""
+import torch
+
+import fastvim
+
+
+def tiny(dtype=torch.float64, **fields):
+    """A seeded model of 4 x 4 tokens in eval mode, every parameter random: none is left at 0 or 1, where mistakes hide."""
+    torch.manual_seed(0)
+    model = fastvim.FastVim(**{**dict(img_size=32, patch_size=8, embed_dim=16, depth=3, d_state=4, num_classes=5), **fields})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model.to(dtype).eval()
+
+
+def images(model, batch=2, size=None, channels=None, seed=1):
+    """Random images of the model's size and type."""
+    torch.manual_seed(seed)
+    H, W = size or model.cfg.img_size
+    return torch.randn(batch, channels or model.cfg.in_chans, H, W).to(next(model.parameters()).dtype)
+
+
+def random_keep(batch, tokens, kept, seed=2):
+    """(batch kept) token ids in random order, none twice."""
+    torch.manual_seed(seed)
+    return torch.stack([torch.randperm(tokens)[:kept] for _ in range(batch)])
+
+
+def outputs_and_gradients(model, x, **arguments):
+    """-> {"y": logits, "x": the images' gradient, parameter: its gradient}, of a loss that weighs each logit differently."""
+    x = x.clone().requires_grad_()
+    y = model(x, **arguments)
+    weights = torch.cos(torch.arange(y.shape[1], dtype=torch.float64)).to(y)    # by class: a batch is the sum of its images
+    names = [k for k, p in model.named_parameters() if p.requires_grad]
+    grads = torch.autograd.grad((y * weights).sum(), [x, *(model.get_parameter(k) for k in names)], materialize_grads=True)
+    return dict(zip(["y", "x", *names], [y.detach(), *grads]))
+
+
+def assert_close(actual, expected, rtol=1e-9, atol=1e-11):
+    """Compares tensors, or dictionaries of tensors by name."""
+    if isinstance(expected, torch.Tensor):
+        actual, expected = {"": actual}, {"": expected}
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=rtol, atol=atol,
+                                   msg=lambda message, name=name: f"{name}: {message}")

@@ -1,0 +1,582 @@
+"""
+training.py: schedules, groups, exact resume, several processes, and everything that can stop a run.
+
+The toy experiment below is also a script, `python tests/test_training.py --out DIR ...`, which some tests run as a
+process of its own: to kill it, to send it signals, and with torchrun.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import training  # noqa: E402
+from training import (NonFiniteError, add_training_arguments, cosine, evaluate_classifier, fit,  # noqa: E402
+                      parameter_groups, polynomial, run_length, setup, step_decay)
+
+PER_EPOCH = 6                                             # batches
+INPUTS = torch.randn(48, 5, generator=torch.Generator().manual_seed(1))
+LABELS = INPUTS[:, :3].argmax(1)
+
+
+class Order:
+    """The stand-in for data.py's batch sampler: an order of the samples that depends on the epoch alone."""
+
+    def __init__(self, batch_size, rank, world_size):
+        self.batch_size, self.rank, self.world_size, self.calls = batch_size, rank, world_size, []
+
+    def __len__(self):
+        return len(INPUTS) // (self.batch_size * self.world_size)
+
+    def set_epoch(self, epoch, skip=0):
+        self.epoch, self.skip = epoch, skip
+        self.calls.append((epoch, skip))
+
+    def __iter__(self):
+        order, size = torch.randperm(48, generator=torch.Generator().manual_seed(self.epoch)), self.batch_size
+        for i in range(self.skip, len(self)):
+            start = (i * self.world_size + self.rank) * size
+            yield order[start:start + size]
+
+
+class Loader:
+    def __init__(self, batch_size, rank=0, world_size=1):
+        self.batch_sampler = Order(batch_size, rank, world_size)
+
+    def __len__(self):
+        return len(self.batch_sampler)
+
+    def __iter__(self):
+        for index in self.batch_sampler:
+            yield {"x": INPUTS[index], "more": [LABELS[index], "text"]}
+
+
+class Noise(nn.Module):
+    """Draws from all three generators, so that any of them not being restored shows in the weights."""
+
+    def forward(self, x):
+        return x * (1 + 0.1 * random.random() + 0.1 * np.random.rand() + 0.1 * torch.rand(())) if self.training else x
+
+
+class Poison(nn.Module):
+    """Makes nan in the forward pass when told to."""
+
+    active = False
+
+    def forward(self, x):
+        return x / 0 * 0 if Poison.active else x
+
+
+def toy_model(noise=True):
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8) if noise else nn.Identity(), nn.Tanh(),
+                         nn.Dropout(0.2 * noise), Noise() if noise else nn.Identity(),
+                         nn.Sequential(Poison(), nn.Linear(8, 3)))
+
+
+def cross_entropy(model, batch):
+    return F.cross_entropy(model(batch["x"]), batch["more"][0])
+
+
+def toy(*argv, loss_fn=cross_entropy, on_step=lambda step: None, on_evaluate=lambda step: None,
+        **options):
+    """The toy experiment with these command line arguments -> (model, log)."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--plain", action="store_true", help="no dropout, no noise, no batch norm")
+    parser.add_argument("--data", default="here")
+    parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--kill-with", type=int, default=signal.SIGKILL)
+    add_training_arguments(parser, lr=0.02, recipe_batch=8, batch_size=8, epochs=3, workers=0, threads=1, ema=0.9,
+                           weight_decay=0.05)
+    args = parser.parse_args([str(arg) for arg in argv])
+    ctx = setup(args)
+    model = toy_model(not args.plain).to(ctx.device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr)
+    loader = Loader(args.batch_size, ctx.rank, ctx.world_size)
+    total, per_epoch = run_length(args, loader)
+    seen = []
+
+    def counted_loss(model, batch):                       # once a micro-step
+        if len(seen) == args.kill_at and ctx.is_main:
+            os.kill(os.getpid(), args.kill_with)
+        on_step(len(seen))
+        seen.append(0)
+        return loss_fn(model, batch)
+
+    def evaluate(model):
+        on_evaluate(len(seen))
+        batches = [(INPUTS[i:i + 20], LABELS[i:i + 20]) for i in (0, 20, 40)]
+        return evaluate_classifier(model, batches[ctx.rank::ctx.world_size], ctx)
+
+    options = {"weight_decay": lambda step: cosine(step, total, 0.04, end=0.4), "evaluate": evaluate,
+               "metric": "top1", "harmless": ("data", "kill_at", "kill_with"), **options}
+    log = fit(args, ctx, model, loader, counted_loss, optimizer, lambda step: cosine(step, total, args.lr, warmup=4),
+              **options)
+    ctx.close()
+    return model, log
+
+
+def script(*argv, launcher=()):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, __file__, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(a, b):
+    """Equal to the last bit, except times."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"seconds", "img_per_s", "args", "git"}:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+@pytest.fixture
+def poison():
+    yield Poison
+    Poison.active = False
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    toy("--out", out)
+    return out
+
+
+# ---- Schedules, parameters, arguments --------------------------------------------------------------------------------
+
+def test_cosine():
+    at = [cosine(step, 10, 1.0, warmup=2, start=0.2, end=0.1) for step in (0, 1, 2, 6, 10)]
+    assert at == pytest.approx([0.2, 0.6, 1.0, 0.55, 0.1])
+    assert cosine(4, 10, 1.0, warmup=2) == pytest.approx(0.5 + 0.5 * math.sqrt(0.5))         # an eighth of the circle
+    assert [cosine(step, 4, 0.04, end=0.4) for step in (0, 2, 4)] == pytest.approx([0.04, 0.22, 0.4])
+
+
+def test_polynomial():
+    at = [polynomial(step, 12, 6.0, warmup=2, start=0.0) for step in (0, 1, 2, 7, 12)]
+    assert at == pytest.approx([0.0, 3.0, 6.0, 3.0, 0.0])
+    assert polynomial(5, 10, 1.0, end=0.5, power=2.0) == pytest.approx(0.625)
+
+
+def test_step_decay():
+    at = [step_decay(step, 1.0, (10, 20), warmup=4, start=0.5) for step in (0, 2, 4, 9, 10, 19, 20)]
+    assert at == pytest.approx([0.5, 0.75, 1.0, 1.0, 0.1, 0.1, 0.01])
+
+
+def test_parameter_groups():
+    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[3].weight = model[2].weight                     # shared
+    model[0].weight.requires_grad = False
+    groups = parameter_groups(model, 0.3)
+    assert [(g["weight_decay"], g["wd_scale"], g["lr_scale"]) for g in groups] == [(0, 0, 1), (0.3, 1, 1)]
+    assert [id(p) for p in groups[1]["params"]] == [id(model[2].weight)]
+    exempt = model[0].bias, *model[1].parameters(), model[2].bias, model[3].bias
+    assert [id(p) for p in groups[0]["params"]] == [id(p) for p in exempt]
+    groups = parameter_groups(model, 0.3, no_decay=lambda name, p: name == "1.bias",
+                              lr_scale=lambda name, p: 0.5 if name.startswith("1.") else 1.0)
+    assert [(g["weight_decay"], g["lr_scale"], len(g["params"])) for g in groups] == [
+        (0.3, 1.0, 4), (0.3, 0.5, 1), (0.0, 0.5, 1)]
+    with pytest.raises(ValueError, match="trainable"):
+        parameter_groups(model.requires_grad_(False), 0.3)
+
+
+def test_two_dimensional_bias_is_not_decayed():
+    model = nn.Linear(2, 2)
+    model.bias = nn.Parameter(torch.zeros(1, 2))
+    assert [group["wd_scale"] for group in parameter_groups(nn.ModuleList([model]), 0.1)] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("argv, lr, words", [
+    (["--batch-size", 4, "--accum", 2], 0.02, "the recipe's"),
+    (["--batch-size", 4, "--accum", 4], 0.04, "scaled linearly"),
+    (["--batch-size", 4, "--lr", 0.5], 0.5, "not scaled"),
+])
+def test_learning_rate_rule(argv, lr, words, capsys):
+    parser = argparse.ArgumentParser()
+    add_training_arguments(parser, lr=0.02, recipe_batch=8)
+    args = parser.parse_args([str(arg) for arg in argv])
+    setup(args)
+    said = capsys.readouterr().out
+    assert args.lr == pytest.approx(lr) and words in said and f"effective batch {4 * args.accum} " in said
+
+
+def test_unknown_default_is_refused():
+    with pytest.raises(TypeError, match="epoch_s"):
+        add_training_arguments(argparse.ArgumentParser(), lr=1, recipe_batch=1, epoch_s=3)
+
+
+def test_run_length():
+    args = argparse.Namespace(accum=4, epochs=1.5, steps=None)
+    assert run_length(args, range(11)) == (3, 2)
+    args.steps = 2
+    assert run_length(args, range(11)) == (2, 2)
+    args.epochs = None
+    assert run_length(args, range(11)) == (2, 2)
+    args.steps = None
+    with pytest.raises(ValueError, match="--epochs"):
+        run_length(args, range(11))
+    with pytest.raises(ValueError, match="--accum"):
+        run_length(argparse.Namespace(accum=4, epochs=1, steps=None), range(3))
+
+
+# ---- The loop --------------------------------------------------------------------------------------------------------
+
+def test_log_files_and_data_order(tmp_path):
+    model, log = toy("--out", tmp_path, "--epochs", 2.5)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == log and [(line["epoch"], line["step"]) for line in lines] == [(1, 6), (2, 12), (3, 15)]
+    assert lines[0].keys() == {"epoch", "step", "loss", "lr", "grad_norm", "metrics", "seconds", "img_per_s",
+                               "peak_mib"}
+    assert lines[2]["lr"] == cosine(14, 15, 0.02, warmup=4) and lines[2]["metrics"].keys() == {"top1", "top5", "loss"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["parameters"] == sum(p.numel() for p in model.parameters()) and config["args"]["ema"] == 0.9
+    assert {"command", "git", "torch", "device", "seed", "started"} <= config.keys()
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_matches_a_hand_written_loop(tmp_path):
+    """Weights, losses, norms, clipping, and the moving average, against PyTorch without training.py."""
+    model, log = toy("--plain", "--out", tmp_path, "--epochs", 2, "--clip", 0.3, weight_decay=None)
+    training.seed_everything(0)
+    mine = toy_model(noise=False)
+    optimizer = torch.optim.AdamW(parameter_groups(mine, 0.05))
+    average = {name: value.clone() for name, value in mine.state_dict().items()}
+    losses, norms, loader = [], [], Loader(8)
+    for epoch in range(2):
+        loader.batch_sampler.set_epoch(epoch)
+        for batch in loader:
+            for group in optimizer.param_groups:
+                group["lr"] = cosine(len(losses), 12, 0.02, warmup=4)
+            loss = F.cross_entropy(mine(batch["x"]), batch["more"][0])
+            optimizer.zero_grad()
+            loss.backward()
+            norms.append(nn.utils.clip_grad_norm_(mine.parameters(), 0.3).item())
+            optimizer.step()
+            losses.append(loss.item())
+            for name, value in mine.state_dict().items():
+                average[name] = 0.9 * average[name] + 0.1 * value
+    state = load(tmp_path / "last.pt")
+    for name, value in mine.state_dict().items():
+        torch.testing.assert_close(state["model"][name], value)
+        torch.testing.assert_close(state["ema"][name], average[name])
+    assert [line["loss"] for line in log] == pytest.approx([np.mean(losses[:6]), np.mean(losses[6:])], rel=1e-6)
+    assert [line["grad_norm"] for line in log] == pytest.approx([np.mean(norms[:6]), np.mean(norms[6:])], rel=1e-5)
+    assert max(norms) > 0.3                               # else clipping was not tested
+
+
+def test_weight_decay_schedule_spares_exempt_parameters(tmp_path):
+    toy("--out", tmp_path, "--steps", 3)
+    groups = load(tmp_path / "last.pt")["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [cosine(2, 3, 0.04, end=0.4), 0.0]
+
+
+def test_accumulation_equals_the_larger_batch(tmp_path):
+    one, log_one = toy("--plain", "--out", tmp_path / "1")
+    two, log_two = toy("--plain", "--out", tmp_path / "2", "--batch-size", 4, "--accum", 2)
+    for a, b in zip(one.parameters(), two.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert [line["loss"] for line in log_one] == pytest.approx([line["loss"] for line in log_two], abs=1e-5)
+
+
+def test_best_is_by_the_metric_and_on_the_average(tmp_path):
+    values, models = iter([3.0, 1.0, 2.0]), []
+    toy("--out", tmp_path, evaluate=lambda model: models.append(model) or {"score": next(values)}, metric="score",
+        lower_is_better=True)
+    state = load(tmp_path / "best.pt")
+    assert state["best"] == 1.0 and state["epoch"] == 2 and load(tmp_path / "last.pt")["best"] == 1.0
+    assert_same(dict(models[0].state_dict()), dict(load(tmp_path / "last.pt")["ema"])) and not models[0].training
+
+
+def test_eval_every(tmp_path):
+    log = toy("--out", tmp_path, "--eval-every", 2)[1]
+    assert [bool(line["metrics"]) for line in log] == [False, True, True]
+
+
+def test_evaluate_classifier_weighs_samples_not_batches():
+    logits = torch.eye(7)[[0, 1, 2, 3]] * 5 + torch.arange(7) * 0.1
+    labels = torch.tensor([0, 1, 2, 0])                   # the last: class 0 is the sixth of seven
+    ctx = training.Context(0, 1, torch.device("cpu"))
+    result = evaluate_classifier(nn.Identity(), [(logits[:3], labels[:3]), (logits[3:], labels[3:])], ctx)
+    assert result == pytest.approx({"top1": 75.0, "top5": 75.0, "loss": F.cross_entropy(logits, labels).item()})
+
+
+# ---- Checkpoints and resume ------------------------------------------------------------------------------------------
+
+def test_checkpoint_needs_no_pickle(whole):
+    state = load(whole / "last.pt")
+    assert {"model", "ema", "optimizer", "step", "epoch", "best", "args", "git", "torch", "running"} <= state.keys()
+    assert state["step"] == 18 and state["epoch"] == 3 and state["args"]["lr"] == 0.02
+
+
+def test_kill_within_an_epoch_then_resume_is_exact(tmp_path, whole):
+    killed = script("--out", tmp_path, "--save-minutes", 0, "--kill-at", 9)
+    assert killed.returncode == -signal.SIGKILL and load(tmp_path / "last.pt")["step"] == 9
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
+    toy("--out", tmp_path, "--resume")
+    assert_same(load(tmp_path / "last.pt"), load(whole / "last.pt"))
+    assert_same(load(tmp_path / "best.pt"), load(whole / "best.pt"))
+    assert_same(*([json.loads(line) for line in (out / "log.jsonl").open()] for out in (tmp_path, whole)))
+
+
+@pytest.mark.parametrize("step", [0, 5, 6, 17])
+def test_resume_is_exact_from_any_step(tmp_path, whole, step):
+    """Also at the borders: after the first step, before and after an epoch's evaluation, before the last one."""
+    class Crash(Exception):
+        pass
+
+    def crash(now):
+        if now == step + 1:
+            raise Crash
+
+    with pytest.raises(Crash):
+        toy("--out", tmp_path, "--save-minutes", 0, on_step=crash, on_evaluate=crash)
+    assert load(tmp_path / "last.pt")["step"] == step + 1
+    toy("--out", tmp_path, "--resume")
+    assert_same(load(tmp_path / "last.pt"), load(whole / "last.pt"))
+
+
+def test_resume_between_micro_steps_skips_the_right_batches(tmp_path):
+    argv = "--batch-size", 4, "--accum", 2
+    toy("--out", tmp_path / "whole", *argv)
+    with pytest.raises(SystemExit):
+        toy("--out", tmp_path / "parts", *argv, on_step=lambda n: n == 15 and os.kill(os.getpid(), signal.SIGTERM))
+    assert load(tmp_path / "parts" / "last.pt")["step"] == 8
+    toy("--out", tmp_path / "parts", *argv, "--resume")
+    assert_same(load(tmp_path / "parts" / "last.pt"), load(tmp_path / "whole" / "last.pt"))
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_saves_then_resume_is_exact(tmp_path, whole, number, status):
+    stopped = script("--out", tmp_path, "--kill-at", 7, "--kill-with", int(number))
+    assert stopped.returncode == status and "--resume" in stopped.stdout, stopped.stderr
+    assert load(tmp_path / "last.pt")["step"] == 8        # the step at work was finished
+    before = signal.getsignal(number)
+    toy("--out", tmp_path, "--resume")
+    assert signal.getsignal(number) == before
+    assert_same(load(tmp_path / "last.pt"), load(whole / "last.pt"))
+
+
+def test_second_signal_ends_at_once(tmp_path):
+    code = ("import os, signal, training\n"
+            "with training.stop_signals() as received:\n"
+            "    os.kill(os.getpid(), signal.SIGINT)\n"
+            "    print(received, flush=True)\n"
+            "    os.kill(os.getpid(), signal.SIGTERM)\n"
+            "    print('still here', flush=True)\n")
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                           cwd=Path(training.__file__).parent)
+    assert ended.returncode == -signal.SIGTERM and ended.stdout.split() == ["[2]"]
+
+
+def test_finished_run_resumes_to_nothing(tmp_path):
+    toy("--out", tmp_path, "--epochs", 1)
+    before = load(tmp_path / "last.pt")
+    toy("--out", tmp_path, "--epochs", 1, "--resume")
+    assert_same(before, load(tmp_path / "last.pt"))
+
+
+def test_resume_without_a_checkpoint_starts(tmp_path, whole):
+    toy("--out", tmp_path, "--resume")                    # a cluster's restart script can always say --resume
+    assert_same(load(tmp_path / "last.pt"), load(whole / "last.pt"))
+    with pytest.raises(SystemExit, match="no such file"):
+        toy("--out", tmp_path, "--resume", tmp_path / "nothing.pt")
+
+
+def test_changed_arguments_are_named(tmp_path, capsys):
+    toy("--out", tmp_path, "--epochs", 1)
+    with pytest.raises(SystemExit, match=r"epochs 2.0 \(checkpoint: 1.0\), lr 0.5 \(checkpoint: 0.02\)"):
+        toy("--out", tmp_path, "--resume", "--epochs", 2, "--lr", 0.5)
+    with pytest.raises(SystemExit, match="steps_per_epoch 3"):
+        toy("--out", tmp_path, "--resume", "--epochs", 1, "--accum", 2, "--resume-changed")
+    toy("--out", tmp_path, "--resume", "--epochs", 1, "--workers", 3, "--data", "there", "--save-minutes", 3)
+    capsys.readouterr()
+    toy("--out", tmp_path, "--resume", "--resume-changed", "--epochs", 2)
+    assert "epochs 2.0 (checkpoint: 1.0)" in capsys.readouterr().out and load(tmp_path / "last.pt")["step"] == 12
+
+
+def test_fresh_start_does_not_overwrite(tmp_path):
+    toy("--out", tmp_path / "a", "--epochs", 1)
+    files = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    for argv in ((), ("--seed", 3), ("--resume", tmp_path / "b" / "last.pt")):
+        (tmp_path / "b").mkdir(exist_ok=True)
+        (tmp_path / "b" / "last.pt").write_bytes(files[tmp_path / "a" / "last.pt"])
+        with pytest.raises(SystemExit, match="exists"):
+            toy("--out", tmp_path / "a", *argv)
+    assert files == {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    (tmp_path / "a" / "last.pt").unlink()
+    with pytest.raises(SystemExit, match="best.pt exists"):
+        toy("--out", tmp_path / "a")
+
+
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path, capsys):
+    """A limit on the size of files stands for the full disk; it is lifted again before the last save."""
+    def on_step(step):
+        if step in (2, 4):
+            soft = 2000 if step == 2 else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
+        if step == 4:
+            state = load(tmp_path / "last.pt")
+            assert state["step"] == 2 and not list(tmp_path.glob("*.tmp"))
+
+    toy("--out", tmp_path, "--epochs", 1, "--save-minutes", 0, on_step=on_step)
+    assert capsys.readouterr().err.count("WARNING: cannot write") == 2
+    assert load(tmp_path / "last.pt")["step"] == 6
+
+
+@pytest.mark.parametrize("name", ["replace", "fsync"])
+def test_failing_last_save_is_an_error(tmp_path, monkeypatch, name):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        toy("--out", tmp_path, "--epochs", 1, "--save-minutes", 0,
+            on_step=lambda step: monkeypatch.setattr(training.os, name, fail) if step == 3 else None)
+    assert load(tmp_path / "last.pt")["step"] == 3 and not list(tmp_path.glob("*.tmp"))
+
+
+# ---- Stopping --------------------------------------------------------------------------------------------------------
+
+def test_nonfinite_loss_names_the_module_and_spares_the_weights(tmp_path, poison):
+    def on_step(step):
+        poison.active = step >= 8
+
+    with pytest.raises(NonFiniteError, match=r"step 8, epoch 2.*output of 5.0 \(Poison\)") as caught:
+        toy("--out", tmp_path, "--save-minutes", 0, on_step=on_step)
+    assert (caught.value.step, caught.value.epoch) == (8, 2)
+    state = load(tmp_path / "last.pt")
+    assert state["step"] == 8 and not training.not_finite(state["model"])
+
+
+def test_nonfinite_loss_names_loss_input_or_parameter(tmp_path):
+    with pytest.raises(NonFiniteError, match="the loss function"):
+        toy("--out", tmp_path, loss_fn=lambda model, batch: cross_entropy(model, batch) / 0)
+    with pytest.raises(NonFiniteError, match="the parameter 5.1.bias"):
+        def loss_fn(model, batch):
+            with torch.no_grad():
+                model[5][1].bias[1] = math.inf
+            return cross_entropy(model, batch)
+        toy("--out", tmp_path, loss_fn=loss_fn)
+    INPUTS[7, 2], good = math.nan, INPUTS[7, 2].item()
+    try:
+        with pytest.raises(NonFiniteError, match="the input batch"):
+            toy("--out", tmp_path)
+    finally:
+        INPUTS[7, 2] = good
+
+
+def test_nonfinite_loss_that_does_not_recur(tmp_path):
+    losses = iter([math.nan])
+    with pytest.raises(NonFiniteError, match="unknown"):
+        toy("--out", tmp_path, loss_fn=lambda model, batch: cross_entropy(model, batch) * next(losses, 1.0))
+
+
+def test_rerun_sees_the_same_batch_and_random_numbers(tmp_path, poison):
+    seen = []
+
+    def loss_fn(model, batch):
+        seen.append((batch["x"].clone(), torch.rand(3), random.random(), np.random.rand()))
+        batch["x"].mul_(0.5)                              # in place, as timm's mixup does
+        return cross_entropy(model, batch)
+
+    poison.active = True
+    with pytest.raises(NonFiniteError):
+        toy("--out", tmp_path, loss_fn=loss_fn)
+    assert_same(*seen)
+
+
+def test_nonfinite_gradient_names_the_parameters(tmp_path):
+    def loss_fn(model, batch):
+        return cross_entropy(model, batch) + (model[5][1].weight * 0).abs().sqrt().sum()     # infinite slope at zero
+
+    with pytest.raises(NonFiniteError, match=r"loss is finite.*step 0.*gradients of 5.1.weight"):
+        toy("--out", tmp_path, loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")])
+def test_out_of_memory_says_what_to_try(tmp_path, error):
+    def loss_fn(model, batch):
+        raise error
+
+    with pytest.raises(SystemExit, match="try --batch-size 4 --accum 2") as caught:
+        toy("--out", tmp_path, loss_fn=loss_fn)
+    assert caught.value.__cause__ is error
+    with pytest.raises(SystemExit, match="smaller model"):
+        toy("--out", tmp_path, "--batch-size", 1, loss_fn=loss_fn)
+
+
+def test_other_errors_pass(tmp_path):
+    def loss_fn(model, batch):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        toy("--out", tmp_path, loss_fn=loss_fn)
+
+
+# ---- Several processes -----------------------------------------------------------------------------------------------
+
+TWO = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
+    """Two micro-steps each, stopped by a signal to one of them and resumed on the way."""
+    argv = "--plain", "--accum", 2
+    toy("--out", tmp_path / "one", *argv, "--batch-size", 8)
+    argv += "--batch-size", 4
+    stopped = script("--out", tmp_path / "two", *argv, "--kill-at", 9, "--kill-with", 15, launcher=TWO)
+    assert stopped.returncode != 0 and "stopped after step 5 of 9" in stopped.stdout, stopped.stderr
+    done = script("--out", tmp_path / "two", *argv, "--resume", launcher=TWO)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2/3") == 1            # only one process prints
+    one, two = load(tmp_path / "one" / "last.pt"), load(tmp_path / "two" / "last.pt")
+    for part in ("model", "ema"):
+        for name in one[part]:
+            torch.testing.assert_close(one[part][name], two[part][name], rtol=1e-5, atol=1e-5)
+    for a, b in zip(one["history"], two["history"], strict=True):
+        assert [b["loss"], b["grad_norm"]] == pytest.approx([a["loss"], a["grad_norm"]], abs=1e-5)
+        assert b["metrics"] == pytest.approx(a["metrics"], abs=1e-5)
+
+
+def test_nonfinite_loss_on_one_process_stops_both(tmp_path):
+    stopped = script("--out", tmp_path, "--poison-rank", 1, "--batch-size", 4, launcher=TWO)
+    said = "NonFiniteError: the loss is nan at step 3, epoch 1. It begins in the output of 5.0 (Poison), process 1"
+    assert stopped.returncode != 0 and said in stopped.stderr
+
+
+if __name__ == "__main__":
+    if "--poison-rank" in sys.argv:                       # which process meets a nan in its step 3
+        at = sys.argv.index("--poison-rank")
+        _, rank = sys.argv.pop(at), sys.argv.pop(at)
+
+        def poison_one(step):
+            Poison.active = step >= 3 and os.environ["RANK"] == rank
+
+        toy(*sys.argv[1:], on_step=poison_one)
+    else:
+        toy(*sys.argv[1:])
