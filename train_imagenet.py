@@ -48,7 +48,7 @@ def get_args(argv=None):
     """The command line -> (args, parser). The recipe is that of ImageNet, or of the digits without --data."""
     parser = argparse.ArgumentParser(description="Train, evaluate or use an image classifier. Without --data: on the "
                                      "handwritten digits that come with scikit-learn, by a recipe scaled to them.",
-                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120))
+                                     usage="%(prog)s [options]", formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120))
     add = parser.add_argument_group("what to do").add_argument
     add("--data", metavar="DIR", help="ImageNet's layout: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (or .png)")
     add("--eval", metavar="CKPT", help="only evaluate this checkpoint, ours or a released one")
@@ -107,7 +107,8 @@ def build_model(args, num_classes):
         return fastvim.create_model(name, num_classes=num_classes, drop_path_rate=rate, **given)
     timm = data.extra("timm")
     if not timm.is_model(name):
-        raise ValueError(f"--model {name}: neither one of ours ({', '.join(fastvim.list_models())}) nor a model of timm")
+        raise ValueError(f"--model {name}: neither a model of timm nor one of ours, a family ({', '.join(fastvim.FAMILIES)}) "
+                         f"and a size ({', '.join(fastvim.SIZES)}) such as fastvim_tiny")
     if wrong := [k for k, v in ours.items() if v is not None]:
         raise ValueError(f"--model {name} is timm's and does not know {', '.join(wrong)}")
     try:
@@ -254,8 +255,8 @@ def main():
             evaluate(args, ctx)
         else:
             if args.digits:
-                ctx.print(f"no --data: training on the built-in handwritten digits, with {args.depth} blocks and "
-                          f"{args.img_size} px images, by a recipe scaled to them")
+                ctx.print(f"no --data: training on the built-in handwritten digits, enlarged to {args.img_size} px, by a "
+                          "recipe scaled to them")
             train(args, ctx)
         ctx.close()
     except (ValueError, FileNotFoundError, ImportError, training.NonFiniteError) as error:

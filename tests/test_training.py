@@ -91,7 +91,7 @@ def cross_entropy(model, batch):
 
 
 def toy(*argv, loss_fn=cross_entropy, on_step=lambda step: None, on_evaluate=lambda step: None,
-        **options):
+        lr_scale=None, **options):
     """The toy experiment with these command line arguments -> (model, log)."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--plain", action="store_true", help="no dropout, no noise, no batch norm")
@@ -103,7 +103,7 @@ def toy(*argv, loss_fn=cross_entropy, on_step=lambda step: None, on_evaluate=lam
     args = parser.parse_args([str(arg) for arg in argv])
     ctx = setup(args)
     model = toy_model(not args.plain).to(ctx.device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, lr_scale=lr_scale), lr=args.lr)
     loader = Loader(args.batch_size, ctx.rank, ctx.world_size)
     total, per_epoch = run_length(args, loader)
     seen = []
@@ -290,10 +290,12 @@ def test_matches_a_hand_written_loop(tmp_path):
     assert max(norms) > 0.3                               # else clipping was not tested
 
 
-def test_weight_decay_schedule_spares_exempt_parameters(tmp_path):
-    toy("--out", tmp_path, "--steps", 3)
+def test_schedules_respect_the_groups_scales(tmp_path):
+    toy("--out", tmp_path, "--steps", 6, lr_scale=lambda name, param: 0.5 if name.startswith("0.") else 1.0)
     groups = load(tmp_path / "last.pt")["optimizer"]["param_groups"]
-    assert [group["weight_decay"] for group in groups] == [cosine(2, 3, 0.04, end=0.4), 0.0]
+    decay, rate = cosine(5, 6, 0.04, end=0.4), cosine(5, 6, 0.02, warmup=4)
+    assert [(g["weight_decay"], g["lr"]) for g in groups] == [
+        (decay, rate / 2), (0, rate / 2), (0, rate), (decay, rate)]
 
 
 def test_accumulation_equals_the_larger_batch(tmp_path):
