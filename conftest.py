@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-torch.set_num_threads(1)    # tensors are tiny here: a second thread costs more than it gives, above all on a busy machine
-SCAN_ERRORS = {}            # (backend, device, dtype) -> {length: largest error, relative to the largest reference value}
+torch.set_num_threads(1)    # the tensors are tiny: a second thread costs more than it gives
+SCAN_ERRORS = {}            # (backend, device, dtype) -> {length: largest relative error}
 
 
 @pytest.fixture

@@ -408,11 +408,13 @@ def selective_scan(x, dt, A, B, C, D=None, dt_bias=None):
     if dt_bias is not None:
         dt = dt + dt_bias[:, None, None]
     dt = F.softplus(dt)
+    A = A.mT.contiguous()[:, None]                                          # (K 1 N E): E innermost, for long vectors
     inputs = [torch.cat([v[:1], v[1:].flip(2)]) for v in (x, dt, B, C)]     # direction 1 starts at the other end
-    h, s = 0.0, []
+    h, s = None, []
     for x_t, dt_t, B_t, C_t in zip(*(v.unbind(2) for v in inputs)):         # (K B E) (K B E) (K B N) (K B N)
-        h = torch.exp(dt_t[..., None] * A[:, None]) * h + (dt_t * x_t)[..., None] * B_t[..., None, :]    # (K B E N)
-        s.append((h * C_t[..., None, :]).sum(-1))                           # (K B E)
+        decay, drive = torch.exp(dt_t[..., None, :] * A), B_t[..., None] * (dt_t * x_t)[..., None, :]    # (K B N E)
+        h = drive if h is None else torch.addcmul(drive, decay, h)          # (K B N E)
+        s.append((C_t[..., None, :] @ h)[..., 0, :])                        # (K B E)
     s = torch.stack(s, 2)                                                   # (K B P E)
     s = torch.cat([s[:1], s[1:].flip(2)])
     return s if D is None else s + D[:, None, None] * x

@@ -261,7 +261,7 @@ def test_mixer_options(backend, device, dtype, fields):
                   tolerance=1e-3 if dtype == torch.float32 else 1e-10)
 
 
-# ---- gradients of each operation, by finite differences ---------------------------------------------------------------
+# ---- gradients of each operation, by finite differences --------------------------------------------------------------
 
 gradcheck = functools.partial(full_gradcheck, raise_exception=False)           # whose message is all of the Jacobian
 FULL = fastvim.make_plan(("w h", "h"), "h w", dict(h=3, w=2))

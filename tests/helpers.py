@@ -5,9 +5,10 @@ import fastvim
 
 
 def tiny(dtype=torch.float64, **fields):
-    """A seeded model of 4 x 4 tokens in eval mode, every parameter random: none is left at 0 or 1, where mistakes hide."""
+    """A seeded model of 4 x 4 tokens in eval mode, every parameter random: at 0 or 1 mistakes hide."""
     torch.manual_seed(0)
-    model = fastvim.FastVim(**{**dict(img_size=32, patch_size=8, embed_dim=16, depth=3, d_state=4, num_classes=5), **fields})
+    fields = {**dict(img_size=32, patch_size=8, embed_dim=16, depth=3, d_state=4, num_classes=5), **fields}
+    model = fastvim.FastVim(**fields)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -28,12 +29,15 @@ def random_keep(batch, tokens, kept, seed=2):
 
 
 def outputs_and_gradients(model, x, **arguments):
-    """-> {"y": logits, "x": the images' gradient, parameter: its gradient}, of a loss that weighs each logit differently."""
+    """-> {"y": logits, "x": the images' gradient, parameter: its gradient}, for a loss that tells classes apart.
+
+    The loss of a batch is the sum of its images'."""
     x = x.clone().requires_grad_()
     y = model(x, **arguments)
-    weights = torch.cos(torch.arange(y.shape[1], dtype=torch.float64)).to(y)    # by class: a batch is the sum of its images
+    weights = torch.cos(torch.arange(y.shape[1], dtype=torch.float64)).to(y)
     names = [k for k, p in model.named_parameters() if p.requires_grad]
-    grads = torch.autograd.grad((y * weights).sum(), [x, *(model.get_parameter(k) for k in names)], materialize_grads=True)
+    inputs = [x, *(model.get_parameter(k) for k in names)]
+    grads = torch.autograd.grad((y * weights).sum(), inputs, materialize_grads=True)
     return dict(zip(["y", "x", *names], [y.detach(), *grads]))
 
 

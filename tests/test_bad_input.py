@@ -26,13 +26,15 @@ def image(x, channels=None, **fields):
 # ---- models and options
 
 for name in ("fastvim", "resnet_tiny", "fastvim_giant", "tiny", "", None, "fastvim_tiny_patch16", "FASTVIM_TINY"):
-    refused(f"model {name}", lambda name=name: fastvim.create_model(name), repr(name), *fastvim.FAMILIES, *fastvim.SIZES)
+    refused(f"model {name}", lambda name=name: fastvim.create_model(name), repr(name), *fastvim.FAMILIES,
+            *fastvim.SIZES)
 refused("option", lambda: fastvim.create_model("fastvim_tiny", dept=3), "dept", "depth", "embed_dim")
 refused("two options", lambda: fastvim.FastVim(foo=1, bar=2), "foo", "bar", "schedule")
 for field, choices in dict(schedule=fastvim.SCHEDULES, block_norm=fastvim.NORMS, ssm_norm=["None", *fastvim.NORMS],
                            pool=fastvim.POOLS, mask_divisor=["axis", "count"]).items():
     for value in ("nonsense", 1, ["mean"], *([] if field == "ssm_norm" else [None])):
-        refused(f"{field}={value}", lambda field=field, value=value: tiny(**{field: value}), field, str(value), *choices)
+        refused(f"{field}={value}", lambda field=field, value=value: tiny(**{field: value}), field, str(value),
+                *choices)
 for field, least in dict(patch_size=1, in_chans=1, num_classes=0, embed_dim=1, depth=1, d_state=1, d_conv=0, expand=1,
                          dt_rank=1).items():
     for value in (least - 1, -3, 2.5, 2.0, "3", True, *([] if field == "dt_rank" else [None])):
@@ -65,7 +67,8 @@ refused("channels of RGB", image(torch.zeros(1, 3, 32, 32), [0, 1, 2]), "channel
 for channels, says in [(None, "channels="), ([0], "each"), ([0, 4], "between 0 and 3"), ([-1, 0], "between 0 and 3"),
                        ([0.0, 1.0], "id"), (1, "channels=1"), ([], "channels=[]"), ([[0, 1]], "channels"),
                        ([True, False], "channels")]:
-    refused(f"channels={channels!r}", image(torch.zeros(1, 2, 32, 32), channels, schedule="fastchannelvim", in_chans=4), says)
+    refused(f"channels={channels!r}",
+            image(torch.zeros(1, 2, 32, 32), channels, schedule="fastchannelvim", in_chans=4), says)
 
 # ---- kept tokens
 
@@ -75,7 +78,8 @@ for name, ids, says in [
         ("one image of two", [[0, 1]], "B=2"), ("three images of two", [[0], [1], [2]], "(3, 1)"),
         ("flat", [0, 1], "(2,)"), ("3-d", [[[0]], [[1]]], "(2, 1, 1)"), ("nothing", [[], []], "(2, 0)"),
         ("only padding", [[-1, -1], [0, 1]], "padding"), ("minus seven", [[0, -7], [0, 1]], "-1"),
-        ("a mask", [[True, False], [False, True]], "bool"), ("a mask of every token", [[True] * 16, [False] * 16], "bool"),
+        ("a mask", [[True, False], [False, True]], "bool"),
+        ("a mask of every token", [[True] * 16, [False] * 16], "bool"),
         ("of unequal length", [[0, 1], [2]], "-1")]:
     refused(f"keep {name}", keep(ids), says, "keep")
 refused("keep beyond all channels", keep([[0], [48]], schedule="fastchannelvim"), "0 to 47")
@@ -89,7 +93,8 @@ refused("released masking, class token", keep([[0, 3], [1, 2]], released_masking
 for indices in ((), (3,), (-1,), (0, 99), None, 1, ("a",), (0.5,)):
     refused(f"indices={indices!r}", lambda indices=indices: tiny().forward_intermediates(images(tiny()), indices),
             "indices", "0 and 2")
-refused("other indices", lambda: tiny(out_indices=(0, 2)).forward_intermediates(images(tiny()), (0, 1)), "(0, 1)", "(0, 2)")
+refused("other indices", lambda: tiny(out_indices=(0, 2)).forward_intermediates(images(tiny()), (0, 1)), "(0, 1)",
+        "(0, 2)")
 for method in ("forward", "forward_features"):
     refused(f"{method} of a dense model", lambda method=method: getattr(tiny(out_indices=(0,)), method)(images(tiny())),
             "out_indices", "forward_intermediates")

@@ -59,9 +59,11 @@ def junk(foreign):
     slots, config = foreign.Slots(), foreign.ConfigDict(lr=1e-3, nested=foreign.ConfigDict(x=foreign.Thing(1)))
     slots.x, config.attribute = [foreign.Thing()], 1
     return {"config": config, "history": foreign.HistoryList([foreign.Thing("a"), 2]), "ordered": foreign.Ordered(a=1),
-            "level": foreign.Level(3), "names": foreign.Names({1, 2}), "slots": slots, "thing": foreign.Thing(b"x", [1]),
+            "level": foreign.Level(3), "names": foreign.Names({1, 2}), "slots": slots,
+            "thing": foreign.Thing(b"x", [1]),
             "means": np.arange(3.0), "number": np.float64(0.5), "default": collections.defaultdict(list, a=[1]),
-            "counter": collections.Counter("aab"), "type": foreign.Thing, "dtype": torch.float16, "size": torch.Size([2]),
+            "counter": collections.Counter("aab"), "type": foreign.Thing, "dtype": torch.float16,
+            "size": torch.Size([2]),
             "device": torch.device("cpu"), "range": range(3), "namespace": types.SimpleNamespace(a=1), "set": {1, 2}}
 
 
@@ -80,7 +82,7 @@ def assert_loaded(model, weights):
         assert value.dtype == torch.float32 and value.equal(weights[name].float()), name
 
 
-# ---- containers --------------------------------------------------------------------------------------------------------
+# ---- containers ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -130,7 +132,8 @@ def test_lightning(weights, foreign, tmp_path, monkeypatch, where):
     NumPy arrays, and objects of libraries that are not there."""
     content = {"state_dict": {**prefixed(weights, "backbone."), **prefixed(shifted(weights, 1), "ema.module."),
                               "criterion.weight": torch.ones(3)},
-               "hyper_parameters": junk(foreign), "epoch": 299, "pytorch-lightning_version": "1.9", "callbacks": junk(foreign)}
+               "hyper_parameters": junk(foreign), "epoch": 299, "pytorch-lightning_version": "1.9",
+               "callbacks": junk(foreign)}
     if where == "state_dict_ema":
         content["state_dict_ema"] = shifted(weights, 2)
     model = blank()
@@ -141,7 +144,7 @@ def test_lightning(weights, foreign, tmp_path, monkeypatch, where):
 
 def test_mmengine(weights, foreign, tmp_path, monkeypatch):
     heads = {"decode_head.conv.weight": torch.ones(2), "auxiliary_head.conv.bias": torch.ones(2)}
-    content = {"meta": {"config": foreign.ConfigDict(a=1), **junk(foreign)}, "message_hub": foreign.Thing(junk(foreign)),
+    content = {"meta": junk(foreign), "message_hub": foreign.Thing(junk(foreign)),
                "state_dict": collections.OrderedDict({**prefixed(weights, "backbone."), **heads}),
                "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}}, "param_schedulers": [foreign.Thing()]}
     content["state_dict"]._metadata = collections.OrderedDict({"": {"version": 1}})
@@ -181,7 +184,7 @@ def test_other_precisions_arrive_as_float32(weights, tmp_path, dtype, size):
     assert_loaded(model, expected)
 
 
-# ---- position embeddings of another grid -----------------------------------------------------------------------------------
+# ---- position embeddings of another grid -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fields", [dict(), dict(class_token=True), dict(schedule="vim", class_token=True),
@@ -202,13 +205,14 @@ def test_position_embeddings_of_another_grid_are_resized(tmp_path, fields, size)
         assert model.pos_embed[0, h * w // 2 if "schedule" in fields else h // 2 * w].equal(source.pos_embed[0, 8])
 
 
-# ---- refusals --------------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fields, named", [
-    (dict(depth=2), ["layers.2", "unknown"]), (dict(depth=4), ["layers.3", "missing"]), (dict(num_classes=7), ["head.weight",
-     "(5, 16)", "(7, 16)"]), (dict(class_token=True), ["cls_token", "pos_embed"]), (dict(ssm_norm=None), ["layernorm"]),
-    (dict(embed_dim=32), ["shape"]), (dict(img_size=48, num_classes=0), ["head.weight"])],
+    (dict(depth=2), ["layers.2", "unknown"]), (dict(depth=4), ["layers.3", "missing"]),
+    (dict(num_classes=7), ["head.weight", "(5, 16)", "(7, 16)"]), (dict(ssm_norm=None), ["layernorm"]),
+    (dict(class_token=True), ["cls_token", "pos_embed"]), (dict(embed_dim=32), ["shape"]),
+    (dict(img_size=48, num_classes=0), ["head.weight"])],
     ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "")
 def test_another_model_is_refused_and_nothing_changes(weights, tmp_path, fields, named):
     model = tiny(torch.float32, **fields)
@@ -221,7 +225,8 @@ def test_another_model_is_refused_and_nothing_changes(weights, tmp_path, fields,
 
 
 @pytest.mark.parametrize("pos", [torch.zeros(3), torch.zeros(1, 0, 16), torch.zeros(2, 9, 16), torch.zeros(1, 16),
-                                 torch.zeros(1, 15, 16), torch.zeros(1, 9, 8), torch.zeros(())], ids=lambda p: str(tuple(p.shape)))
+                                 torch.zeros(1, 15, 16), torch.zeros(1, 9, 8), torch.zeros(())],
+                         ids=lambda p: str(tuple(p.shape)))
 @pytest.mark.parametrize("class_token", [False, True], ids=["", "class"])
 def test_position_embeddings_that_fit_no_grid_are_refused(pos, class_token):
     model = tiny(torch.float32, class_token=class_token)
@@ -256,7 +261,7 @@ def test_files_that_are_no_checkpoints(weights, tmp_path):
         fastvim.load_checkpoint(model, tmp_path)
 
 
-# ---- files that attack -------------------------------------------------------------------------------------------------------
+# ---- files that attack -----------------------------------------------------------------------------------------------
 
 
 class Call:

@@ -29,7 +29,8 @@ def on_meta(name, **fields):
 def small(family, **fields):
     """The family by its name, as tiny as it gets."""
     torch.manual_seed(0)
-    return fastvim.create_model(f"{family}_tiny", **{**dict(img_size=32, patch_size=8, embed_dim=16, depth=3), **fields})
+    fields = {**dict(img_size=32, patch_size=8, embed_dim=16, depth=3), **fields}
+    return fastvim.create_model(f"{family}_tiny", **fields)
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def spy(monkeypatch):
     return seen
 
 
-# ---- building ----------------------------------------------------------------------------------------------------------
+# ---- building --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, parameters", [("fastvim_tiny", 7_166_056), ("fastvim_small", 25_832_680),
@@ -120,7 +121,7 @@ def test_shapes_of_parameters():
     assert tuple(small("channelvim").pos_embed.shape) == (1, 16, 16)            # its class token has no position
 
 
-# ---- initialisation ----------------------------------------------------------------------------------------------------
+# ---- initialisation --------------------------------------------------------------------------------------------------
 
 
 def assert_uniform(weight, bound):
@@ -174,7 +175,7 @@ def test_the_seed_decides_the_weights():
     assert not first.head.weight.equal(again.head.weight)
 
 
-# ---- images of any size --------------------------------------------------------------------------------------------------
+# ---- images of any size ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(33, 17), (5, 3), (64, 24), (32, 40), (16, 32)], ids=str)
@@ -202,7 +203,7 @@ def test_any_size_equals_padding_by_hand_and_resized_positions(fields, size):
     assert_close(model.forward_intermediates(x, [1])[0], fitted.forward_intermediates(padded, [1])[0])
 
 
-# ---- dense features ------------------------------------------------------------------------------------------------------
+# ---- dense features --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("class_token", [False, True], ids=["", "class"])
@@ -214,7 +215,7 @@ def test_intermediates_are_the_mixer_outputs_as_maps(schedule, class_token):
         block.mixer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     maps = model.forward_intermediates(x, [1, 0])
     assert len(outputs) == 2                                    # blocks after the last tap are not run
-    tapped, axes = tiny(schedule=schedule, class_token=class_token, img_size=(24, 32), out_indices=(1, 0)), "hw"
+    tapped = tiny(schedule=schedule, class_token=class_token, img_size=(24, 32), out_indices=(1, 0))
     tapped.load_state_dict({**model.state_dict(), **{k: v for k, v in tapped.state_dict().items() if "outnorm" in k}},
                            strict=False)
     storage = fastvim.SCHEDULES[schedule][0][0].replace(" ", "")
@@ -223,10 +224,8 @@ def test_intermediates_are_the_mixer_outputs_as_maps(schedule, class_token):
     ids = torch.arange(math.prod(lengths[a] for a in axes)).reshape([lengths[a] for a in storage])
     ids = ids.permute([storage.index(a) for a in axes])         # the map: which token lies where
     if class_token:
-        at = (model.forward_features(x)[0, :, None] - model.forward_features(x)[0]).abs().amax(-1)
-        at = (3 // 2) * 4 if storage == "hw" and schedule != "vim" else 4 // 2 * 3 if storage == "wh" else ids.numel() // 2
-        if storage == "wh":
-            at = model._class_slot(3, 4)                        # anywhere: the plan finds it
+        same = model.head(model.forward_features(x))[0] - model(x)[0]                  # the token that is read
+        at = same.abs().amax(-1).argmin().item()
         ids = ids + (ids >= at)
     for i, (tap, index) in enumerate(zip(maps, [1, 0])):
         expected = outputs[index][:, ids].movedim(-1, 1)
@@ -246,7 +245,7 @@ def test_taps_are_the_blocks_own_outputs_in_training_too():
         assert_close(tap, reference)
 
 
-# ---- channels --------------------------------------------------------------------------------------------------------------
+# ---- channels --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", [s for s in fastvim.SCHEDULES if "channel" in s])
@@ -293,7 +292,7 @@ def test_hierarchical_channel_sampling(hcs_sorted):
     assert_close(model(x), model.eval()(x))
 
 
-# ---- stochastic depth --------------------------------------------------------------------------------------------------------
+# ---- stochastic depth ------------------------------------------------------------------------------------------------
 
 
 def test_drop_path_rates_rise_linearly_and_sleep_in_eval(monkeypatch):
@@ -304,7 +303,7 @@ def test_drop_path_rates_rise_linearly_and_sleep_in_eval(monkeypatch):
     assert not any(rates)
     rates.clear()
     model.train()(x)
-    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])      # each on its block's output: the last before norm_f
+    assert [r for r in rates if r] == pytest.approx([0.1, 0.2, 0.3, 0.4])      # the last one before norm_f
     plain = tiny(depth=5)
     assert_close(y, plain(x))
     assert_close(plain.train()(x), y)
@@ -321,7 +320,7 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_expectation():
     assert fastvim.stochastic_depth(x, 0) is x
 
 
-# ---- options -------------------------------------------------------------------------------------------------------------------
+# ---- options ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_option_changes_the_result():
@@ -360,7 +359,7 @@ def test_gradient_checkpointing_changes_nothing(fields):
     """Drop path and channel sampling draw the same numbers again when a block is run again."""
     model = tiny(drop_path_rate=0.5, **fields).train()
     x, results, calls = images(model, 4), [], []
-    model.layers[1].mixer.register_forward_hook(lambda *_: calls.append(0))
+    model.layers[1].mixer.register_forward_pre_hook(lambda *_: calls.append(0))
     for model.grad_checkpointing in (False, True):
         torch.manual_seed(3)
         results.append(outputs_and_gradients(model, x))
@@ -376,12 +375,12 @@ def test_models_can_be_copied_and_saved(tmp_path):
         assert all(a.equal(b) for a, b in zip(other.forward_intermediates(x), model.forward_intermediates(x)))
 
 
-# ---- precision -----------------------------------------------------------------------------------------------------------------
+# ---- precision -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["autocast", "bfloat16", "float16", "float32", "float64"])
-@pytest.mark.parametrize("fields", [dict(), dict(schedule="vim", class_token=True), dict(pool="attention", ssm_norm=None)],
-                         ids=["fastvim", "vim", "attention"])
+@pytest.mark.parametrize("fields", [dict(), dict(schedule="vim", class_token=True), 
+                                    dict(pool="attention", ssm_norm=None)], ids=["fastvim", "vim", "attention"])
 def test_the_residual_stream_and_the_scan_stay_in_float32(spy, kind, fields):
     model = tiny(torch.float32, depth=4, **fields)
     x, wide = images(model), torch.float64 if kind == "float64" else torch.float32
@@ -406,10 +405,10 @@ def test_the_residual_stream_and_the_scan_stay_in_float32(spy, kind, fields):
     assert values["y"].dtype == narrow
     for name in exact:                                          # in bfloat16 with its 8 bits; relative to the largest
         error = (values[name].double() - exact[name]).abs().max() / exact[name].abs().max().clamp(min=1e-3)
-        assert error < {"autocast": 0.1, "bfloat16": 0.1, "float16": 0.02, "float32": 0, "float64": 1e-3}[kind] + 1e-9, name
+        assert error <= {"autocast": 0.1, "bfloat16": 0.1, "float16": 0.02, "float32": 0, "float64": 1e-3}[kind], name
 
 
-# ---- backends --------------------------------------------------------------------------------------------------------------------
+# ---- backends --------------------------------------------------------------------------------------------------------
 
 
 def test_choosing_a_backend(spy, monkeypatch, caplog):
@@ -419,7 +418,7 @@ def test_choosing_a_backend(spy, monkeypatch, caplog):
         return fastvim.pick_backend(device).name
     with caplog.at_level(logging.INFO, "fastvim"):
         assert chosen() == chosen() == "spy"                    # the last one registered that serves the device
-        assert len(caplog.messages) == 1 and "spy" in caplog.text and "notes" in caplog.text        # says so once, and why
+        assert len(caplog.messages) == 1 and "spy" in caplog.text and "notes" in caplog.text       # once, and why
     fastvim.register_backend(PYTHON._replace(name="elsewhere", devices=("cuda",)))
     assert chosen() == "spy" and chosen("cuda:1") == "elsewhere" and chosen(torch.device("meta")) == "spy"
     with fastvim.use_backend("python"):
@@ -453,7 +452,7 @@ def test_a_model_runs_by_the_chosen_backend(spy, monkeypatch):
     assert len(spy) == 3 * 4 + 1
 
 
-# ---- counting ----------------------------------------------------------------------------------------------------------------------
+# ---- counting --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [32, (40, 24)], ids=str)
@@ -463,7 +462,7 @@ def test_a_model_runs_by_the_chosen_backend(spy, monkeypatch):
                          ids=lambda f: "-".join(map(str, f.values())) or "fastvim")
 def test_matrix_products_are_counted_exactly(fields, size):
     """torch counts matrix products and convolutions, two operations a multiply-add; scan and norms it does not see."""
-    model = tiny(torch.float32, **{"dt_rank": 2, **fields})      # of rank 1 the product is an elementwise one, not counted
+    model = tiny(torch.float32, **{"dt_rank": 2, **fields})      # rank 1 would run elementwise
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images(model, 1, (size, size) if isinstance(size, int) else size))
     macs = fastvim.count_macs(model.cfg, size)
@@ -472,7 +471,7 @@ def test_matrix_products_are_counted_exactly(fields, size):
 
 def test_scan_and_norm_are_counted_by_the_convention():
     macs = fastvim.count_macs(fastvim.Config(embed_dim=16, depth=2, img_size=(64, 32)))              # 4 x 2 tokens
-    assert macs["scan"] == 2 * 9 * (4 + 2) * 32 * 16                    # 9 P E N a direction, P = 4 rows, then 2 columns
+    assert macs["scan"] == 2 * 9 * (4 + 2) * 32 * 16           # 9 P E N a direction; 4 rows, then 2 columns
     assert macs["norm"] == 5 * 8 * (16 + 2 * (16 + 32))                 # final, then block and post-SSM norms
 
 
@@ -483,7 +482,7 @@ def test_totals_of_the_paper(name, giga):
     assert sum(fastvim.count_macs(cfg).values()) / 1e9 == pytest.approx(giga, rel=0.03)
 
 
-# ---- the file as a program -----------------------------------------------------------------------------------------------------------
+# ---- the file as a program -------------------------------------------------------------------------------------------
 
 
 def run_python(*arguments, **environment):

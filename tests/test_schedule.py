@@ -32,7 +32,8 @@ def test_tables_axes_and_loops_agree(row, storage):
         assert token[position] == ids[tuple(where[a] for a in storage.split())]
         assert token[position] == sum(i * stride for i, (_, stride, _) in zip(index, plan.axes, strict=True))
         kept = [(i, length) for i, (length, _, is_pooled) in zip(index, plan.axes) if not is_pooled]
-        assert group[position] == step == sum(i * math.prod(n for _, n in kept[j + 1:]) for j, (i, _) in enumerate(kept))
+        assert group[position] == step
+        assert group[position] == sum(i * math.prod(n for _, n in kept[j + 1:]) for j, (i, _) in enumerate(kept))
     assert [length for length, _, _ in plan.axes] == [SIZES[a] for a in order]
     assert len(token) == position + 1 and plan.steps == len(steps)
     assert plan.token is None and plan.group is None and plan.divisor is None
@@ -53,7 +54,7 @@ def test_flatten_has_an_inverse_and_ragged_plans_walk_the_same_way(row, storage)
         assert same_order.group.equal(group.expand(2, 2, -1))
 
 
-# ---- masks: everything kept is the full grid, fewer tokens against the naive mixer ---------------------------------------
+# ---- masks: everything kept is the full grid, fewer tokens against the naive mixer -----------------------------------
 
 
 @pytest.mark.parametrize("class_token", [False, True], ids=["", "class"])
@@ -78,7 +79,8 @@ def ragged_slots(layouts):
 
 CLASS, PADDING = fastvim.CLASS, fastvim.PADDING
 MASKS = {       # ids of a 3 x 2 (or, for odd and even, 2 x 3) grid; the class token lies anywhere
-    "a row empty": [[0, 1, 4, 5], [2, 3, 4, 5]], "one token each": [[5], [2]], "padded": [[5], [0, 2, 3], [1, 2, 3, 4, 5]],
+    "a row empty": [[0, 1, 4, 5], [2, 3, 4, 5]], "one token each": [[5], [2]],
+    "padded": [[5], [0, 2, 3], [1, 2, 3, 4, 5]],
     "class": [[0, 1, 4, CLASS, 5], [CLASS, 2, 3, 4, 5]], "class, all": [[0, 1, 2, CLASS, 3, 4, 5]],
     "class, padded": [[5, CLASS], [0, CLASS, 2, 3], [1, 2, CLASS, 3, 4, 5]],
     "class, padding within": [[5, PADDING, PADDING, CLASS], [CLASS, 0, 2, 3]], "class alone": [[CLASS], [CLASS, 3]]}
@@ -101,9 +103,9 @@ def test_masked_mixer_follows_the_pseudo_code(mask, fields):
 
         def naive(u):
             count = m.cfg.mask_divisor == "count"
-            images = [naive_mixer(m, u[i:i + 1, real[i]], row, "h w", sizes, [[s for s in image if s != PADDING]], count)
-                      for i, image in enumerate(slots)]
-            return torch.cat([y[0] for y in images])
+            own = [[s for s in image if s != PADDING] for image in slots]
+            return torch.cat([naive_mixer(m, u[i:i + 1, real[i]], row, "h w", sizes, [own[i]], count)[0]
+                              for i in range(len(slots))])
         expected = run_with_gradients(naive, m, u)
         actual = run_with_gradients(lambda u: m(u, plan)[real], m, u)
         for a, e in zip(actual, expected, strict=True):
@@ -135,7 +137,7 @@ def test_count_divides_by_kept_tokens_and_axis_by_the_length():
             assert_close(p[:, b, r], members.sum(1) / max(number, 1), 1e-5, 1e-6)
 
 
-# ---- batches -----------------------------------------------------------------------------------------------------------
+# ---- batches ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("class_token", [False, True], ids=["", "class"])
@@ -147,7 +149,7 @@ def test_images_of_a_batch_do_not_meet(fields, class_token):
     batch are the sum of the images'."""
     model = tiny(class_token=class_token, **fields)
     x = images(model, 4)
-    kept = [[9, 5, 8, 15, 2, 3], [13], [0, 1, 2], list(range(15, 3, -1))]       # the second and last keep nothing of row 0
+    kept = [[9, 5, 8, 15, 2, 3], [13], [0, 1, 2], list(range(15, 3, -1))]       # two keep nothing of row 0
     width = max(map(len, kept))
     keep = torch.tensor([ids + [-1] * (width - len(ids)) for ids in kept])
     for batch, alone in ((None, [None] * 4), (keep, [torch.tensor([ids]) for ids in kept])):
@@ -168,7 +170,7 @@ def test_the_order_of_kept_ids_does_not_matter(schedule):
     assert features.shape == (2, 6, 16)
 
 
-# ---- what reaches what -------------------------------------------------------------------------------------------------
+# ---- what reaches what -----------------------------------------------------------------------------------------------
 
 
 def final_token(model, x):
@@ -187,15 +189,16 @@ def test_every_token_reaches_every_other(schedule):
 
 def test_only_alternation_tells_the_tokens_of_a_row_apart():
     """Swapping two tokens of another row changes nothing where only rows are pooled; where columns follow, it does."""
-    for schedule, swap, blind in [("pool_col", (-2, -1), True), ("pool_row", (-2, -1), False), ("pool_row", (-3, -1), True),
-                                  ("pool_col", (-3, -1), False), ("fastvim", (-2, -1), False), ("fastvim", (-3, -1), False)]:
-        model = tiny(schedule=schedule, d_conv=0, depth=2, patch_size=1, img_size=(3, 2))    # tokens 4, 5 of the last row
+    same_row, same_column = (4, 5), (3, 5)                      # of a 3 x 2 grid
+    for schedule, swap, blind in [("pool_col", same_row, True), ("pool_col", same_column, False),
+                                  ("pool_row", same_row, False), ("pool_row", same_column, True),
+                                  ("fastvim", same_row, False), ("fastvim", same_column, False)]:
+        model = tiny(schedule=schedule, d_conv=0, depth=2, patch_size=1, img_size=(3, 2))
         with torch.no_grad():
             model.pos_embed.copy_(model.pos_embed[:, :1].expand_as(model.pos_embed))
         x = images(model, 1)
         tokens = x.flatten(2).clone()
-        a, b = (6 + i for i in swap)                            # (4, 5): the same row; (3, 5): the same column
-        tokens[..., [a, b]] = tokens[..., [b, a]]
+        tokens[..., swap] = tokens[..., swap[::-1]]
         change = (final_token(model, x) - final_token(model, tokens.view_as(x))).abs().max()
         assert (change < 1e-12) == blind, (schedule, swap, change)
 
@@ -209,7 +212,8 @@ def test_transposing_grid_and_schedule_together_changes_nothing(monkeypatch, row
     monkeypatch.setitem(fastvim.SCHEDULES, "first", rows)
     monkeypatch.setitem(fastvim.SCHEDULES, "second", swapped)
     fields = dict(patch_size=1, pool=pool, class_token=class_token)
-    first, second = tiny(schedule="first", img_size=(4, 6), **fields), tiny(schedule="second", img_size=(6, 4), **fields)
+    first = tiny(schedule="first", img_size=(4, 6), **fields)
+    second = tiny(schedule="second", img_size=(6, 4), **fields)
     state = first.state_dict()
     pos, own = fastvim.resize_pos_embed(first.pos_embed.detach(), (4, 6), (4, 6),
                                         first._class_slot(4, 6) if class_token else None)
@@ -218,10 +222,10 @@ def test_transposing_grid_and_schedule_together_changes_nothing(monkeypatch, row
     second.load_state_dict(state)
     x, keep = images(first), random_keep(2, 24, 7)
     assert_close(second(x.mT), first(x))
-    assert_close(second(x.mT, keep=keep), first(x, keep=keep))      # each numbers tokens as they lie: by its first layer
+    assert_close(second(x.mT, keep=keep), first(x, keep=keep))      # ids count as the first layer walks
 
 
-# ---- pooling -----------------------------------------------------------------------------------------------------------
+# ---- pooling ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("row, storage", POOLED_ROWS)
@@ -253,13 +257,14 @@ def test_max_pooling_passes_nan_on_and_beats_negative_values():
 def test_pool_scale_scales_mean_pooling_but_not_the_class_token():
     slots, c = torch.tensor([[0, 1, CLASS, 3, PADDING]]), torch.randn(2, 1, 5, 3)
     for row in fastvim.SCHEDULES["fastvim"]:
-        p = [fastvim.pool(c, fastvim.make_plan(row, "h w", dict(h=2, w=2), slots, class_token=True, pool_scale=scale), "mean")
-             for scale in (1.0, 0.25)]
+        plans = [fastvim.make_plan(row, "h w", dict(h=2, w=2), slots, class_token=True, pool_scale=scale)
+                 for scale in (1.0, 0.25)]
+        p = [fastvim.pool(c, plan, "mean") for plan in plans]
         assert_close(p[1][:, :, [0, 2]], p[0][:, :, [0, 2]] * 0.25, 1e-6, 1e-7)
         assert p[1][:, :, 1].equal(p[0][:, :, 1]) and p[0][:, :, 1].ne(0).all()
 
 
-# ---- class tokens ------------------------------------------------------------------------------------------------------
+# ---- class tokens ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", [3, 4], ids=["odd", "even"])
@@ -304,7 +309,7 @@ def test_the_class_token_is_what_is_read(schedule, size):
     assert (rearrange(x.grad, "1 c (h p) (w q) -> c h w (p q)", p=8, q=8).abs().amax(-1) > 1e-9).all()
 
 
-# ---- the released masking ----------------------------------------------------------------------------------------------
+# ---- the released masking --------------------------------------------------------------------------------------------
 
 
 def test_released_masking_differs_in_the_backward_direction_only():
