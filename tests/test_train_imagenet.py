@@ -1,0 +1,199 @@
+"""The ImageNet script from its command line: recipes, training, evaluation, prediction, exact resume, two processes."""
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+for module in ("timm", "torchvision", "sklearn", "PIL"):
+    pytest.importorskip(module)
+
+import data
+import train_imagenet
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SMALL = ["--depth", "1", "--threads", "1", "--save-minutes", "0"]          # a checkpoint after every step
+
+
+def run(*argv):
+    """The script in this process."""
+    sys.argv, old = ["train_imagenet.py", *map(str, argv)], sys.argv
+    try:
+        train_imagenet.main()
+    finally:
+        sys.argv = old
+
+
+def start(*argv, launcher=()):
+    """The script in a process of its own."""
+    return subprocess.Popen([sys.executable, *launcher, "train_imagenet.py", *SMALL, *map(str, argv)], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("digits")
+    run("--depth", 2, "--epochs", 4, "--warmup", 0.5, "--lr", 2e-3, "--out", out, "--device", "cpu")
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes, dark and bright, in ImageNet's layout."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, n in (("train", 12), ("val", 4)):
+        for label, name in enumerate(("dark", "light")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 100, (40, 48, 3)) + 150 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
+FOLDER = ["--img-size", 32, "--patch-size", 8, "--depth", 1, "--batch-size", 8, "--workers", 0, "--device", "cpu",
+          "--ema", 0, "--lr", 1e-3, "--warmup", 1]
+
+
+def test_recipes():
+    """recipes.md, section 1; and without --data one scaled to the digits."""
+    args = train_imagenet.get_args(["--data", "x", "--size", "b"])[0]
+    expected = dict(epochs=300, warmup=5, weight_decay=0.05, ema=0.9999, mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25,
+                    auto_augment="rand-m9-mstd0.5-inc1", crop_pct=0.875, img_size=224, recipe_lr=1e-3, recipe_batch=1024)
+    assert expected == {k: vars(args)[k] for k in expected} and not args.amp and args.clip == 0
+    model = train_imagenet.build_model(args, 1000)
+    assert sum(p.numel() for p in model.parameters()) == 97_670_632 and model.cfg.drop_path_rate == 0.4
+    assert train_imagenet.get_args(["--size", "s"])[0].img_size == 32
+    assert train_imagenet.get_args(["--data", "x", "--epochs", "7"])[0].epochs == 7
+
+
+def test_digits_are_learnt(digits_run):
+    lines = log(digits_run)
+    assert len(lines) == 4 and lines[-1]["metrics"]["top1"] > 85
+    assert {"config.json", "best.pt", "last.pt", "log.jsonl", "curve.png"} <= {p.name for p in digits_run.iterdir()}
+
+
+def test_evaluation_finds_the_logged_accuracy_without_being_told_the_model(digits_run, capsys):
+    run("--eval", digits_run / "best.pt", "--device", "cpu")
+    best = max(line["metrics"]["top1"] for line in log(digits_run))
+    assert f"top-1 {best:.2f} %" in capsys.readouterr().out
+
+
+def test_prediction_prints_five_classes_and_goes_on_after_a_bad_file(digits_run, tmp_path, capsys):
+    held_out = data.Digits(False)
+    for i in range(6):
+        Image.fromarray((held_out.images[i, 0] * 255).round().byte().numpy()).resize((64, 64), 0).save(tmp_path / f"{i}.png")
+    (tmp_path / "bad.png").write_text("no image")
+    model, classes = train_imagenet.restore(train_imagenet.get_args(["--device", "cpu"])[0], digits_run / "best.pt")
+    with torch.no_grad():
+        expected = [str(model(held_out[i][0][None]).argmax().item()) for i in range(6)]
+    capsys.readouterr()
+    run("--predict", tmp_path / "bad.png", *(tmp_path / f"{i}.png" for i in range(6)), "--eval", digits_run / "best.pt",
+        "--device", "cpu")
+    lines = capsys.readouterr().out.split("bad.png: cannot be read")[1].splitlines()[1:]
+    assert len(lines) == 6 * 6
+    assert [lines[6 * i + 1].split()[-1] for i in range(6)] == expected
+    shares = [float(line.split()[0]) for line in lines[1:6]]
+    assert shares == sorted(shares, reverse=True) and sum(shares) <= 100.3
+
+
+def test_image_folder_with_the_whole_augmentation(folder, tmp_path, capsys):
+    run("--data", folder, *FOLDER, "--epochs", 8, "--out", tmp_path / "run")
+    assert log(tmp_path / "run")[-1]["metrics"]["top1"] == 100
+    run("--data", folder, "--eval", tmp_path / "run" / "best.pt", "--device", "cpu", "--workers", 0)
+    assert "top-1 100.00 %" in capsys.readouterr().out
+    run("--predict", folder / "val" / "light" / "0.png", "--eval", tmp_path / "run" / "best.pt", "--device", "cpu")
+    assert capsys.readouterr().out.splitlines()[-2].endswith("light")
+    with pytest.raises(SystemExit, match="last.pt"):                       # nothing is overwritten
+        run("--data", folder, *FOLDER, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("flags", [
+    "--schedule pool_row", "--class-token", "--pool attention", "--pool-scale 0.25", "--block-norm layernorm",
+    "--ssm-norm rmsnorm", "--no-conv", "--skip-before-expand", "--model vim_tiny --ssm-norm none",
+    "--model vit_tiny_patch16_224 --patch-size 8 --vit-pool --vit-conv", "--model resnet10t",
+    "--amp --clip 1 --accum 2 --drop-path 0.2"])
+def test_every_variant_trains_a_step_and_is_restored(flags, folder, tmp_path):
+    run("--data", folder, *FOLDER, "--steps", 1, "--out", tmp_path, *flags.split())
+    model, classes = train_imagenet.restore(train_imagenet.get_args(["--device", "cpu"])[0], tmp_path / "last.pt")
+    assert classes == ["dark", "light"] and model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+
+
+def test_pooled_attention_gives_a_row_one_result():
+    import timm
+    model = timm.create_model("vit_tiny_patch16_224", img_size=(32, 48), patch_size=16, depth=1)
+    x = torch.randn(2, 1 + 2 * 3, 192)
+    for odd in (0, 1):
+        attn = train_imagenet.PooledAttention(model.blocks[0].attn, 1, (2, 3), odd, conv=False)
+        grid = attn(x)[:, 1:].reshape(2, 2, 3, 192)
+        spread = grid.std(2 - odd).max()
+        assert spread < 1e-6 < grid.std(1 + odd).max()
+    full = train_imagenet.PooledAttention(model.blocks[0].attn, 1, (2, 1), 0, conv=False)   # rows of one token: plain attention
+    torch.testing.assert_close(full(x[:, :3]), model.blocks[0].attn(x[:, :3]))
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--model nomodel", "fastvim_tiny"), ("--data /nowhere", "/nowhere: no such folder"), ("--eval nofile.pt", "nofile.pt"),
+    ("--vit-pool", "ViTs of timm"), ("--model resnet10t --no-conv", "does not know d_conv"),
+    ("--batch-size 2000", "--batch-size"), ("--pool max --pool-scale 0.5", "mean pooling only")])
+def test_impossible_requests_end_in_one_clear_line(flags, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        run(*flags.split(), "--out", tmp_path)
+
+
+def test_unknown_choices_are_named(capsys):
+    with pytest.raises(SystemExit):
+        run("--size", "x")
+    assert "choose from" in capsys.readouterr().err
+
+
+def test_checkpoint_of_another_model_names_the_keys(digits_run):
+    content = torch.load(digits_run / "best.pt", weights_only=True)
+    del content["args"]                                                     # as a released file, which names no model
+    torch.save(content, digits_run / "anonymous.pt")
+    with pytest.raises(SystemExit, match=r"missing in the file: layers\.10"):
+        run("--eval", digits_run / "anonymous.pt", "--device", "cpu")
+
+
+def test_killed_in_mid_epoch_and_resumed_ends_in_the_same_bits(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = ["--steps", 24, "--drop-path", 0.3, "--mixup", 0.8]
+    reference = start(*flags, "--out", whole)
+    victim = start(*flags, "--out", killed)
+    while not (killed / "last.pt").exists() and victim.poll() is None:
+        time.sleep(0.05)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL and reference.wait() == 0, reference.stdout.read()
+    step = torch.load(killed / "last.pt", weights_only=True)["step"]
+    assert 0 < step < 24
+    resumed = start(*flags, "--out", killed, "--resume")
+    assert resumed.wait() == 0 and f"at step {step} of 24" in resumed.stdout.read()
+    a, b = (torch.load(out / "last.pt", weights_only=True) for out in (whole, killed))
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    a, b = log(whole), log(killed)
+    assert [line["loss"] for line in a] == [line["loss"] for line in b] and a[-1]["metrics"] == b[-1]["metrics"]
+
+
+def test_two_processes_match_one_with_the_same_effective_batch(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    runs = [start("--epochs", 1, "--batch-size", 64, "--lr", 1e-3, "--out", one),
+            start("--epochs", 1, "--batch-size", 32, "--lr", 1e-3, "--out", two,
+                  launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))]
+    for process in runs:
+        assert process.wait() == 0, process.stdout.read()
+    a, b = log(one)[-1], log(two)[-1]
+    assert abs(a["loss"] - b["loss"]) < 1e-4 and abs(a["metrics"]["loss"] - b["metrics"]["loss"]) < 1e-4
+    a, b = (torch.load(out / "last.pt", weights_only=True)["model"] for out in (one, two))
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-4
