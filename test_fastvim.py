@@ -71,8 +71,8 @@ def with_gradients(scan, inputs, device="cpu", dtype=torch.float64):
     """-> [s, the gradient of every input], of a loss that weighs each output differently."""
     inputs = {k: v.to(device, dtype).requires_grad_() for k, v in inputs.items()}
     s = scan(**inputs)
-    (s * torch.linspace(-1, 1, s.numel(), device=device, dtype=dtype).reshape(s.shape)).sum().backward()
-    return [s] + [v.grad for v in inputs.values()]
+    loss = (s * torch.linspace(-1, 1, s.numel(), device=device, dtype=dtype).reshape(s.shape)).sum()
+    return [s, *torch.autograd.grad(loss, list(inputs.values()), materialize_grads=True)]
 
 
 @functools.lru_cache(None)
