@@ -45,6 +45,7 @@ import subprocess
 import sys
 import time
 import types
+import zipfile
 from typing import Callable, NamedTuple, Optional, Sequence, Union
 
 import torch
@@ -91,6 +92,7 @@ FAMILIES = {
 
 NORMS = {"rmsnorm": functools.partial(nn.RMSNorm, eps=1e-5), "layernorm": functools.partial(nn.LayerNorm, eps=1e-5)}
 POOLS = ("mean", "max", "attention")
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,36 +122,38 @@ class Config:
     hcs_sorted: bool = True                     # keep sampled channels in order, which a sequence model needs
     mask_divisor: str = "axis"                  # masked mean: divide by the "axis" length or by the "count" (Table 12)
     released_masking: bool = False              # the released code's backward branch, which mixes rows (for its weights)
-    out_indices: Optional[Sequence[int]] = None  # blocks tapped for dense tasks: no head, one LayerNorm for each tap
+    out_indices: Optional[Sequence] = None      # blocks tapped for dense tasks: no head, one LayerNorm for each tap
 
     def __post_init__(self):
-        def choose(field, choices):
-            if getattr(self, field) not in choices:
-                raise ValueError(f"{field}={getattr(self, field)!r} is unknown; choose from {', '.join(map(str, choices))}")
-        choose("schedule", SCHEDULES)
-        choose("block_norm", NORMS)
-        choose("ssm_norm", (None, *NORMS))
-        choose("pool", POOLS)
-        choose("mask_divisor", ("axis", "count"))
+        def check(field, right, must):
+            if not right:
+                raise ValueError(f"{field}={getattr(self, field)!r} {must}")
+
+        for field, choices in dict(schedule=SCHEDULES, block_norm=NORMS, ssm_norm=[None, *NORMS], pool=POOLS,
+                                   mask_divisor=["axis", "count"]).items():
+            check(field, getattr(self, field) in list(choices),
+                  f"is unknown; choose from {', '.join(map(str, choices))}")
         for field, least in dict(patch_size=1, in_chans=1, num_classes=0, embed_dim=1, depth=1, d_state=1, d_conv=0,
-                                 expand=1).items():
+                                 expand=1, dt_rank=1).items():
+            value = 1 if field == "dt_rank" and self.dt_rank is None else getattr(self, field)
+            check(field, type(value) is int and value >= least, f"must be a whole number of at least {least}")
+        for field in ("class_token", "skip_before_expand", "hcs", "hcs_sorted", "released_masking"):
+            check(field, isinstance(getattr(self, field), bool), "must be True or False")
+        size = tuple(self.img_size) if isinstance(self.img_size, (tuple, list)) else (self.img_size,) * 2
+        check("img_size", len(size) == 2 and all(type(v) is int and v >= self.patch_size for v in size),
+              f"must be one size or (height, width) in whole pixels, of at least one patch ({self.patch_size} px)")
+        object.__setattr__(self, "img_size", size)
+        for field, right, must in (("drop_path_rate", lambda v: 0 <= v < 1, "must be a number in [0, 1)"),
+                                   ("pool_scale", lambda v: 0 < v < math.inf, "must be a positive number")):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{field}={value!r} must be a whole number of at least {least}")
-        size = self.img_size if isinstance(self.img_size, (tuple, list)) else (self.img_size, self.img_size)
-        if len(size) != 2 or min(size) < self.patch_size:
-            raise ValueError(f"img_size={self.img_size} must be one size or (height, width) of at least one patch "
-                             f"({self.patch_size} px)")
-        object.__setattr__(self, "img_size", tuple(size))
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate={self.drop_path_rate} must lie in [0, 1)")
-        if self.pool_scale != 1 and (self.pool != "mean" or self.schedule in ("vim", "channelvim", "channelvim_spatial")):
-            raise ValueError(f"pool_scale={self.pool_scale} scales mean pooling only; "
-                             f"this model has schedule={self.schedule!r}, pool={self.pool!r}")
+            check(field, isinstance(value, (int, float)) and not isinstance(value, bool) and right(value), must)
+        pools = any(pooled for _, pooled in self.rows)
+        check("pool", pools or self.pool == "mean", f"has nothing to pool in schedule={self.schedule!r}")
+        check("pool_scale", self.pool_scale == 1 or pools and self.pool == "mean",
+              f"scales mean pooling only; this model has schedule={self.schedule!r}, pool={self.pool!r}")
+        check("released_masking", not (self.released_masking and self.class_token), "knows no class token")
         if self.out_indices is not None:
-            object.__setattr__(self, "out_indices", tuple(self.out_indices))
-            if not self.out_indices or not all(0 <= i < self.depth for i in self.out_indices):
-                raise ValueError(f"out_indices={self.out_indices} must name blocks between 0 and {self.depth - 1}")
+            object.__setattr__(self, "out_indices", check_blocks("out_indices", self.out_indices, self.depth))
 
     @property
     def rows(self):                             # layer i runs by rows[i % len(rows)]
@@ -162,6 +166,14 @@ class Config:
     @property
     def per_channel(self):
         return "c" in self.storage
+
+
+def check_blocks(name, indices, depth):
+    """Returns indices as a tuple, or raises ValueError if they do not name different blocks."""
+    blocks = tuple(indices) if isinstance(indices, Sequence) else ()
+    if not blocks or any(type(i) is not int or not 0 <= i < depth for i in blocks) or len(set(blocks)) < len(blocks):
+        raise ValueError(f"{name}={indices!r} must list different blocks between 0 and {depth - 1}")
+    return blocks
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,9 +264,8 @@ def make_plan(row, storage, sizes, slots=None, *, class_token=False, pool_scale=
     real, is_class, group = (t.gather(1, token) for t in (real, is_class, group.clamp(max=steps - 1)))
     if released_masking:
         # The released code pools, and later expands, the reversed tokens by the row ids of the unreversed ones.
-        if class_token or not bool(real.all()):
-            raise ValueError("released_masking knows neither class tokens nor padding: give every image of the batch "
-                             "the same number of kept tokens")
+        if not bool(real.all()):
+            raise ValueError("released_masking knows no padding: keep the same number of tokens of every image")
         group = torch.stack([group, steps - 1 - group.flip(1)])                              # (K B S)
     else:
         group = torch.stack([group, group])                                                  # (K B S)
@@ -289,7 +300,6 @@ class SSMWeights(NamedTuple):
     score_w: Optional[Tensor]                   # (K E), attention pooling only
     score_b: Optional[Tensor]                   # (K)
     pool: str
-    pool_scale: float
     skip_before_expand: bool
 
 
@@ -378,8 +388,9 @@ def pool(c, plan, kind, score=None):
         place = place.masked_fill(~((c == group_max(c)) | c.isnan()) | padding, L)
         first = place.new_full((*c.shape[:2], plan.steps, c.shape[-1]), L).scatter_reduce(2, index, place, "amin")
         return F.pad(c, (0, 0, 0, 1)).gather(2, first)              # a group without tokens reads the zero beyond the end
-    a = (score - group_max(score)).exp().masked_fill(padding, 0)                             # (K B L 1)
-    total = group_sum(a).clamp(min=torch.finfo(a.dtype).tiny).gather(2, plan.group[..., None])
+    # Padding is taken out before exp and before the division: inf and 0 / 0 there would reach the gradients as NaN.
+    a = (score - group_max(score)).masked_fill(padding, -math.inf).exp()                     # (K B L 1)
+    total = group_sum(a).gather(2, plan.group[..., None].expand(a.shape)).masked_fill(padding, 1)
     return group_sum(c * (a / total))
 
 
@@ -410,10 +421,10 @@ def selective_scan(x, dt, A, B, C, D=None, dt_bias=None):
     dt = F.softplus(dt)
     A = A.mT.contiguous()[:, None]                                          # (K 1 N E): E innermost, for long vectors
     inputs = [torch.cat([v[:1], v[1:].flip(2)]) for v in (x, dt, B, C)]     # direction 1 starts at the other end
-    h, s = None, []
+    h, s = x.new_zeros(()), []
     for x_t, dt_t, B_t, C_t in zip(*(v.unbind(2) for v in inputs)):         # (K B E) (K B E) (K B N) (K B N)
         decay, drive = torch.exp(dt_t[..., None, :] * A), B_t[..., None] * (dt_t * x_t)[..., None, :]    # (K B N E)
-        h = drive if h is None else torch.addcmul(drive, decay, h)          # (K B N E)
+        h = torch.addcmul(drive, decay, h)                                  # (K B N E)
         s.append((C_t[..., None, :] @ h)[..., 0, :])                        # (K B E)
     s = torch.stack(s, 2)                                                   # (K B P E)
     s = torch.cat([s[:1], s[1:].flip(2)])
@@ -549,7 +560,7 @@ class Mixer(nn.Module):
             norm_b=at_least_float32(self.layernorm.bias) if cfg.ssm_norm == "layernorm" else None,
             score_w=pair(*(m.weight for m in score))[:, 0] if score else None,
             score_b=pair(*(m.bias for m in score))[:, 0] if score else None,
-            pool=cfg.pool, pool_scale=cfg.pool_scale, skip_before_expand=cfg.skip_before_expand)
+            pool=cfg.pool, skip_before_expand=cfg.skip_before_expand)
 
     def forward(self, u, plan):
         xz = self.in_proj(u)                                                # (B L 2E)
@@ -559,7 +570,7 @@ class Mixer(nn.Module):
 
 
 class Block(nn.Module):
-    """residual += hidden; hidden = mixer(norm(residual)). The residual stream is kept in float32."""
+    """residual += drop_path(hidden); hidden = mixer(norm(residual)). The residual stream is kept in float32."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -568,14 +579,14 @@ class Block(nn.Module):
 
     def forward(self, hidden, residual, plan, drop_path=0.0):
         ops = pick_backend(hidden.device)
+        hidden = stochastic_depth(hidden, drop_path, self.training)
         u, residual = ops.add_norm(hidden, residual, self.norm.weight, getattr(self.norm, "bias", None))
-        hidden = self.mixer(u, plan)                                        # (B L D)
-        return stochastic_depth(hidden, drop_path if self.training else 0.0), residual
+        return self.mixer(u, plan), residual                                # (B L D) (B L D)
 
 
-def stochastic_depth(x, rate):
-    """Drops whole samples of a residual branch and scales the others up. x (B ...)."""
-    if rate == 0:
+def stochastic_depth(x, rate, training):
+    """Drop path: in training, drops whole samples of a residual branch and scales the others up. x (B ...)."""
+    if rate == 0 or not training:
         return x
     keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - rate)
     return x * keep / (1 - rate)
@@ -635,7 +646,8 @@ class FastVim(nn.Module):
         else:                                                               # dense tasks: a norm for each tap, no head
             for i in range(len(cfg.out_indices)):
                 self.add_module(f"outnorm_{i}", NORMS["layernorm"](D))
-        self.drop_path_rates = torch.linspace(0, cfg.drop_path_rate, cfg.depth, device="cpu").tolist()
+        # of what comes into block i, the last one of what comes into norm_f: blocks 0 and 1 both take in the first rate
+        self.drop_path_rates = [0.0] + torch.linspace(0, cfg.drop_path_rate, cfg.depth, device="cpu").tolist()
         self.grad_checkpointing = False         # True: keep only each block's input, recompute the rest backwards
         init_weights(self)
 
@@ -654,8 +666,9 @@ class FastVim(nn.Module):
     def _tokens(self, x, keep, channels):
         """Image -> tokens (B S D) as they lie, and their Layout."""
         cfg = self.cfg
-        if x.ndim != 4 or not x.is_floating_point():
-            raise TypeError(f"images must be a float tensor (B, C, H, W), not {x.dtype} of shape {tuple(x.shape)}")
+        if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
+            what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"images must be a float tensor (B, C, H, W), not {what}")
         if min(x.shape[2:]) < 1:
             raise ValueError(f"images of shape {tuple(x.shape)} have no pixels")
         channels = self._channels(x, channels)
@@ -699,7 +712,7 @@ class FastVim(nn.Module):
                                  f"channels=[ids between 0 and {cfg.in_chans - 1}]")
             return torch.arange(C, device=x.device)
         channels = torch.as_tensor(channels, device=x.device)
-        if channels.shape != (C,) or channels.is_floating_point() or C == 0 or not (
+        if channels.shape != (C,) or channels.dtype not in INTEGERS or C == 0 or not (
                 0 <= int(channels.min()) and int(channels.max()) < cfg.in_chans):
             raise ValueError(f"channels={channels.tolist()} must give one id between 0 and {cfg.in_chans - 1} for each "
                              f"of the image's {C} channels")
@@ -708,14 +721,20 @@ class FastVim(nn.Module):
     def _check_keep(self, keep, x):
         """keep (B S) integer ids of tokens, -1 for padding -> slots (B S), sorted as they lie, padding last."""
         B, L = x.shape[:2]
-        keep = torch.as_tensor(keep, device=x.device)
-        if keep.ndim != 2 or keep.shape[0] != B or keep.is_floating_point() or keep.shape[1] == 0:
+        try:
+            keep = torch.as_tensor(keep, device=x.device)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"keep must be a rectangle of token ids; pad images that keep fewer with -1 ({error})") from None
+        if keep.ndim != 2 or keep.shape[0] != B or keep.dtype not in INTEGERS or keep.shape[1] == 0:
             raise ValueError(f"keep must hold integer token ids of shape (B={B}, kept tokens), -1 for padding; "
                              f"got {keep.dtype} of shape {tuple(keep.shape)}")
-        keep = keep.long().masked_fill(keep < 0, L).sort(1).values
-        if int(keep.max()) > L or bool(((keep[:, 1:] == keep[:, :-1]) & (keep[:, 1:] < L)).any()):
-            raise ValueError(f"keep must name each of the {L} tokens (0 to {L - 1}) at most once per image")
-        return keep.masked_fill(keep == L, PADDING)
+        keep = keep.long()
+        ids = keep.masked_fill(keep == -1, L).sort(1).values                # (B S) padding last
+        if B and not (-1 <= int(keep.min()) and int(keep.max()) < L and int(ids[:, 0].max()) < L) or bool(
+                ((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < L)).any()):
+            raise ValueError(f"keep must name at least one of the {L} tokens (0 to {L - 1}) of every image, each at most "
+                             "once, and be -1 where it is padding")
+        return ids.masked_fill(ids == L, PADDING)
 
     def _plan(self, row, layout):
         cfg, slots = self.cfg, layout.slots
@@ -754,6 +773,7 @@ class FastVim(nn.Module):
         x, layout = self._tokens(x, keep, channels)
         for hidden, residual in self._blocks(x, layout):
             pass
+        hidden = stochastic_depth(hidden, self.drop_path_rates[-1], self.training)
         x, _ = pick_backend(x.device).add_norm(hidden, residual, self.norm_f.weight, getattr(self.norm_f, "bias", None))
         return x, layout.slots
 
@@ -775,11 +795,9 @@ class FastVim(nn.Module):
         A tap is the block's own output, not the residual stream, through outnorm_i if the model was made with
         out_indices (then `indices` is those): so the released dense checkpoints were built."""
         cfg = self.cfg
-        if indices is not None and cfg.out_indices is not None and tuple(indices) != cfg.out_indices:
-            raise ValueError(f"indices={tuple(indices)}, but the model has norms for out_indices={cfg.out_indices}")
-        indices = cfg.out_indices if indices is None else tuple(indices)
-        if not indices or not all(0 <= i < cfg.depth for i in indices):
-            raise ValueError(f"indices={indices} must name blocks between 0 and {cfg.depth - 1}")
+        indices = check_blocks("indices", cfg.out_indices if indices is None else indices, cfg.depth)
+        if cfg.out_indices not in (None, indices):
+            raise ValueError(f"indices={indices}, but the model has norms for out_indices={cfg.out_indices}")
         x, layout = self._tokens(x, None, channels)
         maps = {}
         for i, (hidden, _) in enumerate(self._blocks(x, layout)):
@@ -829,7 +847,7 @@ def resize_pos_embed(pos, old, new, class_row=None):
 def init_weights(model):
     """Initialises a FastVim in place, from torch's global generator."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module.bias is not None:
+        if isinstance(module, nn.Linear) and module.bias is not None and not name.endswith(".dt_proj"):
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.Conv2d):
             std = math.prod(module.weight.shape[1:]) ** -0.5 / 0.87962566103423978      # of a normal cut at 2 sigma
@@ -909,7 +927,10 @@ def read_checkpoint(path):
             from safetensors.torch import load_file
             content = load_file(path)
         else:
-            reader = types.SimpleNamespace(Unpickler=_TensorsOnly, load=pickle.load, __name__="tensors_only")
+            if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+                raise ValueError("it is a TorchScript program, not a dictionary of weights")
+            reader = types.SimpleNamespace(Unpickler=_TensorsOnly, __name__="tensors_only",
+                                           load=lambda file, **options: _TensorsOnly(file, **options).load())
             content = torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False)
     except ImportError:
         raise
@@ -923,11 +944,12 @@ def read_checkpoint(path):
 def model_weights(content):
     """What read_checkpoint returned -> (weights {name: Tensor} under our names, where in the file they lay).
 
-    Takes EMA weights when there are some: state_dict_ema or state_dict of Lightning and MMEngine files, ema or model
-    of ours, of Vim's and of MAE's, or the dictionary itself. Raises ValueError if there are no tensors."""
-    source = next((k for k in ("state_dict_ema", "ema", "state_dict", "model") if isinstance(content.get(k), dict)), "")
+    Takes EMA weights when there are some. They lie in state_dict_ema or state_dict of Lightning and MMEngine files, in
+    ema or model of ours, Vim's and MAE's, or the dictionary is them. Raises ValueError if there are no tensors."""
+    source = next((k for k in ("state_dict_ema", "ema", "state_dict", "model") if isinstance(content.get(k), dict) and content[k]),
+                  "")
     tensors = {k: v for k, v in (content[source] if source else content).items() if isinstance(v, Tensor)}
-    for prefix in ("module.", "backbone."):
+    for prefix in ("ema.module.", "module.", "backbone."):
         if found := {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}:
             tensors, source = found, f"{source} {prefix[:-1]}".strip()
     if not tensors:
@@ -946,8 +968,8 @@ def load_checkpoint(model, path):
     pos = tensors.get("pos_embed")
     if isinstance(model, FastVim) and pos is not None and pos.shape != own["pos_embed"].shape:
         row = model.cfg.class_token and not model.cfg.per_channel           # whether the class token has a row
-        side = math.isqrt(pos.shape[1] - row)
-        if pos.ndim == 3 and side * side + row == pos.shape[1]:
+        side = math.isqrt(max(0, pos.shape[1] - row)) if pos.ndim == 3 and len(pos) == 1 else 0
+        if side and side * side + row == pos.shape[1]:
             patches, class_pos = resize_pos_embed(pos, (side, side), model.grid_size,
                                                   model._class_slot(side, side) if row else None)
             at = model._class_slot(*model.grid_size)
@@ -977,13 +999,14 @@ def count_macs(cfg, img_size=None):
     h, w, c = -(-H // cfg.patch_size), -(-W // cfg.patch_size), cfg.in_chans if cfg.per_channel else 1
     D, E, N, patch = cfg.embed_dim, cfg.expand * cfg.embed_dim, cfg.d_state, cfg.patch_size ** 2
     R, L = cfg.dt_rank or math.ceil(D / 16), h * w * c + cfg.class_token
-    macs = dict(patch_embed=h * w * D * cfg.in_chans * patch, in_proj=0, conv1d=0, x_proj=0, dt_proj=0, out_proj=0,
-                scan=0, norm=5 * L * D, head=D * cfg.num_classes)
+    macs = dict(patch_embed=h * w * D * cfg.in_chans * patch, in_proj=0, conv1d=0, score=0, x_proj=0, dt_proj=0,
+                out_proj=0, scan=0, norm=5 * L * D, head=D * cfg.num_classes)
     for i in range(cfg.depth):
         row = cfg.rows[i % len(cfg.rows)]
         P = make_plan(row, cfg.storage, dict(h=h, w=w, c=c)).steps + cfg.class_token
         macs["in_proj"] += 2 * L * D * E
         macs["conv1d"] += 2 * L * E * cfg.d_conv
+        macs["score"] += 2 * L * E * (cfg.pool == "attention")
         macs["x_proj"] += 2 * P * E * (R + 2 * N)
         macs["dt_proj"] += 2 * P * R * E
         macs["scan"] += 2 * 9 * P * E * N

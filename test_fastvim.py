@@ -240,8 +240,8 @@ def compare_mixer(m, row, storage, sizes, backend="python", device="cpu", dtype=
     assert relative_error(values, expected) < (tolerance or TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("pool", fastvim.POOLS)
-@pytest.mark.parametrize("schedule", fastvim.SCHEDULES)
+@pytest.mark.parametrize("schedule, pool", [(schedule, pool) for schedule, rows in fastvim.SCHEDULES.items()
+                                            for pool in fastvim.POOLS if pool == "mean" or rows[0][1]])
 @pytest.mark.parametrize("backend, device, dtype", RUNS)
 def test_mixer_follows_the_pseudo_code(backend, device, dtype, schedule, pool):
     """Every row of the schedule table; each axis has another length, so that none can stand for another."""

@@ -48,6 +48,8 @@ for value in (float("nan"), float("inf"), 0, -1.0, "0.5", None):
 for fields in (dict(pool="max"), dict(pool="attention"), dict(schedule="vim"), dict(schedule="channelvim")):
     refused(f"pool_scale of {fields}", lambda fields=fields: tiny(pool_scale=0.5, **fields), "pool_scale", "mean",
             *fields.values())
+for fields in (dict(schedule="vim", pool="max"), dict(schedule="channelvim_spatial", pool="attention")):
+    refused(f"pooling in {fields}", lambda fields=fields: tiny(**fields), *fields.values(), "nothing to pool")
 for value in ((), (3,), (-1,), (0, 99), ("a",), (0.5,), (0, 0), 2):
     refused(f"out_indices={value!r}", lambda value=value: tiny(out_indices=value), "out_indices", str(value))
 refused("Config", lambda: fastvim.Config(schedule="h w"), "schedule", "'h w'", "pool_col")
@@ -137,4 +139,4 @@ def test_what_looks_odd_and_is_right():
     assert model(x, keep=[[3], [15]]).isfinite().all()
     assert fastvim.FastVim(img_size=[32, 48], embed_dim=8, depth=1).grid_size == (2, 3)
     assert fastvim.Config(img_size=[32, 48]).img_size == (32, 48)
-    assert fastvim.create_model("fastvim_tiny", depth=1, embed_dim=8, drop_path_rate=0).drop_path_rates == [0.0]
+    assert fastvim.create_model("fastvim_tiny", depth=1, embed_dim=8, drop_path_rate=0).drop_path_rates == [0.0, 0.0]

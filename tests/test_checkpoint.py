@@ -128,7 +128,7 @@ def test_safetensors(weights, tmp_path):
 
 @pytest.mark.parametrize("where", ["state_dict_ema", "state_dict"])
 def test_lightning(weights, foreign, tmp_path, monkeypatch, where):
-    """The backbone's weights, beside an EMA copy; state_dict_ema is preferred where there is one. hyper_parameters hold
+    """The EMA copy is taken: state_dict_ema where there is one, else ema.module of state_dict. hyper_parameters hold
     NumPy arrays, and objects of libraries that are not there."""
     content = {"state_dict": {**prefixed(weights, "backbone."), **prefixed(shifted(weights, 1), "ema.module."),
                               "criterion.weight": torch.ones(3)},
@@ -138,7 +138,7 @@ def test_lightning(weights, foreign, tmp_path, monkeypatch, where):
         content["state_dict_ema"] = shifted(weights, 2)
     model = blank()
     note = fastvim.load_checkpoint(model, save(content, tmp_path / "m.ckpt", monkeypatch))
-    assert_loaded(model, shifted(weights, 2) if where == "state_dict_ema" else weights)
+    assert_loaded(model, shifted(weights, 2 if where == "state_dict_ema" else 1))
     assert where in note
 
 

@@ -298,7 +298,7 @@ def test_hierarchical_channel_sampling(hcs_sorted):
 def test_drop_path_rates_rise_linearly_and_sleep_in_eval(monkeypatch):
     model = tiny(depth=5, drop_path_rate=0.4)
     x, rates, original = images(model), [], fastvim.stochastic_depth
-    monkeypatch.setattr(fastvim, "stochastic_depth", lambda x, rate: rates.append(rate) or original(x, rate))
+    monkeypatch.setattr(fastvim, "stochastic_depth", lambda x, rate, training: rates.append(rate * training) or original(x, rate, training))
     y = model(x)
     assert not any(rates)
     rates.clear()
@@ -312,12 +312,12 @@ def test_drop_path_rates_rise_linearly_and_sleep_in_eval(monkeypatch):
 def test_stochastic_depth_drops_whole_samples_and_keeps_the_expectation():
     torch.manual_seed(0)
     x = torch.rand(4000, 3, 2) + 1
-    y = fastvim.stochastic_depth(x, 0.3)
+    y = fastvim.stochastic_depth(x, 0.3, True)
     kept = (y != 0).all((1, 2))
     assert ((y != 0) == kept[:, None, None]).all() and abs(kept.float().mean() - 0.7) < 0.03
     assert_close(y[kept], x[kept] / 0.7, 1e-5, 1e-6)
     assert abs(y.mean() / x.mean() - 1) < 0.04
-    assert fastvim.stochastic_depth(x, 0) is x
+    assert fastvim.stochastic_depth(x, 0, True) is x and fastvim.stochastic_depth(x, 0.3, False) is x
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
