@@ -321,7 +321,8 @@ def make_loader(dataset, batch_size, *, train, seed=0, workers=0, rank=0, world_
     Call loader.batch_sampler.set_epoch(epoch, skip) before each epoch. It reaches persistent workers with the indices.
     """
     sampler = BatchSampler(len(dataset), batch_size, seed, train, train, rank, world_size)
-    return DataLoader(Seeded(dataset, seed), batch_sampler=sampler, num_workers=workers, worker_init_fn=ignore_interrupt,
+    return DataLoader(Seeded(dataset, seed), batch_sampler=sampler, num_workers=workers,
+                      worker_init_fn=ignore_interrupt,
                       collate_fn=functools.partial(collate, refill=train), persistent_workers=workers > 0,
                       pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
                       generator=torch.Generator())        # its own: else each epoch draws from the training's generator

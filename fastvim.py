@@ -101,7 +101,7 @@ class Config:
 
     Raises ValueError, naming the field and the choices, on an unknown or impossible value."""
     schedule: str = "fastvim"                   # a row of SCHEDULES
-    img_size: Union[int, tuple] = 224           # pixels, or (height, width): fixes the position embeddings; any size runs
+    img_size: Union[int, tuple] = 224           # pixels, or (height, width), of pos_embed; images of any size run
     patch_size: int = 16                        # pixels
     in_chans: int = 3
     num_classes: int = 1000                     # 0: no head, the model returns the pooled features
@@ -121,7 +121,7 @@ class Config:
     hcs: bool = True                            # hierarchical channel sampling in training (per-channel models only)
     hcs_sorted: bool = True                     # keep sampled channels in order, which a sequence model needs
     mask_divisor: str = "axis"                  # masked mean: divide by the "axis" length or by the "count" (Table 12)
-    released_masking: bool = False              # the released code's backward branch, which mixes rows (for its weights)
+    released_masking: bool = False              # repeat the released code's backward branch, which mixes rows
     out_indices: Optional[Sequence] = None      # blocks tapped for dense tasks: no head, one LayerNorm for each tap
 
     def __post_init__(self):
@@ -244,8 +244,8 @@ def make_plan(row, storage, sizes, slots=None, *, class_token=False, pool_scale=
     real, is_class = slots >= 0, slots == CLASS                                              # (B S) (B S)
     rank = token.argsort()[slots.clamp(min=0)]                                               # (B S) place in the order
     if pooled:
-        begin = torch.full((steps,), len(token), device=slots.device).scatter_reduce(
-            0, group, torch.arange(len(token), device=slots.device), "amin")                 # (P) first place of a group
+        place = torch.arange(len(token), device=slots.device)
+        begin = torch.full_like(place[:steps], len(token)).scatter_reduce(0, group, place, "amin")   # (P) of each group
         group = group[rank]                                                                  # (B S)
         middle = torch.full_like(slots[:, :1], steps // 2)                                   # (B 1)
         begin = begin[middle]                                                                # (B 1)
@@ -260,7 +260,7 @@ def make_plan(row, storage, sizes, slots=None, *, class_token=False, pool_scale=
         steps += bool(pooled)
     last = 2 * len(token) + 2
     key = torch.where(real, 2 * rank + 1, torch.where(is_class, 2 * begin, last))            # padding comes last
-    token = key.argsort(dim=1, stable=True)                                                      # (B S) position -> slot
+    token = key.argsort(dim=1, stable=True)                                                  # (B S) position -> slot
     real, is_class, group = (t.gather(1, token) for t in (real, is_class, group.clamp(max=steps - 1)))
     if released_masking:
         # The released code pools, and later expands, the reversed tokens by the row ids of the unreversed ones.
@@ -282,8 +282,8 @@ def make_plan(row, storage, sizes, slots=None, *, class_token=False, pool_scale=
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. The operations, in plain PyTorch: the specification
 #
-# Four functions do all the work between the matrix products. Here they are as short as we can write them; `scan_cpu`
-# and `scan_cuda` say the same in a faster way and are tested against these, outputs and gradients, in float64.
+# A few functions do all the work between the matrix products. Here they are written to be read. A faster backend has
+# the same signatures and is tested against these, outputs and gradients.
 
 
 class SSMWeights(NamedTuple):
@@ -387,7 +387,7 @@ def pool(c, plan, kind, score=None):
         place = torch.arange(L, device=c.device)[:, None].expand(c.shape)
         place = place.masked_fill(~((c == group_max(c)) | c.isnan()) | padding, L)
         first = place.new_full((*c.shape[:2], plan.steps, c.shape[-1]), L).scatter_reduce(2, index, place, "amin")
-        return F.pad(c, (0, 0, 0, 1)).gather(2, first)              # a group without tokens reads the zero beyond the end
+        return F.pad(c, (0, 0, 0, 1)).gather(2, first)              # a group without tokens: zero
     # Padding is taken out before exp and before the division: inf and 0 / 0 there would reach the gradients as NaN.
     a = (score - group_max(score)).masked_fill(padding, -math.inf).exp()                     # (K B L 1)
     total = group_sum(a).gather(2, plan.group[..., None].expand(a.shape)).masked_fill(padding, 1)
@@ -518,7 +518,8 @@ def pick_backend(device):
     return backend
 
 
-register_backend(Backend("python", (), "plain PyTorch, on every device", add_norm, conv_pool, selective_scan, expand_gate))
+register_backend(Backend("python", (), "plain PyTorch, on every device",
+                         add_norm, conv_pool, selective_scan, expand_gate))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Mixer, block, patch embeddings, encoder
@@ -708,7 +709,7 @@ class FastVim(nn.Module):
             return None
         if channels is None:
             if C != cfg.in_chans:
-                raise ValueError(f"images have {C} channels, the model in_chans={cfg.in_chans}: say which they are with "
+                raise ValueError(f"images have {C} channels, the model in_chans={cfg.in_chans}: say which they are by "
                                  f"channels=[ids between 0 and {cfg.in_chans - 1}]")
             return torch.arange(C, device=x.device)
         channels = torch.as_tensor(channels, device=x.device)
@@ -724,7 +725,7 @@ class FastVim(nn.Module):
         try:
             keep = torch.as_tensor(keep, device=x.device)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"keep must be a rectangle of token ids; pad images that keep fewer with -1 ({error})") from None
+            raise ValueError(f"keep must be a rectangle of token ids, shorter rows padded with -1 ({error})") from None
         if keep.ndim != 2 or keep.shape[0] != B or keep.dtype not in INTEGERS or keep.shape[1] == 0:
             raise ValueError(f"keep must hold integer token ids of shape (B={B}, kept tokens), -1 for padding; "
                              f"got {keep.dtype} of shape {tuple(keep.shape)}")
@@ -732,8 +733,8 @@ class FastVim(nn.Module):
         ids = keep.masked_fill(keep == -1, L).sort(1).values                # (B S) padding last
         if B and not (-1 <= int(keep.min()) and int(keep.max()) < L and int(ids[:, 0].max()) < L) or bool(
                 ((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < L)).any()):
-            raise ValueError(f"keep must name at least one of the {L} tokens (0 to {L - 1}) of every image, each at most "
-                             "once, and be -1 where it is padding")
+            raise ValueError(f"keep must name at least one of the {L} tokens (0 to {L - 1}) of every image, each at "
+                             "most once, and be -1 where it is padding")
         return ids.masked_fill(ids == L, PADDING)
 
     def _plan(self, row, layout):
@@ -744,7 +745,7 @@ class FastVim(nn.Module):
                          mask_divisor=cfg.mask_divisor, released_masking=cfg.released_masking)
 
     def _blocks(self, x, layout):
-        """Runs the blocks; yields each one's output (B S D) and the residual (B S D) that it has still to be added to."""
+        """Runs the blocks; yields each one's output and the residual that it has yet to be added to, both (B S D)."""
         plans = [self._plan(row, layout) for row in self.cfg.rows]          # once a batch, not once a layer
         hidden, residual = x, None
         for i, block in enumerate(self.layers):
@@ -815,7 +816,7 @@ class FastVim(nn.Module):
 
 
 def resize_pos_embed(pos, old, new, class_row=None):
-    """pos (1 rows D) of a grid old (h, w) -> (1 h*w D) of the grid new, bicubically, and the class token's row or None."""
+    """pos (1 rows D) of a grid old (h, w) -> (1 h*w D) of the grid new, bicubic; and the class token's row or None."""
     own = None
     if class_row is not None:
         own = pos[:, class_row:class_row + 1]
@@ -837,7 +838,7 @@ def resize_pos_embed(pos, old, new, class_row=None):
 # out_proj                 Kaiming uniform (a = sqrt 5) / sqrt(depth), so that the residual stream keeps its scale
 # A_log                    log(1 .. N): the real part of S4D
 # D                        1
-# dt_proj                  weight U(-R^-1/2, R^-1/2), bias softplus^-1(dt), dt log-uniform in [1e-3, 1e-1], at least 1e-4
+# dt_proj                  weight U(-R^-1/2, R^-1/2), bias softplus^-1(dt) with dt log-uniform in [1e-3, 1e-1]
 # dt_proj_b                PyTorch's default weight, bias 0: softplus gives dt = 0.69. An oversight that came with Vim's
 #                          code; the published numbers were trained with it, so it is the default here too
 # other linear biases      0; in_proj, x_proj, pool_proj, conv1d and norms keep PyTorch's default
@@ -856,7 +857,7 @@ def init_weights(model):
         if isinstance(module, Mixer):
             R, (E, N) = module.dt_proj.in_features, module.A_log.shape
             nn.init.uniform_(module.dt_proj.weight, -R ** -0.5, R ** -0.5)
-            dt = torch.exp(torch.rand(E) * (math.log(0.1) - math.log(1e-3)) + math.log(1e-3)).clamp(min=1e-4)
+            dt = torch.exp(torch.rand(E) * (math.log(0.1) - math.log(1e-3)) + math.log(1e-3))
             module.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))                # softplus(bias) = dt
             for A_log, D in ((module.A_log, module.D), (module.A_b_log, module.D_b)):
                 A_log.copy_(torch.arange(1.0, N + 1).log().expand(E, N))
@@ -905,8 +906,8 @@ class _Inert:
 
 
 class _TensorsOnly(pickle.Unpickler):
-    """Reads a checkpoint without running anything that it names: released files hold objects of libraries that the
-    user does not have (Lightning's, MMEngine's) and NumPy arrays, for which weights_only=True refuses the whole file."""
+    """Reads a checkpoint without running anything that it names. Released files hold NumPy arrays and objects of
+    Lightning and MMEngine, which the user need not have, and for which weights_only=True refuses the whole file."""
     allowed = {("collections", "OrderedDict"): collections.OrderedDict}
     allowed.update({("torch._utils", f): getattr(torch._utils, f)
                     for f in ("_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_tensor")})
@@ -946,8 +947,8 @@ def model_weights(content):
 
     Takes EMA weights when there are some. They lie in state_dict_ema or state_dict of Lightning and MMEngine files, in
     ema or model of ours, Vim's and MAE's, or the dictionary is them. Raises ValueError if there are no tensors."""
-    source = next((k for k in ("state_dict_ema", "ema", "state_dict", "model") if isinstance(content.get(k), dict) and content[k]),
-                  "")
+    source = next((key for key in ("state_dict_ema", "ema", "state_dict", "model")
+                   if isinstance(content.get(key), dict) and content[key]), "")
     tensors = {k: v for k, v in (content[source] if source else content).items() if isinstance(v, Tensor)}
     for prefix in ("ema.module.", "module.", "backbone."):
         if found := {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}:
@@ -981,7 +982,8 @@ def load_checkpoint(model, path):
                                    for k in own if k in tensors and tensors[k].shape != own[k].shape]}
     if any(differ.values()):
         raise ValueError("the checkpoint belongs to another model:" + "".join(
-            f"\n  {len(keys)} {what}: {'; '.join(keys[:6])}{'; ...' * (len(keys) > 6)}" for what, keys in differ.items() if keys))
+            f"\n  {len(keys)} {what}: {'; '.join(keys[:6])}{'; ...' * (len(keys) > 6)}"
+            for what, keys in differ.items() if keys))
     model.load_state_dict(tensors, strict=True)
     return note
 
@@ -1090,10 +1092,10 @@ def _doctor():
 
 
 def main():
-    parser = argparse.ArgumentParser(description="The models of FastVim: size, multiply-adds at 224 px, time per image.")
+    parser = argparse.ArgumentParser(description="The models: parameters, multiply-adds at 224 px, time per image.")
     parser.add_argument("command", nargs="?", choices=["table", "doctor"], default="table",
                         help="table: every model, measured here (default); doctor: what this machine has")
-    parser.add_argument("--models", default="", metavar="TEXT", help="only models with TEXT in their name, such as tiny")
+    parser.add_argument("--models", default="", metavar="TEXT", help="only names that contain TEXT, such as tiny")
     parser.add_argument("--resolution", type=int, nargs="+", metavar="PX",
                         help="instead: multiply-adds of ViT-T, Vim-T and FastVim-T at these sizes (Figure 4)")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """
 Classification: FastVim, Vim and baselines on ImageNet-1k, as in section 4.1 of the paper.
 
-    python train_imagenet.py --size t                             without --data: 1,797 handwritten digits, minutes on a CPU
+    python train_imagenet.py --size t                             without --data: handwritten digits, minutes on a CPU
     torchrun --nproc-per-node 8 train_imagenet.py --size s --data IMAGENET_DIR --batch-size 128
     python train_imagenet.py --size s --data IMAGENET_DIR --eval FastVim_small.ckpt         released weights, or our own
     python train_imagenet.py --predict cat.jpg dog.png --eval runs/imagenet/best.pt
@@ -16,8 +16,9 @@ Its ablations, on FastVim-S (81.1), and the flags that repeat them:
     Pool_col only 80.0   --schedule pool_col          class token 81.3         --class-token
     Pool_row only 79.6   --schedule pool_row          RMS-RMS 80.7             --ssm-norm rmsnorm
     without conv1d 78.4  --no-conv                    LN-LN 80.9               --block-norm layernorm
-    decompress after D 78.7  --skip-before-expand     Vim-B without the post-SSM norm 81.2  --model vim_base --ssm-norm none
-    ViT-S 80.1  --model deit_small_patch16_224        with pooling 73.9  --vit-pool, and conv1d 74.0  --vit-pool --vit-conv
+    decompress after D 78.7  --skip-before-expand     ViT-S 80.1               --model deit_small_patch16_224
+    ViT-S with pooling 73.9  also --vit-pool          and conv1d 74.0          also --vit-pool --vit-conv
+    Vim-B without the post-SSM norm 81.2              --model vim_base --ssm-norm none
 """
 import argparse
 
@@ -46,9 +47,9 @@ SIZES = {size[0]: size for size in fastvim.SIZES}
 
 def get_args(argv=None):
     """The command line -> (args, parser). The recipe is that of ImageNet, or of the digits without --data."""
-    parser = argparse.ArgumentParser(description="Train, evaluate or use an image classifier. Without --data: on the "
-                                     "handwritten digits that come with scikit-learn, by a recipe scaled to them.",
-                                     usage="%(prog)s [options]", formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120))
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description="Train, evaluate or use an image "
+                                     "classifier. Without --data: on the handwritten digits that come with scikit-learn, by a "
+                                     "recipe scaled to them.")
     add = parser.add_argument_group("what to do").add_argument
     add("--data", metavar="DIR", help="ImageNet's layout: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (or .png)")
     add("--eval", metavar="CKPT", help="only evaluate this checkpoint, ours or a released one")
@@ -56,7 +57,7 @@ def get_args(argv=None):
         "(default: OUT/best.pt)")
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=SIZES, default="t", help="FastVim-T, S, B, L or H (default t)")
-    add("--model", metavar="NAME", help="another one: vim_small, ... (python fastvim.py lists them), or any name of timm")
+    add("--model", metavar="NAME", help="another one: vim_small, ... (python fastvim.py lists them), or any of timm's")
     add("--img-size", type=int, help="pixels (default 224)")
     add("--patch-size", type=int, help="pixels (default: the size's own, 16 or 14)")
     add("--depth", type=int, help="blocks (default: the size's own)")
@@ -107,8 +108,8 @@ def build_model(args, num_classes):
         return fastvim.create_model(name, num_classes=num_classes, drop_path_rate=rate, **given)
     timm = data.extra("timm")
     if not timm.is_model(name):
-        raise ValueError(f"--model {name}: neither a model of timm nor one of ours, a family ({', '.join(fastvim.FAMILIES)}) "
-                         f"and a size ({', '.join(fastvim.SIZES)}) such as fastvim_tiny")
+        raise ValueError(f"--model {name}: neither a model of timm nor one of ours: a family, "
+                         f"{', '.join(fastvim.FAMILIES)}, and a size, {', '.join(fastvim.SIZES)}, such as fastvim_tiny")
     if wrong := [k for k, v in ours.items() if v is not None]:
         raise ValueError(f"--model {name} is timm's and does not know {', '.join(wrong)}")
     try:
@@ -255,8 +256,8 @@ def main():
             evaluate(args, ctx)
         else:
             if args.digits:
-                ctx.print(f"no --data: training on the built-in handwritten digits, enlarged to {args.img_size} px, by a "
-                          "recipe scaled to them")
+                ctx.print("no --data: training on the built-in handwritten digits, enlarged to "
+                          f"{args.img_size} px, by a recipe scaled to them")
             train(args, ctx)
         ctx.close()
     except (ValueError, FileNotFoundError, ImportError, training.NonFiniteError) as error:

@@ -64,7 +64,7 @@ def errors(pairs):
 
 
 def compare(name):
-    """-> both errors of outputs and input gradient, and the largest relative error of the parameters' gradient norms."""
+    """-> both errors of outputs and input gradient, and the largest relative error of a parameter's gradient norm."""
     model, meta, io = build(name)
     x = io["io/x"].requires_grad_()
     outputs = model.forward_intermediates(x) if model.cfg.out_indices else [model(x)]
@@ -81,7 +81,8 @@ def compare(name):
 def compare_scan(name):
     """The same for the selective scan alone: forward, and every gradient against the reference's."""
     _, _, arrays = read(name)
-    inputs = {k[3:]: v.clone().requires_grad_() for k, v in arrays.items() if k[3:] not in ("y", "gy") and k[:3] == "io/"}
+    inputs = {k[3:]: v.clone().requires_grad_() for k, v in arrays.items()
+              if k[:3] == "io/" and k[3:] not in ("y", "gy")}
     i = inputs
     s = fastvim.selective_scan(i["u"].mT[None], i["dt"].mT[None], i["A"][None], i["B"].mT[None], i["C"].mT[None],
                                i["D"][None], i["dt_bias"][None])[0].mT

@@ -298,7 +298,8 @@ def test_hierarchical_channel_sampling(hcs_sorted):
 def test_drop_path_rates_rise_linearly_and_sleep_in_eval(monkeypatch):
     model = tiny(depth=5, drop_path_rate=0.4)
     x, rates, original = images(model), [], fastvim.stochastic_depth
-    monkeypatch.setattr(fastvim, "stochastic_depth", lambda x, rate, training: rates.append(rate * training) or original(x, rate, training))
+    monkeypatch.setattr(fastvim, "stochastic_depth", lambda x, rate, training: (
+        rates.append(rate * training) or original(x, rate, training)))
     y = model(x)
     assert not any(rates)
     rates.clear()
@@ -461,7 +462,7 @@ def test_a_model_runs_by_the_chosen_backend(spy, monkeypatch):
                                     dict(schedule="channelvim", class_token=True), dict(dt_rank=3, expand=1)],
                          ids=lambda f: "-".join(map(str, f.values())) or "fastvim")
 def test_matrix_products_are_counted_exactly(monkeypatch, fields, size):
-    """torch counts matrix products and convolutions, two operations a multiply-add; norms it does not see, and the scan,
+    """torch counts matrix products and convolutions, two operations a multiply-add. It does not see norms; the scan,
     which is counted by another convention, is left out here."""
     monkeypatch.setitem(fastvim.BACKENDS, "no scan", PYTHON._replace(selective_scan=lambda x, *_: x))
     model = tiny(torch.float32, **{"dt_rank": 2, **fields})      # rank 1 would run elementwise

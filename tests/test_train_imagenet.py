@@ -69,8 +69,9 @@ FOLDER = ["--img-size", 32, "--patch-size", 8, "--depth", 1, "--batch-size", 8, 
 def test_recipes():
     """recipes.md, section 1; and without --data one scaled to the digits."""
     args = train_imagenet.get_args(["--data", "x", "--size", "b"])[0]
-    expected = dict(epochs=300, warmup=5, weight_decay=0.05, ema=0.9999, mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25,
-                    auto_augment="rand-m9-mstd0.5-inc1", crop_pct=0.875, img_size=224, recipe_lr=1e-3, recipe_batch=1024)
+    expected = dict(epochs=300, warmup=5, weight_decay=0.05, ema=0.9999, mixup=0.8, cutmix=1.0, smoothing=0.1,
+                    auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25, crop_pct=0.875, img_size=224, recipe_lr=1e-3,
+                    recipe_batch=1024)
     assert expected == {k: vars(args)[k] for k in expected} and not args.amp and args.clip == 0
     model = train_imagenet.build_model(args, 1000)
     assert sum(p.numel() for p in model.parameters()) == 97_670_632 and model.cfg.drop_path_rate == 0.4
@@ -93,7 +94,8 @@ def test_evaluation_finds_the_logged_accuracy_without_being_told_the_model(digit
 def test_prediction_prints_five_classes_and_goes_on_after_a_bad_file(digits_run, tmp_path, capsys):
     held_out = data.Digits(False)
     for i in range(6):
-        Image.fromarray((held_out.images[i, 0] * 255).round().byte().numpy()).resize((64, 64), 0).save(tmp_path / f"{i}.png")
+        scan = Image.fromarray((held_out.images[i, 0] * 255).round().byte().numpy())
+        scan.resize((64, 64), Image.Resampling.NEAREST).save(tmp_path / f"{i}.png")
     (tmp_path / "bad.png").write_text("no image")
     model, classes = train_imagenet.restore(train_imagenet.get_args(["--device", "cpu"])[0], digits_run / "best.pt")
     with torch.no_grad():
@@ -139,13 +141,15 @@ def test_pooled_attention_gives_a_row_one_result():
         grid = attn(x)[:, 1:].reshape(2, 2, 3, 192)
         spread = grid.std(2 - odd).max()
         assert spread < 1e-6 < grid.std(1 + odd).max()
-    full = train_imagenet.PooledAttention(model.blocks[0].attn, 1, (2, 1), 0, conv=False)   # rows of one token: plain attention
+    # rows of one token: plain attention
+    full = train_imagenet.PooledAttention(model.blocks[0].attn, 1, (2, 1), 0, conv=False)
     torch.testing.assert_close(full(x[:, :3]), model.blocks[0].attn(x[:, :3]))
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--model nomodel", "fastvim_tiny"), ("--data /nowhere", "/nowhere: no such folder"), ("--eval nofile.pt", "nofile.pt"),
-    ("--vit-pool", "ViTs of timm"), ("--model resnet10t --no-conv", "does not know d_conv"),
+    ("--model nomodel", "fastvim_tiny"), ("--data /nowhere", "/nowhere: no such folder"),
+    ("--eval nofile.pt", "nofile.pt"), ("--vit-pool", "ViTs of timm"),
+    ("--model resnet10t --no-conv", "does not know d_conv"),
     ("--batch-size 2000", "--batch-size"), ("--pool max --pool-scale 0.5", "mean pooling only")])
 def test_impossible_requests_end_in_one_clear_line(flags, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
