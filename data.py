@@ -80,6 +80,10 @@ def find_images(folder):
     return sorted(found)
 
 
+class BadDataError(RuntimeError):
+    """Too much of the data cannot be read."""
+
+
 class ImageFolder(Dataset):
     """Images in ROOT/split/CLASS/ and below. Item i is (transform(PIL RGB image), label), None when the file is bad.
 
@@ -87,7 +91,7 @@ class ImageFolder(Dataset):
     `.classes` to the validation split, or a missing folder would shift the meaning of its labels in silence.
     .classes: list of names; .samples: list of (path, label); .bad_count: files found bad so far, by all workers.
     FileNotFoundError: ROOT or ROOT/split is missing. ValueError: no class folders, a class without images, folders
-    other than `classes`. RuntimeError, from an item: more than 1% of all files are bad.
+    other than `classes`. BadDataError, from an item: more than 1% of the files are bad.
     """
 
     def __init__(self, root, split, transform, classes=None):
@@ -133,10 +137,11 @@ class ImageFolder(Dataset):
         if not self.bad[i]:                               # a later epoch tries the file again, in silence
             self.bad[i] = 1
             warnings.warn(f"{self.samples[i][0]}: skipped, {type(error).__name__}: {error}")
-        if self.bad_count > MAX_BAD * len(self):
+        share = len(self) / int(os.environ.get("WORLD_SIZE", 1))            # torchrun: each process sees only its own
+        if self.bad_count > MAX_BAD * share:
             names = [self.samples[j][0] for j in self.bad.nonzero().flatten().tolist()]
-            raise RuntimeError(f"{len(names)} of the {len(self)} images in {self.folder} cannot be read, more than "
-                               f"{MAX_BAD:.0%}: {some(names)}. Check the disk; replace or delete them.") from error
+            raise BadDataError(f"{len(names)} of the {share:.0f} images in {self.folder} cannot be read, more than "
+                               f"{MAX_BAD:.0%}: {some(names)}. Check the disk; replace or delete them.")
 
 
 def posterize(image, bits, **_):
@@ -302,16 +307,19 @@ class BatchSampler(Sampler):
 
 def collate(samples, refill):
     """Samples, None for a bad one -> a batch of the good ones; refill: repeats them, so that the batch keeps the size
-    of the recipe (and mixup an even one). RuntimeError when none is good."""
+    of the recipe (and mixup an even one). None is good: None in evaluation, BadDataError with refill."""
     good = [sample for sample in samples if sample is not None]
+    if not good and refill:
+        raise BadDataError(f"all {len(samples)} samples of a batch are unreadable; the warnings above name the files")
     if not good:
-        raise RuntimeError(f"all {len(samples)} samples of a batch are unreadable; the warnings above name the files")
+        return None
     return default_collate([good[i % len(good)] for i in range(len(samples))] if refill else good)
 
 
 def ignore_interrupt(worker):
-    """Ctrl-C in a terminal reaches the workers too, and must not end them before the training has saved."""
+    """Ctrl-C, and torchrun's SIGTERM, reach the workers too, and must not end them before the training has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)         # torch ends workers whose process has gone
 
 
 def make_loader(dataset, batch_size, *, train, seed=0, workers=0, rank=0, world_size=1, pin_memory=None):

@@ -2,8 +2,8 @@
 
 The idea. Vision Mamba (Vim) walks over all h x w patches of an image with a selective scan, forwards and backwards.
 FastVim first averages the tokens of each row, scans the h averages, and gives every token of a row the result; the
-next layer does the same with columns. Two layers connect every pair of patches, and the recurrence, the one part that
-cannot run in parallel, takes h steps instead of h x w. Everything else in the block stays as it was.
+next layer does the same with columns. One layer cannot tell the other tokens of a row apart, two can; and the recurrence,
+the one part that cannot run in parallel, takes h steps instead of h x w. Everything else in the block stays as it was.
 
     Fast Vision Mamba: Pooling Spatial Dimensions for Accelerated Processing. Kapse, Betz, Sivanandan.     (the paper)
     Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model. Zhu et al.      (Vim)
@@ -30,6 +30,7 @@ Symbols, the same everywhere:
     R  dt_rank, ceil(D/16) W  d_conv, taps of the convolution              K  directions: 0 forward, 1 backward
     h, w, c  the axes of the token grid (rows, columns, image channels)
     x, z  the two halves of in_proj    c  silu(conv(x))    p  pooled c    s  what the scan says of each group
+    A, B, C, D  in the scan, as in Mamba: decay, input and output of the state, weight of the skip
 """
 import argparse
 import collections
@@ -316,7 +317,7 @@ def norm(x, weight, bias, eps=1e-5):
 
 
 def add_norm(hidden, residual, weight, bias):
-    """hidden (B L D), residual (B L D) float32 or None -> normed (B L D) in hidden's type, residual + hidden."""
+    """hidden (B L D), residual (B L D) float32 or None -> normed (B L D) in weight's type, residual + hidden."""
     residual = at_least_float32(hidden) if residual is None else residual + hidden
     u = norm(residual, at_least_float32(weight), None if bias is None else at_least_float32(bias))
     return u.to(weight.dtype), residual
@@ -713,9 +714,9 @@ class FastVim(nn.Module):
                                  f"channels=[ids between 0 and {cfg.in_chans - 1}]")
             return torch.arange(C, device=x.device)
         channels = torch.as_tensor(channels, device=x.device)
-        if channels.shape != (C,) or channels.dtype not in INTEGERS or C == 0 or not (
+        if channels.shape != (C,) or channels.dtype not in INTEGERS or C == 0 or len(channels.unique()) < C or not (
                 0 <= int(channels.min()) and int(channels.max()) < cfg.in_chans):
-            raise ValueError(f"channels={channels.tolist()} must give one id between 0 and {cfg.in_chans - 1} for each "
+            raise ValueError(f"channels={channels.tolist()} must give another id between 0 and {cfg.in_chans - 1} for each "
                              f"of the image's {C} channels")
         return channels.long()
 
@@ -992,20 +993,21 @@ def load_checkpoint(model, path):
 # 8. Counting multiply-adds
 
 
-def count_macs(cfg, img_size=None):
-    """Multiply-adds of one image's forward pass, by part, as {part: count}; cfg is a Config, img_size pixels or (H, W).
+def count_macs(cfg, img_size=None, kept=1.0):
+    """Multiply-adds of one image's forward pass, by part, as {part: count}. cfg is a Config, img_size pixels or (H, W),
+    kept the share of the tokens that a mask leaves.
 
     The matrix products are exact. As is usual since fvcore, the scan counts 9 P E N a direction and a norm 5 per
     element. What remains uncounted is elementwise: SiLU, the gate, pooling, the D skip, the residual additions."""
     H, W = (img_size, img_size) if isinstance(img_size, int) else img_size or cfg.img_size
     h, w, c = -(-H // cfg.patch_size), -(-W // cfg.patch_size), cfg.in_chans if cfg.per_channel else 1
     D, E, N, patch = cfg.embed_dim, cfg.expand * cfg.embed_dim, cfg.d_state, cfg.patch_size ** 2
-    R, L = cfg.dt_rank or math.ceil(D / 16), h * w * c + cfg.class_token
+    R, L = cfg.dt_rank or math.ceil(D / 16), int(kept * h * w * c) + cfg.class_token
     macs = dict(patch_embed=h * w * D * cfg.in_chans * patch, in_proj=0, conv1d=0, score=0, x_proj=0, dt_proj=0,
                 out_proj=0, scan=0, norm=5 * L * D, head=D * cfg.num_classes)
     for i in range(cfg.depth):
         row = cfg.rows[i % len(cfg.rows)]
-        P = make_plan(row, cfg.storage, dict(h=h, w=w, c=c)).steps + cfg.class_token
+        P = make_plan(row, cfg.storage, dict(h=h, w=w, c=c)).steps + cfg.class_token if row[1] else L
         macs["in_proj"] += 2 * L * D * E
         macs["conv1d"] += 2 * L * E * cfg.d_conv
         macs["score"] += 2 * L * E * (cfg.pool == "attention")
@@ -1028,18 +1030,19 @@ def count_vit_macs(img_size, embed_dim=192, depth=12, patch_size=16, in_chans=3,
 # 9. The command line
 
 
-def _milliseconds(cfg, device):
+def _milliseconds(cfg, device, kept):
     """Time of one image, measured here and now: the median of three runs, or one run if that takes long."""
     with torch.device("meta"):
         model = FastVim(**dataclasses.asdict(cfg))
     model = model.to_empty(device=device).eval()
     for p in model.parameters():
         p.data.normal_(std=0.02)
-    x, times = torch.randn(1, cfg.in_chans, *cfg.img_size, device=device), []
+    x, times, tokens = torch.randn(1, cfg.in_chans, *cfg.img_size, device=device), [], math.prod(model.grid_size)
+    keep = None if kept == 1 else torch.randperm(tokens, device=device)[None, :int(kept * tokens)]
     with torch.inference_mode():
         while len(times) < 4 and sum(times) < 4:                            # the first run warms up
             start = time.perf_counter()
-            model(x).sum().item()                                           # .item() waits for the device
+            model(x, keep=keep).sum().item()                                           # .item() waits for the device
             times.append(time.perf_counter() - start)
     times = sorted(times[1:] or times)
     return 1e3 * times[len(times) // 2]
@@ -1050,14 +1053,16 @@ def _table(args):
     wanted = [m for m in list_models() if args.models in m]
     if not wanted:
         raise SystemExit(f"no model has {args.models!r} in its name; the models are: {', '.join(list_models())}")
-    print(f"backend {pick_backend(device).name} on {device}, {torch.get_num_threads()} threads, float32, batch 1")
+    print(f"backend {pick_backend(device).name} on {device}, {torch.get_num_threads()} threads, float32, batch 1; FastMaskVim "
+          "with 25 % of its tokens\n(the largest models take seconds to minutes; --models tiny shows the smallest)")
     print(f"{'model':24} {'parameters':>12} {'G multiply-adds':>16} {'ms / image':>11}")
     for name in wanted:
         with torch.device("meta"):
             model = create_model(name)
         parameters = sum(p.numel() for p in model.parameters())
-        macs = sum(count_macs(model.cfg, 224).values()) / 1e9
-        print(f"{name:24} {parameters:12,} {macs:16.2f} {_milliseconds(model.cfg, device):11.1f}", flush=True)
+        kept = 0.25 if name.startswith("fastmaskvim") else 1.0
+        macs = sum(count_macs(model.cfg, 224, kept).values()) / 1e9
+        print(f"{name:24} {parameters:12,} {macs:16.2f} {_milliseconds(model.cfg, device, kept):11.1f}", flush=True)
 
 
 def _figure4(resolutions):

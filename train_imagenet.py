@@ -34,13 +34,14 @@ import training
 # The recipe of the paper: 300 epochs of AdamW (0.9, 0.999) at an effective batch of 1024. Its text says lr 1e-3; the
 # released configuration computes 2e-3 at that batch (--lr 2e-3).
 RECIPE = dict(epochs=300.0, warmup=5.0, batch_size=128, weight_decay=0.05, ema=0.9999, mixup=0.8, cutmix=1.0,
-              smoothing=0.1, auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25, img_size=224, crop_pct=0.875)
+              smoothing=0.1, auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25, crop_pct=0.875)
 LR, LR_BATCH, LR_WARMUP, LR_END = 1e-3, 1024, 1e-6, 1e-5
+IMG_SIZE = 224
 DROP_PATH = dict(tiny=0.05, small=0.05, base=0.4, large=0.4, huge=0.4)     # T, S and B: paper; L and H: as B
 
 # The same on the digits, scaled to 1,437 training images of 8 x 8 pixels and two CPU cores.
 DIGITS = dict(epochs=5.0, warmup=1.0, batch_size=32, ema=0.98, mixup=0.0, cutmix=0.0, img_size=32, patch_size=8,
-              drop_path=0.0, workers=0, recipe_lr=1e-3, recipe_batch=32)
+              drop_path=0.0, recipe_lr=1e-3, recipe_batch=32)
 
 SIZES = {size[0]: size for size in fastvim.SIZES}
 
@@ -48,20 +49,22 @@ SIZES = {size[0]: size for size in fastvim.SIZES}
 def get_args(argv=None):
     """The command line -> (args, parser). The recipe is that of ImageNet, or of the digits without --data."""
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description="Train, evaluate or use an image "
-                                     "classifier. Without --data: on the handwritten digits that come with scikit-learn, by a "
-                                     "recipe scaled to them.")
+                                     "classifier. Without --data: on the handwritten digits that come with "
+                                     "scikit-learn, by a recipe scaled to them.")
+    whole, positive, share = training.number(int, 1), training.number(float, 0), training.number(float, 0, 1)
     add = parser.add_argument_group("what to do").add_argument
     add("--data", metavar="DIR", help="ImageNet's layout: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (or .png)")
     add("--eval", metavar="CKPT", help="only evaluate this checkpoint, ours or a released one")
     add("--predict", metavar="IMAGE", nargs="+", help="print the five likeliest classes of each image, by --eval CKPT "
         "(default: OUT/best.pt)")
     add = parser.add_argument_group("model").add_argument
-    add("--size", choices=SIZES, default="t", help="FastVim-T, S, B, L or H (default t)")
+    add("--size", choices=SIZES, help="FastVim-T, S, B, L or H (default t)")
     add("--model", metavar="NAME", help="another one: vim_small, ... (python fastvim.py lists them), or any of timm's")
-    add("--img-size", type=int, help="pixels (default 224)")
-    add("--patch-size", type=int, help="pixels (default: the size's own, 16 or 14)")
-    add("--depth", type=int, help="blocks (default: the size's own)")
-    add("--drop-path", type=float, help="stochastic depth at the last block (default: 0.05 for T and S, 0.4 above)")
+    add("--img-size", type=whole, help="pixels (default 224)")
+    add("--patch-size", type=whole, help="pixels (default: the size's own, 16 or 14)")
+    add("--depth", type=whole, help="blocks (default: the size's own)")
+    add("--drop-path", type=share, help="stochastic depth at the last block (default: 0.05 for T and S, 0.4 above, "
+        "0 for models of timm)")
     add = parser.add_argument_group("the paper's ablations").add_argument
     add("--schedule", choices=["fastvim", "pool_col", "pool_row", "vim"], help="which axis is pooled in which layer")
     add("--pool", choices=fastvim.POOLS, help="how a row becomes one token (default mean)")
@@ -74,27 +77,30 @@ def get_args(argv=None):
     add("--vit-pool", action="store_true", help="alternate pooling in a ViT of timm")
     add("--vit-conv", action="store_true", help="a convolution before its attention, too")
     add = parser.add_argument_group("augmentation and schedule").add_argument
-    add("--warmup", type=float, help="epochs of linear warmup")
-    add("--mixup", type=float, help="alpha of mixup, 0 for none")
-    add("--cutmix", type=float, help="alpha of cutmix, 0 for none")
-    add("--smoothing", type=float, help="label smoothing")
+    add("--warmup", type=positive, help="epochs of linear warmup")
+    add("--mixup", type=positive, help="alpha of mixup, 0 for none")
+    add("--cutmix", type=positive, help="alpha of cutmix, 0 for none")
+    add("--smoothing", type=share, help="label smoothing")
     add("--auto-augment", metavar="POLICY", help="timm's policy string, or none")
-    add("--reprob", type=float, help="probability of random erasing")
-    add("--crop-pct", type=float, help="evaluation: center crop's share of the resized image")
+    add("--reprob", type=share, help="probability of random erasing")
+    add("--crop-pct", type=training.number(float, 0.1), help="evaluation: center crop's share of the resized image")
     training.add_training_arguments(parser, lr=LR, recipe_batch=LR_BATCH, out="runs/imagenet")
     parser.set_defaults(**RECIPE)
-    if parser.parse_known_args(argv)[0].data is None:
+    first = parser.parse_known_args(argv)[0]
+    if not (first.data or first.eval or first.predict):
         parser.set_defaults(**DIGITS, out="runs/digits")
     args = parser.parse_args(argv)
-    if args.img_size < 1 or not 0 < args.crop_pct <= 1:
-        parser.error("--img-size is at least 1 and --crop-pct lies in (0, 1]")
+    if args.vit_conv and not args.vit_pool:
+        parser.error("--vit-conv goes with --vit-pool")
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        parser.error(f"--batch-size {args.batch_size}: mixup and cutmix pair images, so it has to be even")
     return args, parser
 
 
 def build_model(args, num_classes):
     """The model that args ask for. ValueError for an unknown name or an option that the model does not have."""
-    name = args.model or f"fastvim_{SIZES[args.size]}"
-    options = dict(img_size=args.img_size, patch_size=args.patch_size, depth=args.depth)
+    name = model_name(args)
+    options = dict(img_size=args.img_size or IMG_SIZE, patch_size=args.patch_size, depth=args.depth)
     ours = dict(schedule=args.schedule, pool=args.pool, pool_scale=args.pool_scale, class_token=args.class_token,
                 block_norm=args.block_norm, ssm_norm=args.ssm_norm, d_conv=0 if args.no_conv else None,
                 skip_before_expand=args.skip_before_expand or None)
@@ -118,6 +124,8 @@ def build_model(args, num_classes):
     except TypeError:                                                       # a convolutional net takes any size
         model = timm.create_model(name, num_classes=num_classes, drop_path_rate=args.drop_path or 0.0)
     if args.vit_pool:
+        if not all(hasattr(getattr(block, "attn", None), "qkv") for block in getattr(model, "blocks", [None])):
+            raise ValueError(f"--vit-pool: {name} is no ViT of timm")
         for i, block in enumerate(model.blocks):
             block.attn = PooledAttention(block.attn, model.num_prefix_tokens, model.patch_embed.grid_size, i % 2,
                                          args.vit_conv)
@@ -155,38 +163,45 @@ MODEL_FLAGS = ("size", "model", "img_size", "patch_size", "depth", "schedule", "
                "block_norm", "ssm_norm", "no_conv", "skip_before_expand", "vit_pool", "vit_conv")
 
 
-def restore(args, path):
-    """-> (model with the weights at path, its class names or None). Our checkpoints say which model they hold, and args
-    is set accordingly; for released ones the flags say it."""
+def restore(args, ctx, path):
+    """-> (model with the weights at path, its class names or None, whether it was trained on the digits).
+
+    Our checkpoints say which model they hold: args gets what the command line leaves open. Released ones do not."""
     content = fastvim.read_checkpoint(path)
-    saved, classes = content.get("args"), None
-    if isinstance(saved, dict) and set(MODEL_FLAGS) <= saved.keys():
-        vars(args).update({flag: saved[flag] for flag in MODEL_FLAGS})
-        args.digits, classes = saved["data"] is None, saved["classes"]
+    saved = content.get("args")
+    ours = isinstance(saved, dict) and {*MODEL_FLAGS, "classes", "data"} <= saved.keys()
+    if ours:
+        vars(args).update({flag: saved[flag] for flag in MODEL_FLAGS if vars(args)[flag] in (None, False)})
     head = fastvim.model_weights(content)[0].get("head.weight")
-    if classes is None and head is None:
+    if not ours and head is None:
         raise ValueError(f"{path} says neither its classes nor holds a head.weight to count them")
-    model = build_model(args, len(classes) if classes else len(head))
-    print(f"{path}: {fastvim.load_checkpoint(model, content)} into {model_name(args)}")
-    return model.eval(), classes
+    model = build_model(args, len(saved["classes"]) if ours else len(head)).to(ctx.device).eval()
+    ctx.print(f"{path}: {fastvim.load_checkpoint(model, content)} into {model_name(args)}")
+    return model, saved["classes"] if ours else None, ours and saved["data"] is None
 
 
 def model_name(args):
-    return args.model or f"fastvim_{SIZES[args.size]}"
+    return args.model or f"fastvim_{SIZES[args.size or 't']}"
 
 
 def build_data(args, train, classes=None):
     """The training or the validation set. classes: names that the folders must have."""
+    size = args.img_size or IMG_SIZE
     if args.data is None:
-        return data.Digits(train, args.img_size)
+        return data.Digits(train, size)
     policy = None if args.auto_augment == "none" else args.auto_augment
-    transform = (data.image_transform(args.img_size, True, auto_augment=policy, reprob=args.reprob) if train else
-                 data.image_transform(args.img_size, False, crop_pct=args.crop_pct))
+    try:
+        transform = (data.image_transform(size, True, auto_augment=policy, reprob=args.reprob) if train else
+                     data.image_transform(size, False, crop_pct=args.crop_pct))
+    except (AssertionError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"--auto-augment {policy}: timm does not know it; the paper's is {RECIPE['auto_augment']}"
+                         ) from error
     return data.ImageFolder(args.data, "train" if train else "val", transform, classes)
 
 
 def loader_of(args, ctx, dataset, train):
-    return data.make_loader(dataset, args.batch_size, train=train, seed=args.seed, workers=args.workers, rank=ctx.rank,
+    workers = args.workers if args.data else 0                              # the digits lie in memory
+    return data.make_loader(dataset, args.batch_size, train=train, seed=args.seed, workers=workers, rank=ctx.rank,
                             world_size=ctx.world_size)
 
 
@@ -210,58 +225,70 @@ def train(args, ctx):
             return F.cross_entropy(model(images), labels)
         return F.cross_entropy(model(images), labels, label_smoothing=args.smoothing)
 
+    def evaluate(model):
+        metrics = training.evaluate_classifier(model, val_loader, ctx, args.amp)
+        if args.data:
+            bad = torch.tensor(float(train_set.bad_count + val_set.bad_count), device=ctx.device)
+            metrics["unreadable"] = ctx.sum(bad).item()
+        return metrics
+
     optimizer = torch.optim.AdamW(training.parameter_groups(model, args.weight_decay), lr=args.lr)
     total, per_epoch = training.run_length(args, loader)
     training.fit(args, ctx, model, loader, loss_fn, optimizer, metric="top1", harmless=("data", "eval", "predict"),
                  lr=lambda step: training.cosine(step, total, args.lr, warmup=round(args.warmup * per_epoch),
-                                                 start=LR_WARMUP, end=LR_END),
-                 evaluate=lambda model: training.evaluate_classifier(model, val_loader, ctx, args.amp))
+                                                 start=LR_WARMUP, end=LR_END), evaluate=evaluate)
 
 
 def evaluate(args, ctx):
-    model, classes = restore(args, args.eval)
-    loader = loader_of(args, ctx, build_data(args, False, classes), False)
-    result = training.evaluate_classifier(model.to(ctx.device), loader, ctx, args.amp)
-    ctx.print(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} "
-              f"on {len(loader.dataset):,} images")
+    model, classes, digits = restore(args, ctx, args.eval)
+    if not digits and args.data is None:
+        raise ValueError("--eval: this model classifies images, so --data DIR has to say where they are")
+    dataset = build_data(args, False, classes)
+    outputs = model(torch.zeros(1, 3, *2 * [args.img_size or IMG_SIZE], device=ctx.device)).shape[1]
+    if outputs != len(dataset.classes):
+        raise ValueError(f"the checkpoint tells {outputs} classes apart, {args.data} holds {len(dataset.classes)}")
+    result = training.evaluate_classifier(model, loader_of(args, ctx, dataset, False), ctx, args.amp)
+    ctx.print(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} on "
+              f"{result['images']:,.0f} images of {len(dataset):,}")
 
 
 def predict(args, ctx):
-    model, classes = restore(args, args.eval or f"{args.out}/best.pt")
-    if classes is None:                                                     # released weights: ImageNet's order
-        info = data.extra("timm.data").ImageNetInfo()
-        classes = [info.index_to_description(i) for i in range(1000)]
-    transform = data.digit_transform(args.img_size) if args.digits else data.image_transform(
-        args.img_size, False, crop_pct=args.crop_pct)
-    model = model.to(ctx.device)
+    """Prints the likeliest classes of each image; returns the number of files that cannot be read."""
+    model, classes, digits = restore(args, ctx, args.eval or f"{args.out}/best.pt")
+    size, unreadable = args.img_size or IMG_SIZE, 0
+    transform = data.digit_transform(size) if digits else data.image_transform(size, False, crop_pct=args.crop_pct)
     for path in args.predict:
         try:
             image = data.load_rgb(path)
-        except Exception as error:
+        except Exception as error:                                          # a damaged file can fail in any way
             print(f"{path}: cannot be read ({type(error).__name__}: {error})")
+            unreadable += 1
             continue
         with torch.inference_mode():
-            p, top = model(transform(image)[None].to(ctx.device))[0].softmax(0).topk(min(5, len(classes)))
+            p = model(transform(image)[None].to(ctx.device))[0].softmax(0)  # (classes)
+        if classes is None:                                                 # released weights: ImageNet's order
+            info = data.extra("timm.data").ImageNetInfo()
+            classes = [info.index_to_description(i) if len(p) == 1000 else str(i) for i in range(len(p))]
+        p, top = p.topk(min(5, len(p)))
         print(path, *(f"  {100 * q:5.1f} %  {classes[i]}" for q, i in zip(p.tolist(), top.tolist())), sep="\n")
+    return unreadable
 
 
 def main():
     args, parser = get_args()
-    args.digits = args.data is None
-    try:
-        ctx = training.setup(args)
+    with training.plain_errors(parser.prog, args, data.BadDataError):
+        ctx = training.setup(args, training=not (args.eval or args.predict))
         if args.predict:
-            predict(args, ctx)
+            if predict(args, ctx):
+                raise SystemExit(1)
         elif args.eval:
             evaluate(args, ctx)
         else:
-            if args.digits:
+            if args.data is None:
                 ctx.print("no --data: training on the built-in handwritten digits, enlarged to "
                           f"{args.img_size} px, by a recipe scaled to them")
             train(args, ctx)
         ctx.close()
-    except (ValueError, FileNotFoundError, ImportError, training.NonFiniteError) as error:
-        raise SystemExit(f"{parser.prog}: {error}")
 
 
 if __name__ == "__main__":

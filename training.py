@@ -49,6 +49,17 @@ from tqdm import tqdm
 HARMLESS = {"out", "resume", "resume_changed", "workers", "device", "threads", "save_minutes"}
 
 
+def number(kind, least, below=math.inf):
+    """An argparse type: an int or float in [least, below)."""
+    def parse(text):
+        if not least <= kind(text) < below:
+            limits = f"at least {least}" + (f" and less than {below}" if below < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text} must be {limits}")
+        return kind(text)
+    parse.__name__ = kind.__name__                        # argparse names it when the text is no number at all
+    return parse
+
+
 def add_training_arguments(parser, *, lr, recipe_batch, **defaults):
     """Add the options every script has. lr: the recipe's, at its effective batch `recipe_batch`.
 
@@ -56,23 +67,24 @@ def add_training_arguments(parser, *, lr, recipe_batch, **defaults):
     """
     group = parser.add_argument_group("training")
     for name, kind, default, text in (
-        ("batch-size", int, 128, "samples per process and micro-step"),
-        ("accum", int, 1, "micro-steps per optimizer step; their gradients are averaged"),
-        ("epochs", float, None, "passes over the training set, may be a fraction"),
-        ("steps", int, None, "optimizer steps; the run ends at --epochs or --steps, whichever comes first"),
-        ("weight-decay", float, 0.0, "decoupled weight decay"),
-        ("clip", float, 0.0, "largest gradient norm, 0 for no clipping"),
-        ("ema", float, 0.0, "decay of the moving average of the weights, 0 for none"),
-        ("eval-every", int, 1, "epochs between evaluations"),
-        ("save-minutes", float, 10.0, "time between checkpoints within an epoch; each epoch ends with one"),
-        ("seed", int, 0, "0 or more; the whole run follows from it"),
-        ("workers", int, 4, "data-loading processes per training process"),
-        ("threads", int, None, "CPU threads per process; None leaves PyTorch's choice"),
+        ("batch-size", number(int, 1), 128, "samples per process and micro-step"),
+        ("accum", number(int, 1), 1, "micro-steps per optimizer step; their gradients are averaged"),
+        ("epochs", number(float, 1e-9), None, "passes over the training set, may be a fraction"),
+        ("steps", number(int, 1), None, "optimizer steps; the run ends at --epochs or --steps, whichever comes first"),
+        ("weight-decay", number(float, 0), 0.0, "decoupled weight decay"),
+        ("clip", number(float, 0), 0.0, "largest gradient norm, 0 for no clipping"),
+        ("ema", number(float, 0, 1), 0.0, "decay of the moving average of the weights, 0 for none"),
+        ("eval-every", number(int, 1), 1, "epochs between evaluations"),
+        ("save-minutes", number(float, 0), 10.0, "time between checkpoints within an epoch; each epoch ends with one"),
+        ("seed", number(int, 0), 0, "the whole run follows from it"),
+        ("workers", number(int, 0), min(4, os.cpu_count() or 1), "data-loading processes per training process"),
+        ("threads", number(int, 1), None, "CPU threads per process; None leaves PyTorch's choice"),
         ("device", str, "auto", "auto (a GPU if there is one), cpu, cuda or cuda:1"),
         ("out", str, "out", "folder of checkpoints, log and curve"),
     ):
         group.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default %(default)s)")
-    group.add_argument("--lr", type=float, help=f"peak learning rate (default {lr:g} x batch / {recipe_batch})")
+    group.add_argument("--lr", type=number(float, 0), 
+                       help=f"peak learning rate (default {lr:g} x batch / {recipe_batch})")
     group.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False,
                        help="bfloat16 autocast; off: float32, as in the paper")
     group.add_argument("--resume", nargs="?", const="auto", metavar="FILE",
@@ -111,13 +123,18 @@ class Context:
             dist.destroy_process_group()
 
 
-def setup(args):
-    """Join the processes torchrun started, if it did; choose the device, seed, fill in args.lr. Returns a Context."""
-    if min(args.batch_size, args.accum, args.eval_every) < 1 or args.seed < 0:
-        raise SystemExit("--batch-size, --accum and --eval-every are at least 1, --seed at least 0")
+def setup(args, training=True):
+    """Join the processes torchrun started, if it did; choose the device, seed, fill in args.lr. Returns a Context.
+
+    training=False: print nothing of batch and learning rate. SystemExit: there is no such device."""
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
                                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    try:
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(best if args.device == "auto" else args.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     cuda = device.type == "cuda"
     if cuda:
         if world_size > 1 or device.index is None:
@@ -135,8 +152,9 @@ def setup(args):
     if args.lr is None:
         args.lr = args.recipe_lr * effective / args.recipe_batch
         rule = "the recipe's" if effective == args.recipe_batch else "scaled linearly with the batch"
-    ctx.print(f"effective batch {effective} = {args.batch_size} x {args.accum} micro-steps x {world_size} processes, "
-              f"learning rate {args.lr:g} ({rule}; recipe: {args.recipe_lr:g} at {args.recipe_batch}), {device}")
+    if training:
+        ctx.print(f"effective batch {effective} = {args.batch_size} x {args.accum} micro-steps x {world_size} "
+                  f"processes, learning rate {args.lr:g} ({rule}; recipe: {args.recipe_lr:g} at {args.recipe_batch}), {device}")
     return ctx
 
 
@@ -282,16 +300,31 @@ def out_of_memory_advice(error, args):
 
 
 @contextlib.contextmanager
+def plain_errors(prog, args, *kinds):
+    """For a script's main(): what the user can put right, `kinds` among it, ends in one line instead of a traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ImportError, NonFiniteError, *kinds) as error:
+        raise SystemExit(f"{prog}: {error}") from error
+    except RuntimeError as error:
+        if advice := out_of_memory_advice(error, args):
+            raise SystemExit(f"{prog}: {advice}") from error
+        raise
+
+
+@contextlib.contextmanager
 def stop_signals():
-    """Yields a list. The first SIGTERM or SIGINT only goes into it, the second one ends the process at once."""
+    """Yields a list. The first SIGTERM or SIGINT only goes into it; a second Ctrl-C ends the process at once."""
     received, pid = [], os.getpid()
 
     def handle(signum, frame):
         received.append(signum)
-        for one in old:
-            signal.signal(one, signal.SIG_DFL)            # the system's own action: works even inside a hung kernel
+        # Schedulers and torchrun send one wish to stop several times, and SIGKILL when they lose patience. A second
+        # Ctrl-C is meant: it gets the system's own action, which works even inside a hung kernel.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIG_DFL)
         if os.getpid() == pid:                            # forked loading processes inherit the handler
-            os.write(2, b"\nstopping after this step; once more: at once, without saving\n")
+            os.write(2, b"\nstopping after this step; a second Ctrl-C: at once, without saving\n")
 
     old = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -350,7 +383,9 @@ def git_revision():
 def checkpoint_to_resume(args):
     """The path to resume from, or None for a fresh start. SystemExit: a fresh start would overwrite a checkpoint."""
     out = Path(args.out)
-    path = out / "last.pt" if args.resume == "auto" else Path(args.resume) if args.resume else None
+    path = Path(args.resume) if args.resume else None
+    if args.resume == "auto":                             # best.pt alone: the disk was full when last.pt was due
+        path = out / ("best.pt" if (out / "best.pt").exists() and not (out / "last.pt").exists() else "last.pt")
     if path and not path.exists() and args.resume != "auto":
         raise SystemExit(f"--resume {path}: no such file")
     for existing in (out / "last.pt", out / "best.pt"):
@@ -444,7 +479,12 @@ def fit(args, ctx, model, loader, loss_fn, optimizer, lr, *, weight_decay=None, 
     progress = {"step": 0, "epoch": 0, "best": None, "history": [],       # epoch: finished ones, history: their log
                 "running": {"loss": 0.0, "grad_norm": 0.0, "steps": 0, "seconds": 0.0}}       # sums of this epoch
     if path:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint["args"], checkpoint["history"]
+        except Exception as error:                        # a damaged or foreign file can fail in any way
+            raise SystemExit(f"--resume: {path} is no readable checkpoint of a run ({type(error).__name__}: {error}). "
+                             f"Try --resume {out / 'best.pt'}")
         changed = check_same_run(checkpoint["args"], identity["args"], HARMLESS | set(harmless))
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -452,9 +492,14 @@ def fit(args, ctx, model, loader, loss_fn, optimizer, lr, *, weight_decay=None, 
             ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
         progress = {key: checkpoint[key] for key in progress}
         del checkpoint                                    # a second copy of everything
+        if path.resolve().parent != out.resolve():
+            progress["best"] = None                       # the new folder gets a best.pt of its own
         ctx.print(f"resuming {path} at step {progress['step']} of {total}", changed and f"with changed {changed}")
     elif args.resume:
         ctx.print(f"nothing to resume in {out}, starting from the beginning")
+    if ctx.sum(torch.tensor(float(progress["step"]), device=ctx.device)).item() != progress["step"] * ctx.world_size:
+        raise SystemExit(f"the processes resume at different steps, this one at {progress['step']}: --out has to be a "
+                         "folder that all machines share")
     net = model
     if ctx.world_size > 1:
         net = DistributedDataParallel(model, device_ids=[ctx.device] if cuda else None)
@@ -475,8 +520,14 @@ def fit(args, ctx, model, loader, loss_fn, optimizer, lr, *, weight_decay=None, 
                      "ema": ema.module.state_dict() if ema else None}
             write_whole(out / name, lambda file: torch.save(state, file), required)
 
+    def leave(step):
+        save("last.pt", required=True)
+        ctx.wait()                                        # torchrun ends all processes once one has left
+        ctx.print(f"\nstopped after step {step} of {total}; the same command with --resume continues")
+        raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
+
     # disable=None: a bar only on a terminal. Elsewhere a line per epoch is enough.
-    saved, drawn = time.monotonic(), -math.inf
+    saved, drawn, running_from = time.monotonic(), -math.inf, progress["step"]
     bar = tqdm(total=total, initial=progress["step"], unit="step", disable=None if ctx.is_main else True)
     with stop_signals() as signals, bar:
         for epoch in range(progress["epoch"], epochs):
@@ -494,7 +545,10 @@ def fit(args, ctx, model, loader, loss_fn, optimizer, lr, *, weight_decay=None, 
                 try:
                     loss, norm, stop = train_step(args, ctx, model, net, loss_fn, optimizer, batches, step, epoch,
                                                   signals)
-                except RuntimeError as error:
+                except Exception as error:                # nothing has moved in this step: keep what was learnt before
+                    if step > running_from:
+                        with contextlib.suppress(Exception):
+                            save("last.pt")
                     if advice := out_of_memory_advice(error, args):
                         raise SystemExit(advice) from error
                     raise
@@ -507,16 +561,15 @@ def fit(args, ctx, model, loader, loss_fn, optimizer, lr, *, weight_decay=None, 
                 bar.set_postfix_str(f"loss {loss:.4f}, lr {lr(step):.2e}, {speed:.0f} img/s", refresh=False)
                 bar.update()
                 if stop:
-                    save("last.pt", required=True)
-                    ctx.wait()                            # torchrun ends all processes once one has left
-                    ctx.print(f"\nstopped after step {step + 1} of {total}; the same command with --resume continues")
-                    raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
+                    leave(step + 1)
                 if time.monotonic() - saved >= 60 * args.save_minutes:
                     save("last.pt")
                     saved = time.monotonic()
 
             metrics, finished = {}, epoch + 1 == epochs
             if evaluate and (finished or (epoch + 1) % args.eval_every == 0):
+                if time.monotonic() - saved > 60:         # evaluations can be long, and schedulers impatient
+                    save("last.pt")
                 target = ema.module if ema else model
                 target.eval()
                 with torch.no_grad():                     # inference_mode would spoil tensors the model caches
@@ -528,7 +581,8 @@ def fit(args, ctx, model, loader, loss_fn, optimizer, lr, *, weight_decay=None, 
             progress |= {"epoch": epoch + 1, "history": progress["history"] + [line],
                          "running": {"loss": 0.0, "grad_norm": 0.0, "steps": 0, "seconds": 0.0}}
             if ctx.is_main:                               # before the checkpoint, else a kill may lose a line
-                numbers = {"loss": line["loss"], "lr": line["lr"], "img/s": line["img_per_s"], **metrics}
+                numbers = {"loss": line["loss"], "lr": line["lr"], "img/s": line["img_per_s"],
+                           **{f"val {key}": value for key, value in metrics.items()}}
                 bar.write(f"epoch {epoch + 1}/{epochs}: " + ", ".join(f"{key} {x:.4g}" for key, x in numbers.items()))
                 log = "".join(json.dumps(line) + "\n" for line in progress["history"]).encode()
                 write_whole(out / "log.jsonl", lambda file: file.write(log), required=False)
@@ -538,22 +592,25 @@ def fit(args, ctx, model, loader, loss_fn, optimizer, lr, *, weight_decay=None, 
             value, best = metrics.get(metric), progress["best"]
             if value is not None and (best is None or (value < best if lower_is_better else value > best)):
                 progress["best"] = value
-                save("best.pt", required=finished)
+                save("best.pt")
             save("last.pt", required=finished)
             saved = time.monotonic()
+            if not finished and ctx.sum(torch.tensor(float(len(signals)), device=ctx.device)).item():
+                leave(end)
     ctx.wait()                                            # now all processes may read the checkpoints
     return progress["history"]
 
 
 def evaluate_classifier(model, loader, ctx, amp=False):
-    """-> {"top1", "top5": percent, "loss": mean cross-entropy} over the (images, labels) of all processes' loaders.
+    """-> {"top1", "top5": percent, "loss": mean cross-entropy, "images": how many} over all processes' loaders, whose
+    batches are (images, labels), or None where no image could be read.
 
     Sums and counts are added up, so batches and processes of unequal size weigh as they should.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=ctx.device)         # loss, right at first, among five, images
     with torch.no_grad():
-        for images, labels in loader:
-            images, labels = (tensor.to(ctx.device, non_blocking=True) for tensor in (images, labels))
+        for images, labels in filter(None, loader):
+            images, labels = images.to(ctx.device, non_blocking=True), labels.to(ctx.device, non_blocking=True)
             with torch.autocast(ctx.device.type, torch.bfloat16, enabled=amp):
                 logits = model(images).float()            # (B, classes)
             hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]                       # (B, 5)
@@ -562,4 +619,4 @@ def evaluate_classifier(model, loader, ctx, amp=False):
             sums[2] += hits.sum()
             sums[3] += len(labels)
     loss, top1, top5, count = ctx.sum(sums).tolist()
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "images": count}

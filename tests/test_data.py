@@ -225,6 +225,16 @@ def test_more_than_one_percent_bad_stops_the_run(tmp_path, workers):
     del loader                                            # as cyclic garbage take torch 10 s, in some later test
 
 
+@pytest.mark.filterwarnings("ignore:.*skipped")
+def test_each_of_several_processes_tolerates_one_percent_of_its_share(tmp_path, monkeypatch):
+    break_files(make_folder(tmp_path, {"a": 200, "b": 100}))                # 3 bad ones, items 3, 5 and 7
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    dataset = data.ImageFolder(tmp_path, "train", first_red)
+    assert dataset[3] is None
+    with pytest.raises(data.BadDataError, match="2 of the 150 images"):
+        dataset[5]
+
+
 def test_a_fault_of_the_transform_is_no_bad_file(tmp_path):
     def broken(image):
         raise OSError("a bug")
@@ -250,6 +260,7 @@ def test_collate():
     assert data.collate(samples, refill=False)[1].tolist() == [4, 5]
     with pytest.raises(RuntimeError, match="all 3 samples of a batch are unreadable"):
         data.collate([None] * 3, refill=True)
+    assert data.collate([None] * 3, refill=False) is None
 
 
 # ---- transforms ------------------------------------------------------------------------------------------------------

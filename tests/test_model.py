@@ -472,6 +472,13 @@ def test_matrix_products_are_counted_exactly(monkeypatch, fields, size):
     assert counter.get_total_flops() == 2 * sum(n for part, n in macs.items() if part not in ("scan", "norm"))
 
 
+def test_masked_tokens_are_not_counted():
+    cfg = fastvim.Config(embed_dim=16, depth=2, img_size=64, patch_size=8)                           # 8 x 8 tokens
+    whole, quarter = fastvim.count_macs(cfg), fastvim.count_macs(cfg, kept=0.25)
+    assert all(quarter[k] * 4 == whole[k] for k in ("in_proj", "out_proj", "conv1d", "norm"))
+    assert all(quarter[k] == whole[k] for k in ("patch_embed", "x_proj", "dt_proj", "scan", "head"))
+
+
 def test_scan_and_norm_are_counted_by_the_convention():
     macs = fastvim.count_macs(fastvim.Config(embed_dim=16, depth=2, img_size=(64, 32)))              # 4 x 2 tokens
     assert macs["scan"] == 2 * 9 * (4 + 2) * 32 * 16           # 9 P E N a direction; 4 rows, then 2 columns

@@ -16,6 +16,7 @@ for module in ("timm", "torchvision", "sklearn", "PIL"):
 
 import data
 import train_imagenet
+import training
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -34,8 +35,14 @@ def run(*argv):
 def start(*argv, launcher=()):
     """The script in a process of its own."""
     return subprocess.Popen([sys.executable, *launcher, "train_imagenet.py", *SMALL, *map(str, argv)], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+
+
+def restore(path):
+    """As --eval does, without saying which model it is."""
+    args = train_imagenet.get_args(["--device", "cpu", "--eval", str(path)])[0]
+    return train_imagenet.restore(args, training.setup(args, training=False), path)
 
 
 def log(out):
@@ -70,11 +77,11 @@ def test_recipes():
     """recipes.md, section 1; and without --data one scaled to the digits."""
     args = train_imagenet.get_args(["--data", "x", "--size", "b"])[0]
     expected = dict(epochs=300, warmup=5, weight_decay=0.05, ema=0.9999, mixup=0.8, cutmix=1.0, smoothing=0.1,
-                    auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25, crop_pct=0.875, img_size=224, recipe_lr=1e-3,
+                    auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25, crop_pct=0.875, recipe_lr=1e-3,
                     recipe_batch=1024)
     assert expected == {k: vars(args)[k] for k in expected} and not args.amp and args.clip == 0
     model = train_imagenet.build_model(args, 1000)
-    assert sum(p.numel() for p in model.parameters()) == 97_670_632 and model.cfg.drop_path_rate == 0.4
+    assert sum(p.numel() for p in model.parameters()) == 97_670_632 and model.cfg.img_size == (224, 224) and model.cfg.drop_path_rate == 0.4
     assert train_imagenet.get_args(["--size", "s"])[0].img_size == 32
     assert train_imagenet.get_args(["--data", "x", "--epochs", "7"])[0].epochs == 7
 
@@ -97,12 +104,15 @@ def test_prediction_prints_five_classes_and_goes_on_after_a_bad_file(digits_run,
         scan = Image.fromarray((held_out.images[i, 0] * 255).round().byte().numpy())
         scan.resize((64, 64), Image.Resampling.NEAREST).save(tmp_path / f"{i}.png")
     (tmp_path / "bad.png").write_text("no image")
-    model, classes = train_imagenet.restore(train_imagenet.get_args(["--device", "cpu"])[0], digits_run / "best.pt")
+    model, classes, digits = restore(digits_run / "best.pt")
+    assert digits and classes == held_out.classes
     with torch.no_grad():
         expected = [str(model(held_out[i][0][None]).argmax().item()) for i in range(6)]
     capsys.readouterr()
-    run("--predict", tmp_path / "bad.png", *(tmp_path / f"{i}.png" for i in range(6)), "--eval", digits_run / "best.pt",
-        "--device", "cpu")
+    with pytest.raises(SystemExit) as end:
+        run("--predict", tmp_path / "bad.png", *(tmp_path / f"{i}.png" for i in range(6)), "--eval",
+            digits_run / "best.pt", "--device", "cpu")
+    assert end.value.code == 1
     lines = capsys.readouterr().out.split("bad.png: cannot be read")[1].splitlines()[1:]
     assert len(lines) == 6 * 6
     assert [lines[6 * i + 1].split()[-1] for i in range(6)] == expected
@@ -128,8 +138,8 @@ def test_image_folder_with_the_whole_augmentation(folder, tmp_path, capsys):
     "--amp --clip 1 --accum 2 --drop-path 0.2"])
 def test_every_variant_trains_a_step_and_is_restored(flags, folder, tmp_path):
     run("--data", folder, *FOLDER, "--steps", 1, "--out", tmp_path, *flags.split())
-    model, classes = train_imagenet.restore(train_imagenet.get_args(["--device", "cpu"])[0], tmp_path / "last.pt")
-    assert classes == ["dark", "light"] and model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+    model, classes, digits = restore(tmp_path / "last.pt")
+    assert classes == ["dark", "light"] and not digits and model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
 
 
 def test_pooled_attention_gives_a_row_one_result():
@@ -150,16 +160,25 @@ def test_pooled_attention_gives_a_row_one_result():
     ("--model nomodel", "fastvim_tiny"), ("--data /nowhere", "/nowhere: no such folder"),
     ("--eval nofile.pt", "nofile.pt"), ("--vit-pool", "ViTs of timm"),
     ("--model resnet10t --no-conv", "does not know d_conv"),
-    ("--batch-size 2000", "--batch-size"), ("--pool max --pool-scale 0.5", "mean pooling only")])
+    ("--batch-size 2000", "--batch-size"), ("--pool max --pool-scale 0.5", "mean pooling only"),
+    ("--model resnet10t --vit-pool", "no ViT")])
 def test_impossible_requests_end_in_one_clear_line(flags, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         run(*flags.split(), "--out", tmp_path)
 
 
-def test_unknown_choices_are_named(capsys):
+@pytest.mark.parametrize("flags, message", [
+    ("--size x", "choose from"), ("--reprob 7", "less than 1"), ("--mixup -1", "at least 0"), ("--img-size 0", "at least 1"),
+    ("--vit-conv", "--vit-pool"), ("--batch-size 3 --mixup 1", "even"), ("--no-such-flag", "unrecognized")])
+def test_flags_that_cannot_be_are_named(flags, message, capsys):
     with pytest.raises(SystemExit):
-        run("--size", "x")
-    assert "choose from" in capsys.readouterr().err
+        run(*flags.split())
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_policy(folder, tmp_path):
+    with pytest.raises(SystemExit, match="--auto-augment bogus"):
+        run("--data", folder, *FOLDER, "--auto-augment", "bogus", "--out", tmp_path)
 
 
 def test_checkpoint_of_another_model_names_the_keys(digits_run):
@@ -188,6 +207,45 @@ def test_killed_in_mid_epoch_and_resumed_ends_in_the_same_bits(tmp_path):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
     a, b = log(whole), log(killed)
     assert [line["loss"] for line in a] == [line["loss"] for line in b] and a[-1]["metrics"] == b[-1]["metrics"]
+
+
+def test_sigterm_to_the_whole_group_saves_in_spite_of_loading_workers(folder, tmp_path):
+    """As torchrun and schedulers send it: the data-loading processes receive it too."""
+    process = start("--data", folder, *FOLDER, "--workers", 1, "--epochs", 1000, "--save-minutes", 60, "--out", tmp_path)
+    while not (tmp_path / "log.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    output = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGTERM and "--resume continues" in output, output
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] >= 3
+
+
+def test_a_checkpoint_is_evaluated_at_another_size_and_refuses_other_classes(folder, digits_run, tmp_path, capsys):
+    run("--data", folder, *FOLDER, "--epochs", 8, "--out", tmp_path / "run")
+    best = tmp_path / "run" / "best.pt"
+    results = []
+    for size in ([], ["--img-size", 48]):
+        run("--data", folder, "--eval", best, "--device", "cpu", "--workers", 0, *size)
+        results.append(capsys.readouterr().out.splitlines()[-2:])
+    assert "resized from 4 x 4 to 6 x 6" in results[1][0] and results[0][1] != results[1][1]
+    with pytest.raises(SystemExit, match="--data DIR has to say where"):
+        run("--eval", best, "--device", "cpu")
+    with pytest.raises(SystemExit, match="Unknown: dark, light"):           # the classes of the digits
+        run("--data", folder, "--eval", digits_run / "best.pt", "--device", "cpu")
+    content = torch.load(best, weights_only=True)
+    released = {"state_dict": {f"backbone.{k}": v for k, v in content["model"].items()}}  # names neither model nor classes
+    torch.save(released, tmp_path / "released.ckpt")
+    flags = "--img-size 32 --patch-size 8 --depth 1 --device cpu --workers 0 --eval".split()
+    run("--data", folder, *flags, tmp_path / "released.ckpt")
+    assert capsys.readouterr().out.splitlines()[-1] == results[0][1]
+    run("--predict", folder / "val" / "light" / "0.png", *flags, tmp_path / "released.ckpt")
+    assert capsys.readouterr().out.splitlines()[-2].endswith(" 1")          # no names: the class's index
+    (tmp_path / "val" / "third").mkdir(parents=True)
+    for name in ("dark", "light", "third"):
+        (tmp_path / "val" / name).mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "val" / name / "0.png")
+    with pytest.raises(SystemExit, match="2 classes apart.* holds 3"):
+        run("--data", tmp_path, *flags, tmp_path / "released.ckpt")
 
 
 def test_two_processes_match_one_with_the_same_effective_batch(tmp_path):

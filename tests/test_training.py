@@ -11,6 +11,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,7 +253,7 @@ def test_log_files_and_data_order(tmp_path):
     assert lines == log and [(line["epoch"], line["step"]) for line in lines] == [(1, 6), (2, 12), (3, 15)]
     assert lines[0].keys() == {"epoch", "step", "loss", "lr", "grad_norm", "metrics", "seconds", "img_per_s",
                                "peak_mib"}
-    assert lines[2]["lr"] == cosine(14, 15, 0.02, warmup=4) and lines[2]["metrics"].keys() == {"top1", "top5", "loss"}
+    assert lines[2]["lr"] == cosine(14, 15, 0.02, warmup=4) and set(lines[2]["metrics"]) == {"top1", "top5", "loss", "images"}
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["parameters"] == sum(p.numel() for p in model.parameters()) and config["args"]["ema"] == 0.9
     assert {"command", "git", "torch", "device", "seed", "started"} <= config.keys()
@@ -324,8 +325,10 @@ def test_evaluate_classifier_weighs_samples_not_batches():
     logits = torch.eye(7)[[0, 1, 2, 3]] * 5 + torch.arange(7) * 0.1
     labels = torch.tensor([0, 1, 2, 0])                   # the last: class 0 is the sixth of seven
     ctx = training.Context(0, 1, torch.device("cpu"))
-    result = evaluate_classifier(nn.Identity(), [(logits[:3], labels[:3]), (logits[3:], labels[3:])], ctx)
-    assert result == pytest.approx({"top1": 75.0, "top5": 75.0, "loss": F.cross_entropy(logits, labels).item()})
+    batches = [(logits[:3], labels[:3]), None, (logits[3:], labels[3:])]       # None: a batch of unreadable images
+    result = evaluate_classifier(nn.Identity(), batches, ctx)
+    assert result == pytest.approx({"top1": 75.0, "top5": 75.0, "loss": F.cross_entropy(logits, labels).item(),
+                                    "images": 4})
 
 
 # ---- Checkpoints and resume ------------------------------------------------------------------------------------------
@@ -384,16 +387,79 @@ def test_signal_saves_then_resume_is_exact(tmp_path, whole, number, status):
     assert_same(load(tmp_path / "last.pt"), load(whole / "last.pt"))
 
 
-def test_second_signal_ends_at_once(tmp_path):
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_only_a_second_ctrl_c_ends_at_once(torchrun):
+    """Schedulers repeat SIGTERM, and torchrun repeats whatever it receives: neither may cost the checkpoint."""
     code = ("import os, signal, training\n"
             "with training.stop_signals() as received:\n"
-            "    os.kill(os.getpid(), signal.SIGINT)\n"
+            "    for name in 'INT TERM TERM'.split():\n"
+            "        os.kill(os.getpid(), getattr(signal, 'SIG' + name))\n"
             "    print(received, flush=True)\n"
-            "    os.kill(os.getpid(), signal.SIGTERM)\n"
-            "    print('still here', flush=True)\n")
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+            "    os.kill(os.getpid(), signal.SIGINT)\n"
+            "    print('here', flush=True)\n")
+    environment = {**os.environ, **({"TORCHELASTIC_RUN_ID": "1"} if torchrun else {})}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment,
                            cwd=Path(training.__file__).parent)
-    assert ended.returncode == -signal.SIGTERM and ended.stdout.split() == ["[2]"]
+    assert (ended.returncode, ended.stdout.split()) == ((0, ["[2]", "here"]) if torchrun else (-signal.SIGINT, ["[2]"]))
+
+
+def test_signal_during_the_evaluation_ends_after_it(tmp_path, whole):
+    def interrupt(step):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as caught:
+        toy("--out", tmp_path, on_evaluate=interrupt)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert load(tmp_path / "last.pt")["step"] == 6 and load(tmp_path / "last.pt")["epoch"] == 1
+    toy("--out", tmp_path, "--resume")
+    assert_same(load(tmp_path / "last.pt"), load(whole / "last.pt"))
+
+
+def test_best_alone_and_damaged_checkpoints(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "last.pt").unlink()               # as after a full disk
+    assert toy("--out", tmp_path / "run", "--resume")[1] == load(whole / "best.pt")["history"]
+    for content in ((whole / "last.pt").read_bytes()[:1000], b"text"):
+        (tmp_path / "run" / "last.pt").write_bytes(content)
+        with pytest.raises(SystemExit, match="last.pt is no readable checkpoint.*best.pt"):
+            toy("--out", tmp_path / "run", "--resume")
+
+
+def test_a_run_continued_elsewhere_gets_its_own_best(tmp_path, whole):
+    toy("--out", tmp_path / "a", "--epochs", 1)
+    toy("--out", tmp_path / "b", "--epochs", 2, "--resume", tmp_path / "a" / "last.pt", "--resume-changed")
+    assert load(tmp_path / "b" / "best.pt")["epoch"] == 2
+
+
+def test_an_error_keeps_what_was_learnt_before(tmp_path, whole):
+    def fail(step):
+        if step == 4:
+            raise OSError("the disk of the data has gone")
+
+    def loss_fn(model, batch):
+        fail(calls.append(None) or len(calls))
+        return cross_entropy(model, batch)
+
+    calls = []
+    with pytest.raises(OSError, match="has gone"):
+        toy("--out", tmp_path, loss_fn=loss_fn)
+    assert load(tmp_path / "last.pt")["step"] == 3
+
+
+@pytest.mark.parametrize("flags", ["--batch-size 0", "--accum 0", "--epochs 0", "--epochs -1", "--steps 0", "--ema 1",
+                                   "--ema -0.1", "--clip -1", "--weight-decay -1", "--save-minutes -1", "--seed -1",
+                                   "--workers -1", "--threads 0", "--lr -1", "--lr nan", "--eval-every 0"])
+def test_values_out_of_range_are_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        toy(*flags.split())
+    assert f"argument {flags.split()[0]}: {flags.split()[1]} must be at least" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["abacus", "meta9", "cuda:99"])
+def test_unusable_devices_are_refused(device, tmp_path):
+    with pytest.raises(SystemExit, match=f"--device {device} cannot be used"):
+        toy("--device", device, "--out", tmp_path)
 
 
 def test_finished_run_resumes_to_nothing(tmp_path):
