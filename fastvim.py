@@ -2,8 +2,8 @@
 
 The idea. Vision Mamba (Vim) walks over all h x w patches of an image with a selective scan, forwards and backwards.
 FastVim first averages the tokens of each row, scans the h averages, and gives every token of a row the result; the
-next layer does the same with columns. One layer cannot tell the other tokens of a row apart, two can; and the recurrence,
-the one part that cannot run in parallel, takes h steps instead of h x w. Everything else in the block stays as it was.
+next layer does the same with columns. One layer cannot tell the tokens of a row apart, two can; and the recurrence, the
+one part that cannot run in parallel, takes h steps instead of h x w. Everything else in the block stays as it was.
 
     Fast Vision Mamba: Pooling Spatial Dimensions for Accelerated Processing. Kapse, Betz, Sivanandan.     (the paper)
     Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model. Zhu et al.      (Vim)
@@ -716,8 +716,8 @@ class FastVim(nn.Module):
         channels = torch.as_tensor(channels, device=x.device)
         if channels.shape != (C,) or channels.dtype not in INTEGERS or C == 0 or len(channels.unique()) < C or not (
                 0 <= int(channels.min()) and int(channels.max()) < cfg.in_chans):
-            raise ValueError(f"channels={channels.tolist()} must give another id between 0 and {cfg.in_chans - 1} for each "
-                             f"of the image's {C} channels")
+            raise ValueError(f"channels={channels.tolist()} must give another id between 0 and {cfg.in_chans - 1} for "
+                             f"each of the image's {C} channels")
         return channels.long()
 
     def _check_keep(self, keep, x):
@@ -1053,8 +1053,8 @@ def _table(args):
     wanted = [m for m in list_models() if args.models in m]
     if not wanted:
         raise SystemExit(f"no model has {args.models!r} in its name; the models are: {', '.join(list_models())}")
-    print(f"backend {pick_backend(device).name} on {device}, {torch.get_num_threads()} threads, float32, batch 1; FastMaskVim "
-          "with 25 % of its tokens\n(the largest models take seconds to minutes; --models tiny shows the smallest)")
+    print(f"backend {pick_backend(device).name} on {device}, {torch.get_num_threads()} threads, float32, batch 1; "
+          "FastMaskVim keeps 25 % of its tokens\n(the largest take seconds to minutes; --models tiny: the smallest)")
     print(f"{'model':24} {'parameters':>12} {'G multiply-adds':>16} {'ms / image':>11}")
     for name in wanted:
         with torch.device("meta"):

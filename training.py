@@ -154,7 +154,8 @@ def setup(args, training=True):
         rule = "the recipe's" if effective == args.recipe_batch else "scaled linearly with the batch"
     if training:
         ctx.print(f"effective batch {effective} = {args.batch_size} x {args.accum} micro-steps x {world_size} "
-                  f"processes, learning rate {args.lr:g} ({rule}; recipe: {args.recipe_lr:g} at {args.recipe_batch}), {device}")
+                  f"processes, learning rate {args.lr:g} ({rule}; recipe: {args.recipe_lr:g} at {args.recipe_batch}), "
+                  f"{device}")
     return ctx
 
 

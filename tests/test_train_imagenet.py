@@ -81,7 +81,8 @@ def test_recipes():
                     recipe_batch=1024)
     assert expected == {k: vars(args)[k] for k in expected} and not args.amp and args.clip == 0
     model = train_imagenet.build_model(args, 1000)
-    assert sum(p.numel() for p in model.parameters()) == 97_670_632 and model.cfg.img_size == (224, 224) and model.cfg.drop_path_rate == 0.4
+    assert sum(p.numel() for p in model.parameters()) == 97_670_632
+    assert model.cfg.img_size == (224, 224) and model.cfg.drop_path_rate == 0.4
     assert train_imagenet.get_args(["--size", "s"])[0].img_size == 32
     assert train_imagenet.get_args(["--data", "x", "--epochs", "7"])[0].epochs == 7
 
@@ -168,7 +169,8 @@ def test_impossible_requests_end_in_one_clear_line(flags, message, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--size x", "choose from"), ("--reprob 7", "less than 1"), ("--mixup -1", "at least 0"), ("--img-size 0", "at least 1"),
+    ("--size x", "choose from"), ("--reprob 7", "less than 1"), ("--mixup -1", "at least 0"),
+    ("--img-size 0", "at least 1"),
     ("--vit-conv", "--vit-pool"), ("--batch-size 3 --mixup 1", "even"), ("--no-such-flag", "unrecognized")])
 def test_flags_that_cannot_be_are_named(flags, message, capsys):
     with pytest.raises(SystemExit):
@@ -211,7 +213,8 @@ def test_killed_in_mid_epoch_and_resumed_ends_in_the_same_bits(tmp_path):
 
 def test_sigterm_to_the_whole_group_saves_in_spite_of_loading_workers(folder, tmp_path):
     """As torchrun and schedulers send it: the data-loading processes receive it too."""
-    process = start("--data", folder, *FOLDER, "--workers", 1, "--epochs", 1000, "--save-minutes", 60, "--out", tmp_path)
+    process = start("--data", folder, *FOLDER, "--workers", 1, "--epochs", 1000, "--save-minutes", 60,
+                    "--out", tmp_path)
     while not (tmp_path / "log.jsonl").exists() and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
@@ -233,7 +236,7 @@ def test_a_checkpoint_is_evaluated_at_another_size_and_refuses_other_classes(fol
     with pytest.raises(SystemExit, match="Unknown: dark, light"):           # the classes of the digits
         run("--data", folder, "--eval", digits_run / "best.pt", "--device", "cpu")
     content = torch.load(best, weights_only=True)
-    released = {"state_dict": {f"backbone.{k}": v for k, v in content["model"].items()}}  # names neither model nor classes
+    released = {"state_dict": {f"backbone.{k}": v for k, v in content["model"].items()}}   # no model, no classes
     torch.save(released, tmp_path / "released.ckpt")
     flags = "--img-size 32 --patch-size 8 --depth 1 --device cpu --workers 0 --eval".split()
     run("--data", folder, *flags, tmp_path / "released.ckpt")
