@@ -59,9 +59,10 @@ def loop(args):
         loader = data.make_loader(data.Digits(True), 32, train=True)
         training.fit(run, ctx, model, loader, loss_fn, ours, lambda step: 1e-3)
     ratios = sorted(a / b for a, b in zip(*times))
-    print(f"FastVim-T, 32 images of 16 tokens, {ctx.device}, EMA {args.ema or 'off'}: a bare step takes "
-          f"{200 * statistics.median(times[1]):.0f} ms; the loop, data included, {statistics.median(ratios):.3f} x "
-          f"that (quartiles {ratios[len(ratios) // 4]:.3f} and {ratios[3 * len(ratios) // 4]:.3f}, {len(ratios)} blocks)")
+    print(f"FastVim-T, 32 images of 16 tokens, {ctx.device}, EMA {args.ema or 'off'}: a bare step "
+          f"takes {200 * statistics.median(times[1]):.0f} ms; the loop, data included, "
+          f"{statistics.median(ratios):.3f} x that (quartiles {ratios[len(ratios) // 4]:.3f} and "
+          f"{ratios[3 * len(ratios) // 4]:.3f}, {len(ratios)} blocks)")
 
 
 def pipeline(args):
