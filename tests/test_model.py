@@ -11,7 +11,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvim
