@@ -14,7 +14,7 @@ convolution and the scan, and which of its axes are pooled away before the scan.
 one mixer, one encoder. Read from top to bottom:
 
     1 schedules and variants     2 the plan: how a layer walks the grid       3 the operations, in plain PyTorch
-    4 choosing a backend         5 mixer, block, patch embeddings, encoder    6 initialisation
+    4 backends                   5 mixer, block, patch embeddings, encoder    6 initialisation
     7 building and loading       8 counting multiply-adds                     9 the command line
 
     python fastvim.py             every model: parameters, multiply-adds at 224 px, milliseconds per image
@@ -165,6 +165,11 @@ class Config:
         return self.rows[0][0]
 
     @property
+    def unusual(self):                          # what runs in plain PyTorch only
+        return ("attention pooling" if self.pool == "attention" else "convolution of other than four taps"
+                if self.d_conv != 4 else "released_masking" if self.released_masking else "")
+
+    @property
     def per_channel(self):
         return "c" in self.storage
 
@@ -221,10 +226,42 @@ class Plan:
 
     def tables(self, device=None):
         """The two answers for the full grid, as int64 tables: position -> token (L), position -> group (L)."""
-        token = torch.arange(math.prod(self.sizes.values()), device=device)
+        token = torch.arange(math.prod(list(self.sizes.values())), device=device)
         token = rearrange(token, f"({self.storage}) -> ({self.order})", **self.sizes)
-        group = torch.arange(math.prod(self.sizes[a] for a in self.kept.split()), device=device)
+        group = torch.arange(math.prod([self.sizes[a] for a in self.kept.split()]), device=device)
         return token, repeat(group, f"({self.kept}) -> ({self.order})", **self.sizes)
+
+    def walk(self, device):
+        """The plan as the Walk that compiled kernels follow; full grids are remembered."""
+        if self.token is None:
+            return _full_walk(self, str(device))
+        padding = self.divisor[0].isinf()                                                    # (B S)
+        return _walk(self.token, self.group[0].masked_fill(padding, -1), 1 / self.divisor[0], self.steps)
+
+
+class Walk(NamedTuple):
+    """A plan as tables over the S positions of the flatten order, of batch b = B, or 1 if all images share them."""
+    token: Tensor                               # (b S) int32, position -> slot of the token tensor
+    group: Tensor                               # (b S) int32, position -> scan step, -1 for padding
+    weight: Tensor                              # (b S) float32, factor of the position in its group's mean
+    member: Tensor                              # (b S) int32, positions sorted by group, padding last
+    start: Tensor                               # (b P+1) int32, group g owns member[start[g]:start[g + 1]]
+
+
+def _walk(token, group, weight, steps):
+    key = group.masked_fill(group < 0, steps)                                                # (b S)
+    key, member = key.sort(dim=1, stable=True)
+    start = torch.searchsorted(key, torch.arange(steps + 1, device=key.device).repeat(len(key), 1))
+    return Walk(token.int(), group.int(), weight.float(), member.int(), start.int())
+
+
+@functools.lru_cache(64)
+def _full_walk(plan, device):
+    with torch.inference_mode(False):           # the tables outlive this call and may next serve a training step
+        token, group = (t[None] for t in plan.tables(device))                                # (1 L)
+        pooled = math.prod([plan.sizes[a] for a in plan.pooled.split()])
+        weight = torch.full(group.shape, plan.pool_scale / pooled if plan.pooled else 1.0, device=device)
+        return _walk(token, group, weight, plan.steps)
 
 
 def make_plan(row, storage, sizes, slots=None, *, class_token=False, pool_scale=1.0, mask_divisor="axis",
@@ -235,8 +272,8 @@ def make_plan(row, storage, sizes, slots=None, *, class_token=False, pool_scale=
     index in `storage` order, each at most once per image), CLASS (once, if there is a class_token) or PADDING.
     Section 3.2: a group that kept no token pools to zero and still takes its step of the scan."""
     order, pooled = row
-    steps = math.prod(sizes[a] for a in order.split() if a not in pooled.split())
-    length = math.prod(sizes[a] for a in pooled.split())
+    steps = math.prod([sizes[a] for a in order.split() if a not in pooled.split()])
+    length = math.prod([sizes[a] for a in pooled.split()])
     plan = Plan(storage, order, pooled, tuple((a, sizes[a]) for a in storage.split()), steps, pool_scale)
     if slots is None:
         return plan
@@ -302,6 +339,12 @@ class SSMWeights(NamedTuple):
     score_b: Optional[Tensor]                   # (K)
     pool: str
     skip_before_expand: bool
+
+
+def activation_dtype(device, weight):
+    """What matrix products compute in: autocast's type where it is on, else the weight's."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else weight.dtype
 
 
 def at_least_float32(x):
@@ -402,9 +445,10 @@ def expand(s, plan):
     return s.gather(2, plan.group[..., None].expand(-1, s.shape[1], -1, s.shape[-1]))
 
 
-def conv_pool(x, w, plan):
-    """Operation 1: x (B L E) -> p (K B P E), and c (K B L E), which a backend that recomputes it leaves None."""
-    c = conv_silu(flatten(at_least_float32(x), plan), w.conv_w, w.conv_b)
+def conv_pool(xz, w, plan):
+    """Operation 1: the x of xz (B L 2E) -> p (K B P E) and what expand_gate needs again: here c (K B L E); kernels
+    compute c twice rather than store it, and return the argmax of max pooling or None."""
+    c = conv_silu(flatten(at_least_float32(xz.chunk(2, -1)[0]), plan), w.conv_w, w.conv_b)
     score = None
     if w.pool == "attention":                                       # section 10, "Effect of different pooling methods"
         score = torch.einsum("kble,ke->kbl", c, w.score_w)[..., None] + w.score_b[:, None, None, None]
@@ -439,26 +483,34 @@ def expand_gate(xz, c, s, w, plan):
     y = expand(s, plan)                                                     # (K B L E)
     if not w.skip_before_expand:
         y = y + w.D[:, None, None] * c
-    y = unflatten((y[0] + y[1]) / 2, plan)                                  # (B L E)
+    y = (y[0] + y[1]) / 2                                                   # (B L E)
     if w.norm_w is not None:
         y = norm(y, w.norm_w, w.norm_b)
-    return (y * F.silu(at_least_float32(xz.chunk(2, -1)[1]))).to(xz.dtype)
+    if plan.token is not None:
+        y = y.masked_fill(plan.divisor[0].isinf()[..., None], 0)            # padding stays zero
+    return (unflatten(y, plan) * F.silu(at_least_float32(xz.chunk(2, -1)[1]))).to(xz.dtype)
 
 
-def ssm(xz, w, plan):
-    """Everything between in_proj and out_proj: xz (B L 2E) -> y (B L E)."""
-    ops = pick_backend(xz.device)
-    p, c = ops.conv_pool(xz.chunk(2, -1)[0], w, plan)                       # (K B P E) (K B L E)
+def project(p, w):
+    """What makes the scan selective: pooled tokens p (K B P E) -> dt (K B P E), B, C (K B P N), and low (K B P R)."""
     N, R = w.A_log.shape[-1], w.dt_proj.shape[-1]
-    dt, B, C = torch.einsum("kbpe,kre->kbpr", p, w.x_proj).split([R, N, N], -1)     # (K B P R) (K B P N) (K B P N)
-    dt = torch.einsum("kbpr,ker->kbpe", dt, w.dt_proj)                      # (K B P E)
+    low, B, C = (p.flatten(1, 2) @ w.x_proj.mT).unflatten(1, p.shape[1:3]).split([R, N, N], -1)
+    dt = (low.flatten(1, 2) @ w.dt_proj.mT).unflatten(1, p.shape[1:3])      # (K B P E)
+    return dt, B, C, low
+
+
+def ssm(xz, w, plan, ops):
+    """Everything between in_proj and out_proj, by the operations of the backend ops: xz (B L 2E) -> y (B L E), and
+    what a hand-written backward function wants to see again."""
+    p, kept = ops.conv_pool(xz, w, plan)                                    # (K B P E) (K B L E)
+    dt, B, C, _ = project(p, w)
     D = w.D if w.skip_before_expand else None
     s = ops.selective_scan(p, dt, -torch.exp(w.A_log), B, C, D, w.dt_bias)  # (K B P E)
-    return ops.expand_gate(xz, c, s, w, plan)
+    return ops.expand_gate(xz, kept, s, w, plan), p, kept, s
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. Choosing a backend
+# 4. Backends: who runs the operations
 
 
 class Backend(NamedTuple):
@@ -470,6 +522,7 @@ class Backend(NamedTuple):
     conv_pool: Callable
     selective_scan: Callable
     expand_gate: Callable
+    kernels: Optional[object] = None            # compiled ones: a fastvim_kernels.Kernels, which runs whole blocks
 
 
 BACKENDS = {}                                   # name -> Backend; the last one registered that serves a device is taken
@@ -501,22 +554,44 @@ def _known_backend(name, source):
     return BACKENDS[name]
 
 
-def pick_backend(device):
+def _announce(level, *what):
+    if what not in _announced:
+        _announced.add(what)
+        log.log(level, *what)
+
+
+def pick_backend(device, dtype=torch.float32, unusual=""):
     """The backend for a torch.device: use_backend, else the variable FASTVIM_BACKEND, else the last one registered
-    that serves it. The choice is logged once."""
-    device, forced = torch.device(device), os.environ.get("FASTVIM_BACKEND")
-    if _forced or forced:
-        backend = _known_backend(_forced[-1], "use_backend") if _forced else _known_backend(forced, "FASTVIM_BACKEND")
-        if backend.devices and device.type not in backend.devices:
-            raise ValueError(f"backend {backend.name!r} serves {', '.join(backend.devices)}, not {device.type}")
-        reason = "asked for"
-    else:
-        backend = next(b for b in reversed(BACKENDS.values()) if not b.devices or device.type in b.devices)
-        reason = backend.why
-    if (backend.name, device.type) not in _announced and not torch.compiler.is_compiling():
-        _announced.add((backend.name, device.type))
-        log.info("backend %s on %s: %s", backend.name, device.type, reason)
-    return backend
+    that serves it. What is chosen, and what is passed over and why, is logged once.
+
+    dtype: of the activations. unusual: an option that only plain PyTorch knows, see Config.unusual.
+    Compiled kernels are built here, at first use. Raises ValueError if the backend asked for does not serve the
+    device, RuntimeError if it cannot be built."""
+    return BACKENDS[_pick(torch.device(device).type, dtype, unusual)]
+
+
+@torch.compiler.assume_constant_result          # torch.compile must not look into the compiling of kernels
+def _pick(device, dtype, unusual):
+    variable = os.environ.get("FASTVIM_BACKEND")
+    asked = _known_backend(_forced[-1], "use_backend") if _forced else variable and _known_backend(
+        variable, "FASTVIM_BACKEND")
+    if asked and asked.devices and device not in asked.devices:
+        raise ValueError(f"backend {asked.name!r} serves {', '.join(asked.devices)}, not {device}")
+    for backend in [asked] if asked else reversed(BACKENDS.values()):
+        if backend.devices and device not in backend.devices:
+            continue
+        lacks = unusual or f"{dtype} activations" * (dtype not in backend.kernels.dtypes) if backend.kernels else ""
+        if lacks:
+            _announce(logging.WARNING, "backend %s has no %s: python runs this model", backend.name, lacks)
+            backend = BACKENDS["python"]
+        elif backend.kernels and backend.kernels.error():
+            problem = f"backend {backend.name} cannot be used: {backend.kernels.error()}"
+            if asked:
+                raise RuntimeError(problem)
+            _announce(logging.WARNING, "%s", problem)
+            continue
+        _announce(logging.INFO, "backend %s on %s: %s", backend.name, device, "asked for" if asked else backend.why)
+        return backend.name
 
 
 register_backend(Backend("python", (), "plain PyTorch, on every device",
@@ -564,10 +639,17 @@ class Mixer(nn.Module):
             score_b=pair(*(m.bias for m in score))[:, 0] if score else None,
             pool=cfg.pool, skip_before_expand=cfg.skip_before_expand)
 
-    def forward(self, u, plan):
+    def backend(self, device):
+        return pick_backend(device, activation_dtype(device, self.in_proj.weight), self.cfg.unusual)
+
+    def forward(self, u, plan, backend=None):
+        """u (B L D), normed -> (B L D)."""
+        backend = backend or self.backend(u.device)
+        if backend.kernels:
+            return backend.kernels.block(self, u, None, None, plan)[0]
         xz = self.in_proj(u)                                                # (B L 2E)
         with torch.autocast(u.device.type, enabled=False):                  # the scan and its inputs stay in float32
-            y = ssm(xz, self.weights(), plan)                               # (B L E)
+            y = ssm(xz, self.weights(), plan, backend)[0]                   # (B L E)
         return self.out_proj(y)                                             # (B L D)
 
 
@@ -579,11 +661,13 @@ class Block(nn.Module):
         self.norm = NORMS[cfg.block_norm](cfg.embed_dim)
         self.mixer = Mixer(cfg)
 
-    def forward(self, hidden, residual, plan, drop_path=0.0):
-        ops = pick_backend(hidden.device)
+    def forward(self, hidden, residual, plan, drop_path=0.0, backend=None):
+        backend = backend or self.mixer.backend(hidden.device)
         hidden = stochastic_depth(hidden, drop_path, self.training)
-        u, residual = ops.add_norm(hidden, residual, self.norm.weight, getattr(self.norm, "bias", None))
-        return self.mixer(u, plan), residual                                # (B L D) (B L D)
+        if backend.kernels:
+            return backend.kernels.block(self.mixer, hidden, residual, self.norm, plan)      # (B L D) (B L D)
+        u, residual = backend.add_norm(hidden, residual, self.norm.weight, getattr(self.norm, "bias", None))
+        return self.mixer(u, plan, backend), residual                       # (B L D) (B L D)
 
 
 def stochastic_depth(x, rate, training):
@@ -747,10 +831,13 @@ class FastVim(nn.Module):
 
     def _blocks(self, x, layout):
         """Runs the blocks; yields each one's output and the residual that it has yet to be added to, both (B S D)."""
+        backend = self.layers[0].mixer.backend(x.device)
         plans = [self._plan(row, layout) for row in self.cfg.rows]          # once a batch, not once a layer
+        if backend.kernels:
+            plans = [plan.walk(x.device) for plan in plans]
         hidden, residual = x, None
         for i, block in enumerate(self.layers):
-            args = hidden, residual, plans[i % len(plans)], self.drop_path_rates[i]
+            args = hidden, residual, plans[i % len(plans)], self.drop_path_rates[i], backend
             if self.grad_checkpointing and self.training:
                 hidden, residual = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
             else:
@@ -776,7 +863,9 @@ class FastVim(nn.Module):
         for hidden, residual in self._blocks(x, layout):
             pass
         hidden = stochastic_depth(hidden, self.drop_path_rates[-1], self.training)
-        x, _ = pick_backend(x.device).add_norm(hidden, residual, self.norm_f.weight, getattr(self.norm_f, "bias", None))
+        backend = self.layers[-1].mixer.backend(x.device)
+        last_norm = add_norm if backend.kernels else backend.add_norm       # kernels do not differentiate by themselves
+        x, _ = last_norm(hidden, residual, self.norm_f.weight, getattr(self.norm_f, "bias", None))
         return x, layout.slots
 
     def forward(self, x, keep=None, channels=None):
@@ -1117,5 +1206,12 @@ def main():
         parser.error(str(error))
 
 
+try:
+    import fastvim_kernels      # noqa: F401, E402   registers the backends cpu and cuda, compiles nothing yet
+except ModuleNotFoundError as error:
+    if error.name != "fastvim_kernels":         # else this file was copied alone: plain PyTorch it is
+        raise
+
 if __name__ == "__main__":
+    from fastvim import main    # the module, not this script: there must be one table of backends
     main()

@@ -439,7 +439,7 @@ def test_choosing_a_backend(spy, monkeypatch, caplog):
         chosen()
     monkeypatch.delenv("FASTVIM_BACKEND")
     fastvim.register_backend(PYTHON)                            # a second time: now it is the last one
-    assert chosen() == "python" and len(fastvim.BACKENDS) == 3
+    assert chosen() == "python" and [*fastvim.BACKENDS].count("python") == 1
 
 
 def test_a_model_runs_by_the_chosen_backend(spy, monkeypatch):

@@ -116,7 +116,7 @@ def test_a_row_without_tokens_pools_to_zero_and_takes_a_step():
     keep = torch.tensor([[0, 1, 6, 7]])                         # of a 4 x 2 grid: rows 0 and 3
     sizes, m = dict(h=4, w=2), make_mixer()
     plan = fastvim.make_plan(("h w", "w"), "h w", sizes, keep)
-    p, _ = fastvim.conv_pool(torch.randn(1, 4, 12).double(), m.weights(), plan)
+    p, _ = fastvim.conv_pool(torch.randn(1, 4, 24).double(), m.weights(), plan)
     assert plan.steps == p.shape[2] == 4
     assert (p[:, :, 1:3] == 0).all() and (p[:, :, [0, 3]] != 0).all()
     near = fastvim.make_plan(("h w", "w"), "h w", sizes, torch.tensor([[0, 1, 2, 3]]))       # rows 0 and 1
@@ -314,13 +314,13 @@ def test_the_class_token_is_what_is_read(schedule, size):
 
 def test_released_masking_differs_in_the_backward_direction_only():
     keep = torch.tensor([[0, 1, 2, 4, 7, 8, 9], [0, 3, 5, 6, 7, 10, 11]])               # of a 4 x 3 grid
-    x, m = torch.randn(2, 7, 12, dtype=torch.float64), make_mixer()
+    xz, m = torch.randn(2, 7, 24, dtype=torch.float64), make_mixer()
     for row, size in zip(fastvim.SCHEDULES["fastvim"], (4, 3)):
         plans = [fastvim.make_plan(row, "h w", dict(h=4, w=3), keep, released_masking=r) for r in (False, True)]
-        ours, released = (fastvim.conv_pool(x, m.weights(), plan)[0] for plan in plans)
+        ours, released = (fastvim.conv_pool(xz, m.weights(), plan)[0] for plan in plans)
         assert released[0].equal(ours[0]) and (released[1] - ours[1]).abs().max() > 1e-3
         # the released code: reversed tokens, pooled and expanded by the row ids of the unreversed ones
-        c = fastvim.conv_pool(x, m.weights(), plans[1])[1][1].flip(1)                    # (B L E)
+        c = fastvim.conv_pool(xz, m.weights(), plans[1])[1][1].flip(1)                    # (B L E)
         ids = (keep // 3 if row[1] == "w" else (keep % 3).sort(1).values)[..., None].expand(c.shape)
         pooled = torch.zeros(2, size, 12, dtype=torch.float64).scatter_add(1, ids, c) / (12 // size)
         assert_close(released[1].flip(1), pooled)
