@@ -1,9 +1,33 @@
-"""Prints, at the end of a test run, how far each backend's scan is from the brute-force reference."""
+"""For all tests: few threads, the emulated CUDA backend, and a table of the scan's errors at the end."""
+import os
+import pathlib
+import subprocess
+import tempfile
+
 import pytest
 import torch
 
+import fastvim
+import fastvim_kernels
+
 torch.set_num_threads(1)    # the tensors are tiny: a second thread costs more than it gives
+HERE = pathlib.Path(__file__).resolve().parent
 SCAN_ERRORS = {}            # (backend, device, dtype) -> {length: largest relative error}
+
+
+def load_emulated():
+    """scan_cuda.cu compiled by g++ through tests/cuda_emulator.h: the CUDA kernels, run on tensors of the CPU."""
+    folder = tempfile.TemporaryDirectory()
+    path = os.path.join(folder.name, "emulated.so")
+    subprocess.run(["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-DFASTVIM_EMULATE", "-include",
+                    HERE / "tests/cuda_emulator.h", "-x", "c++", HERE / "scan_cuda.cu", "-o", path], check=True)
+    library = fastvim_kernels.CLibrary(path, 0)                             # the last argument: the stream
+    library.folder = folder                                                 # deleted with the library
+    return library
+
+
+fastvim_kernels.register("cuda-emulated", "cpu", fastvim_kernels.DTYPES, load_emulated)
+fastvim.register_backend(fastvim.BACKENDS["cpu"])                           # remains what models run by
 
 
 @pytest.fixture

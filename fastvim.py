@@ -260,7 +260,7 @@ def _full_walk(plan, device):
     with torch.inference_mode(False):           # the tables outlive this call and may next serve a training step
         token, group = (t[None] for t in plan.tables(device))                                # (1 L)
         pooled = math.prod([plan.sizes[a] for a in plan.pooled.split()])
-        weight = torch.full(group.shape, plan.pool_scale / pooled if plan.pooled else 1.0, device=device)
+        weight = torch.full(group.shape, plan.pool_scale / pooled, device=device)
         return _walk(token, group, weight, plan.steps)
 
 
@@ -274,6 +274,7 @@ def make_plan(row, storage, sizes, slots=None, *, class_token=False, pool_scale=
     order, pooled = row
     steps = math.prod([sizes[a] for a in order.split() if a not in pooled.split()])
     length = math.prod([sizes[a] for a in pooled.split()])
+    pool_scale = pool_scale if pooled else 1.0
     plan = Plan(storage, order, pooled, tuple((a, sizes[a]) for a in storage.split()), steps, pool_scale)
     if slots is None:
         return plan
@@ -349,7 +350,7 @@ def activation_dtype(device, weight):
 
 def at_least_float32(x):
     """States, sums and norms are kept in float32 when the activations are 16-bit, and in float64 when they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def norm(x, weight, bias, eps=1e-5):
@@ -494,8 +495,8 @@ def expand_gate(xz, c, s, w, plan):
 def project(p, w):
     """What makes the scan selective: pooled tokens p (K B P E) -> dt (K B P E), B, C (K B P N), and low (K B P R)."""
     N, R = w.A_log.shape[-1], w.dt_proj.shape[-1]
-    low, B, C = (p.flatten(1, 2) @ w.x_proj.mT).unflatten(1, p.shape[1:3]).split([R, N, N], -1)
-    dt = (low.flatten(1, 2) @ w.dt_proj.mT).unflatten(1, p.shape[1:3])      # (K B P E)
+    low, B, C = torch.bmm(p.flatten(1, 2), w.x_proj.mT).view(*p.shape[:3], R + 2 * N).split([R, N, N], -1)
+    dt = torch.bmm(low.flatten(1, 2), w.dt_proj.mT).view(p.shape)           # (K B P E)
     return dt, B, C, low
 
 
@@ -691,8 +692,8 @@ class PatchEmbed(nn.Module):
             self.proj = nn.Conv2d(cfg.in_chans, cfg.embed_dim, p, p)
 
     def forward(self, x, channels=None):
-        H, W = x.shape[-2:]
-        x = F.pad(x, (0, -W % self.patch_size, 0, -H % self.patch_size))    # zeros below and to the right
+        (H, W), p = x.shape[-2:], self.patch_size
+        x = F.pad(x, (0, (W + p - 1) // p * p - W, 0, (H + p - 1) // p * p - H))            # zeros below and right
         if not self.per_channel:
             return self.proj(x)                                             # (B D h w)
         channel = self.channel_embed(channels).mT                           # (D c)

@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +35,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)     # the kernels know t
 
 class Kernels:
     """The operations by the C functions of a compiled library, forward and backward. scan_cpu.cpp and scan_cuda.cu
-    have the same functions (the comment at the top of scan_cpu.cpp describes them). Here arguments are checked and
-    results allocated; the kernels do neither.
+    have the same functions (the comment at the top of scan_cpu.cpp describes them); they trust their arguments and
+    allocate nothing. The methods here allocate and call; those called checked_... also check, for use by hand.
 
     load() returns the library: an object whose functions take tensors (None for an absent one) and whole numbers."""
 
@@ -51,13 +50,13 @@ class Kernels:
             if self._library is None and self._error is None:
                 try:
                     self._library = self._load()
-                except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
+                except (OSError, RuntimeError, ImportError, AttributeError) as error:
                     self._error = str(error) or type(error).__name__
         return self._error
 
     @property
     def library(self):
-        if self.error():
+        if self._library is None and self.error():
             raise RuntimeError(f"backend {self.name} cannot be used: {self._error}")
         return self._library
 
@@ -65,14 +64,85 @@ class Kernels:
         """A Block (or, without block_norm, a Mixer) as one operation -> hidden, residual (B L D)."""
         w, dtype = mixer.weights(), fastvim.activation_dtype(hidden.device, mixer.in_proj.weight)
         walk = plan if isinstance(plan, Walk) else plan.walk(hidden.device)
-        norm = [None, None]
+        norm_w = norm_b = None
         if block_norm is not None:
-            norm = [t if t is None else t.float() for t in (block_norm.weight, getattr(block_norm, "bias", None))]
+            norm_w, norm_b = block_norm.weight, getattr(block_norm, "bias", None)
+            norm_w, norm_b = (t if t is None else t.float().contiguous() for t in (norm_w, norm_b))
             if residual is None:                                            # the first block
                 hidden, residual = torch.zeros_like(hidden), hidden.float()
-        return torch.ops.fastvim.block(
-            hidden.to(dtype), residual, *norm, mixer.in_proj.weight.to(dtype), mixer.out_proj.weight.to(dtype), *w[:9],
-            *walk, w.pool, w.skip_before_expand, self.name, torch.is_grad_enabled())[:2]
+        save = torch.is_grad_enabled()
+        # Without gradients there is nothing to dispatch: the plain function saves a tenth of a millisecond a block.
+        plain = not save and type(hidden) is Tensor and not torch.compiler.is_compiling()
+        return (_run_block if plain else torch.ops.fastvim.block)(
+            hidden.to(dtype), residual, norm_w, norm_b, mixer.in_proj.weight.to(dtype), mixer.out_proj.weight.to(dtype),
+            *w[:9], *walk, w.pool, w.skip_before_expand, self.name, save)[:2]
+
+    # -- the operations: arguments as the functions of fastvim.py take them, contiguous and right; plan is a Walk
+
+    def add_norm(self, hidden, residual, weight, bias, dtype):
+        """-> normed (B L D) in dtype, residual + hidden. hidden None norms the residual alone."""
+        u, out, D = torch.empty(residual.shape, dtype=dtype, device=residual.device), None, residual.shape[-1]
+        if hidden is not None:
+            out = torch.empty_like(residual)
+        self.library.add_norm(DTYPES.index(dtype), residual.numel() // D, D, hidden, residual, weight, bias, u, out)
+        return u, residual if out is None else out
+
+    def add_norm_backward(self, residual, weight, bias, du, dout):
+        """-> the gradients of residual + hidden (float32; and in du's type, if that is another), weight and bias."""
+        D, code = residual.shape[-1], DTYPES.index(du.dtype)
+        dr, dhidden = torch.empty_like(residual), None if code == 0 else torch.empty_like(du)
+        dweight, dbias = torch.empty_like(weight), None if bias is None else torch.empty_like(weight)
+        self.library.add_norm_backward(code, residual.numel() // D, D, residual, weight, int(bias is not None), du,
+                                       dout, dr, dhidden, dweight, dbias)
+        return dr, dhidden, dweight, dbias
+
+    def conv_pool(self, xz, w, walk):
+        _, B, _, P, E, _ = sizes = _sizes(xz, walk)
+        p = torch.empty((2, B, P, E), device=xz.device)
+        argmax = torch.empty_like(p, dtype=torch.int32) if w.pool == "max" else None
+        self.library.conv_pool(*sizes, int(w.pool == "max"), xz, w.conv_w, w.conv_b, *walk, p, argmax)
+        return p, argmax
+
+    def conv_pool_backward(self, xz, argmax, w, walk, dp, g, dxz):
+        """Fills the x half of dxz -> the gradients of conv_w, conv_b and, unless the scan has it, D."""
+        dconv_w, dconv_b = torch.empty_like(w.conv_w), torch.empty_like(w.conv_b)
+        D, dD = (None, None) if w.skip_before_expand else (w.D, torch.empty_like(w.D))
+        self.library.conv_pool_backward(*_sizes(xz, walk), int(w.pool == "max"), xz, w.conv_w, w.conv_b, D, *walk,
+                                        argmax, dp, g, dxz, dconv_w, dconv_b, dD)
+        return dconv_w, dconv_b, dD
+
+    def selective_scan(self, x, dt, A, B, C, D, dt_bias):
+        s = torch.empty_like(x)
+        self.library.selective_scan(*x.shape, A.shape[2], x, dt, A, B, C, B.stride(2), D, dt_bias, s)
+        return s
+
+    def selective_scan_backward(self, x, dt, A, B, C, D, dt_bias, ds):
+        """ds (K B P E), or (B P E) if it is the same for all directions -> the gradients of the seven others."""
+        dB, dC = (torch.empty(t.shape, device=t.device) for t in (B, C))
+        dx, ddt, dA, dD, ddt_bias = (None if t is None else torch.empty_like(t) for t in (x, dt, A, D, dt_bias))
+        self.library.selective_scan_backward(*x.shape, A.shape[2], x, dt, A, B, C, B.stride(2), D, dt_bias, ds,
+                                             int(ds.ndim == 3), dx, ddt, dA, dB, dC, dD, ddt_bias)
+        return dx, ddt, dA, dB, dC, dD, ddt_bias
+
+    def expand_gate(self, xz, kept, s, w, walk):
+        _, B, S, _, E, _ = sizes = _sizes(xz, walk)
+        y = torch.empty((B, S, E), dtype=xz.dtype, device=xz.device)
+        self.library.expand_gate(*sizes, xz, s, w.conv_w, w.conv_b, None if w.skip_before_expand else w.D, w.norm_w,
+                                 w.norm_b, walk.token, walk.group, y)
+        return y
+
+    def expand_gate_backward(self, xz, s, w, walk, dy, dxz):
+        """Fills the z half of dxz -> y once more, g (B L E) the gradient of each direction's expanded s, that of s
+        (B P E), the same in both directions, and those of norm_w and norm_b."""
+        _, B, _, P, E, _ = sizes = _sizes(xz, walk)
+        y, g, ds = torch.empty_like(dy), torch.empty_like(dy), torch.empty((B, P, E), device=xz.device)
+        dnorm_w, dnorm_b = (None if t is None else torch.empty_like(t) for t in (w.norm_w, w.norm_b))
+        self.library.expand_gate_backward(*sizes, xz, s, w.conv_w, w.conv_b, None if w.skip_before_expand else w.D,
+                                          w.norm_w, w.norm_b, walk.token, walk.group, walk.member, walk.start, dy,
+                                          y, dxz, g, ds, dnorm_w, dnorm_b)
+        return y, g, ds, dnorm_w, dnorm_b
+
+    # -- the same with checks
 
     def _check(self, name, tensor, dtype, shape, device):
         """Raises TypeError or ValueError unless tensor is as the kernels expect it."""
@@ -84,134 +154,84 @@ class Kernels:
                              f"{tuple(tensor.shape)}")
 
     def _checked(self, xz, w, walk):
-        """Checks all that the operations get to see besides their own results -> xz and w, contiguous."""
+        """Checks all that conv_pool and expand_gate get to see besides their own results -> xz and w, contiguous."""
         if not isinstance(xz, Tensor) or xz.dtype not in self.dtypes:
             raise TypeError(f"backend {self.name}: activations must be a tensor of {', '.join(map(str, self.dtypes))}, "
                             f"not {getattr(xz, 'dtype', type(xz).__name__)}")
         if xz.ndim != 3 or w.A_log.ndim != 3 or w.dt_proj.ndim != 3 or not 1 <= w.A_log.shape[2] <= 64:
             raise ValueError(f"backend {self.name}: expected activations (B, L, 2E), A_log (2, E, N <= 64) and dt_proj "
                              f"(2, E, R), not {tuple(xz.shape)}, {tuple(w.A_log.shape)} and {tuple(w.dt_proj.shape)}")
-        (B, S, width), device, f32 = xz.shape, xz.device, torch.float32
+        (B, S, width), device = xz.shape, xz.device
         E, N, R, b, P = width // 2, w.A_log.shape[2], w.dt_proj.shape[2], walk.token.shape[0], walk.start.shape[-1] - 1
-        shapes = dict(conv_w=(2, E, 4), conv_b=(2, E), x_proj=(2, R + 2 * N, E), dt_proj=(2, E, R), dt_bias=(2, E),
-                      A_log=(2, E, N), D=(2, E), norm_w=(E,), norm_b=(E,))
-        tensors = {name: getattr(w, name) for name in shapes}
-        for name, t in tensors.items():
-            if t is not None or name not in ("norm_w", "norm_b"):
-                self._check(name, t, f32, shapes[name], device)
         if S < 1 or b not in (1, B):
             raise ValueError(f"backend {self.name}: activations {tuple(xz.shape)} do not fit a plan of batch {b}")
-        for name, dtype in dict(token=torch.int32, group=torch.int32, weight=f32, member=torch.int32).items():
-            self._check(f"the plan's {name}", getattr(walk, name), dtype, (b, S), device)
-        self._check("the plan's start", walk.start, torch.int32, (b, P + 1), device)
-        return xz.contiguous(), w._replace(**{name: t if t is None else t.contiguous() for name, t in tensors.items()})
+        shapes = [(2, E, 4), (2, E), (2, R + 2 * N, E), (2, E, R), (2, E), (2, E, N), (2, E), (E,), (E,),
+                  (b, S), (b, S), (b, S), (b, S), (b, P + 1)]
+        f32, i32 = torch.float32, torch.int32
+        tensors = w[:9] + tuple(walk)
+        for t, shape, dtype in zip(tensors, shapes, (f32,) * 9 + (i32, i32, f32, i32, i32)):
+            if t is None or t.shape != shape or t.dtype != dtype or t.device != device:      # rare: now find its name
+                for name in SSMWeights._fields[:9] + Walk._fields:
+                    if (getattr(w, name) if name in SSMWeights._fields else getattr(walk, name)) is t:
+                        break
+                if t is not None or name not in ("norm_w", "norm_b"):
+                    self._check(name if name in SSMWeights._fields else f"the plan's {name}", t, dtype, shape, device)
+        if not all(t is None or t.is_contiguous() for t in tensors[:9]):
+            w = SSMWeights(*(t if t is None else t.contiguous() for t in tensors[:9]), *w[9:])
+        return xz.contiguous(), w
 
-    def _sizes(self, xz, walk):
-        dtype = DTYPES.index(xz.dtype)
-        return dtype, *xz.shape[:2], walk.start.shape[1] - 1, xz.shape[2] // 2, len(walk.token)
-
-    def _arguments(self, xz, w, plan):
-        """Checks unless plan is a Walk: then this is the block operation, which has checked."""
-        if isinstance(plan, Walk):
-            return xz, w, plan
-        walk = plan.walk(xz.device)
-        return *self._checked(xz, w, walk), walk
-
-    def add_norm(self, hidden, residual, weight, bias, dtype=None):
-        """As fastvim.add_norm; hidden None norms the residual alone and returns it as it is."""
-        like = residual if hidden is None else hidden
-        D, dtype = like.shape[-1], dtype or weight.dtype
-        for name, t in dict(hidden=hidden, residual=residual).items():
+    def checked_add_norm(self, hidden, residual, weight, bias):
+        if not isinstance(hidden, Tensor) or not isinstance(weight, Tensor) or hidden.ndim < 1:
+            raise TypeError(f"backend {self.name}: hidden and weight must be tensors")
+        self._check("weight", weight, weight.dtype, hidden.shape[-1:], hidden.device)
+        for name, t, like in ("residual", residual, hidden), ("bias", bias, weight):
             if t is not None:
-                self._check(name, t, torch.float32 if name == "residual" else dtype, like.shape, weight.device)
-        for name, t in dict(weight=weight, bias=bias).items():
-            if t is not None:
-                self._check(name, t, t.dtype, (D,), weight.device)
-        weight, bias = (t if t is None else t.float().contiguous() for t in (weight, bias))
-        hidden, residual = (t if t is None else t.contiguous() for t in (hidden, residual))
-        u, out = torch.empty(like.shape, dtype=dtype, device=like.device), None
-        if hidden is not None:
-            out = torch.empty(like.shape, device=like.device)
-        code = DTYPES.index(dtype)
-        self.library.add_norm(code, like.numel() // D, D, hidden, residual, weight, bias, u, out)
-        return u, residual if out is None else out
+                self._check(name, t, torch.float32, like.shape, hidden.device)
+        if weight.dtype not in self.dtypes:
+            raise TypeError(f"backend {self.name}: weight must be of {', '.join(map(str, self.dtypes))}, not "
+                            f"{weight.dtype}")
+        if residual is None:
+            hidden, residual = None, hidden.float()
+        arguments = (t if t is None else t.contiguous() for t in (
+            hidden if hidden is None else hidden.to(weight.dtype), residual, weight.float(), bias))
+        return self.add_norm(*arguments, weight.dtype)
 
-    def add_norm_backward(self, residual, weight, bias, du, dout):
-        """-> the gradients of residual + hidden (float32; and in du's type, if that is another), weight and bias."""
-        D, code = residual.shape[-1], DTYPES.index(du.dtype)
-        dr, dhidden = torch.empty_like(residual), None if code == 0 else torch.empty_like(du)
-        weight = weight.contiguous()
-        dweight, dbias = torch.empty_like(weight), None if bias is None else torch.empty_like(weight)
-        self.library.add_norm_backward(code, residual.numel() // D, D, residual, weight, int(bias is not None), du,
-                                       dout if dout is None else dout.contiguous(), dr, dhidden, dweight, dbias)
-        return dr, dhidden, dweight, dbias
+    def checked_conv_pool(self, xz, w, plan):
+        walk = plan.walk(getattr(xz, "device", "cpu"))
+        return self.conv_pool(*self._checked(xz, w, walk), walk)
 
-    def conv_pool(self, xz, w, plan):
-        xz, w, walk = self._arguments(xz, w, plan)
-        sizes = _, B, _, P, E, _ = self._sizes(xz, walk)
-        p = xz.new_empty(2, B, P, E, dtype=torch.float32)
-        argmax = torch.empty_like(p, dtype=torch.int32) if w.pool == "max" else None
-        self.library.conv_pool(*sizes, int(w.pool == "max"), xz, w.conv_w, w.conv_b, *walk, p, argmax)
-        return p, argmax
+    def checked_expand_gate(self, xz, kept, s, w, plan):
+        walk = plan.walk(getattr(xz, "device", "cpu"))
+        xz, w = self._checked(xz, w, walk)
+        self._check("s", s, torch.float32, (2, len(xz), plan.steps, xz.shape[2] // 2), xz.device)
+        return self.expand_gate(xz, kept, s.contiguous(), w, walk)
 
-    def conv_pool_backward(self, xz, argmax, w, walk, dp, g, dxz):
-        """Fills the x half of dxz -> the gradients of conv_w, conv_b and, unless the scan has it, D."""
-        dconv_w, dconv_b = torch.empty_like(w.conv_w), torch.empty_like(w.conv_b)
-        D, dD = (None, None) if w.skip_before_expand else (w.D, torch.empty_like(w.D))
-        self.library.conv_pool_backward(*self._sizes(xz, walk), int(w.pool == "max"), xz, w.conv_w, w.conv_b, D, *walk,
-                                        argmax, dp, g, dxz, dconv_w, dconv_b, dD)
-        return dconv_w, dconv_b, dD
-
-    def _scan_arguments(self, x, dt, A, B, C, D, dt_bias):
+    def _checked_scan(self, x, dt, A, B, C, D, dt_bias):
         if not isinstance(x, Tensor) or x.ndim != 4 or not isinstance(A, Tensor) or A.ndim != 3 or x.shape[2] < 1:
             raise ValueError(f"backend {self.name}: expected x (K, B, P, E) and A (K, E, N), not "
                              f"{tuple(getattr(x, 'shape', '?'))} and {tuple(getattr(A, 'shape', '?'))}")
-        (K, batch, P, E), N, f32 = x.shape, A.shape[2], torch.float32
+        (K, batch, P, E), N = x.shape, A.shape[2]
         if K not in (1, 2) or not 1 <= N <= 64:
             raise ValueError(f"backend {self.name}: {K} directions and {N} states; it knows 1 or 2 and at most 64")
         for name, t, shape in (("x", x, x.shape), ("dt", dt, x.shape), ("A", A, (K, E, N)), ("B", B, (K, batch, P, N)),
                                ("C", C, (K, batch, P, N)), ("D", D, (K, E)), ("dt_bias", dt_bias, (K, E))):
             if t is not None or name in ("dt", "B", "C"):
-                self._check(name, t, f32, shape, x.device)
-        x, dt, A, D, dt_bias = (t if t is None else t.contiguous() for t in (x, dt, A, D, dt_bias))
-        ld = B.stride(2) if B.shape[2] > 1 else N
-        if ld < N or any(t.stride() != (batch * P * ld, P * ld, ld, 1) for t in (B, C)):    # not columns of one matrix
-            B, C, ld = B.contiguous(), C.contiguous(), N
-        return (K, batch, P, E, N), (x, dt, A, B, C, ld, D, dt_bias)
+                self._check(name, t, torch.float32, shape, x.device)
+        return [t if t is None else t.contiguous() for t in (x, dt, A, B, C, D, dt_bias)]
 
-    def selective_scan(self, x, dt, A, B, C, D=None, dt_bias=None):
-        sizes, arguments = self._scan_arguments(x, dt, A, B, C, D, dt_bias)
-        s = torch.empty(x.shape, device=x.device)
-        self.library.selective_scan(*sizes, *arguments, s)
-        return s
+    def checked_scan(self, x, dt, A, B, C, D=None, dt_bias=None):
+        return self.selective_scan(*self._checked_scan(x, dt, A, B, C, D, dt_bias))
 
-    def selective_scan_backward(self, x, dt, A, B, C, D, dt_bias, ds):
-        """ds (K B P E), or (B P E) if it is the same for all directions -> the gradients of the seven others."""
-        sizes, arguments = self._scan_arguments(x, dt, A, B, C, D, dt_bias)
-        self._check("ds", ds, torch.float32, x.shape[-ds.ndim:], x.device)
-        grads = [None if t is None else torch.empty(t.shape, device=t.device) for t in (x, dt, A, B, C, D, dt_bias)]
-        self.library.selective_scan_backward(*sizes, *arguments, ds.contiguous(), int(ds.ndim == 3), *grads)
-        return grads
+    def checked_scan_backward(self, x, dt, A, B, C, D, dt_bias, ds):
+        arguments = self._checked_scan(x, dt, A, B, C, D, dt_bias)
+        self._check("ds", ds, torch.float32, x.shape, x.device)
+        return self.selective_scan_backward(*arguments, ds.contiguous())
 
-    def expand_gate(self, xz, kept, s, w, plan):
-        xz, w, walk = self._arguments(xz, w, plan)
-        sizes = _, B, S, P, E, _ = self._sizes(xz, walk)
-        self._check("s", s, torch.float32, (2, B, P, E), xz.device)
-        y = xz.new_empty(B, S, E)
-        self.library.expand_gate(*sizes, xz, s.contiguous(), w.conv_w, w.conv_b, None if w.skip_before_expand else w.D,
-                                 w.norm_w, w.norm_b, walk.token, walk.group, y)
-        return y
 
-    def expand_gate_backward(self, xz, s, w, walk, dy, dxz):
-        """Fills the z half of dxz -> y once more, g (B L E) the gradient of each direction's expanded s, that of s
-        (B P E), the same in both directions, and those of norm_w and norm_b."""
-        sizes = _, B, S, P, E, _ = self._sizes(xz, walk)
-        y, g, ds = torch.empty_like(dy), torch.empty_like(dy), xz.new_empty(B, P, E, dtype=torch.float32)
-        dnorm_w, dnorm_b = (None if t is None else torch.empty_like(t) for t in (w.norm_w, w.norm_b))
-        self.library.expand_gate_backward(*sizes, xz, s, w.conv_w, w.conv_b, None if w.skip_before_expand else w.D,
-                                          w.norm_w, w.norm_b, walk.token, walk.group, walk.member, walk.start, dy,
-                                          y, dxz, g, ds, dnorm_w, dnorm_b)
-        return y, g, ds, dnorm_w, dnorm_b
+def _sizes(xz, walk):
+    B, S, width = xz.shape
+    b, P = walk.start.shape
+    return DTYPES.index(xz.dtype), B, S, P - 1, width // 2, b
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,55 +247,64 @@ def _no_autocast(device):
     return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
 
 
-@torch.library.custom_op("fastvim::block", mutates_args=())
-def _block(hidden: Tensor, residual: Optional[Tensor], block_w: Optional[Tensor], block_b: Optional[Tensor],
-           in_proj: Tensor, out_proj: Tensor, conv_w: Tensor, conv_b: Tensor, x_proj: Tensor, dt_proj: Tensor,
-           dt_bias: Tensor, A_log: Tensor, D: Tensor, norm_w: Optional[Tensor], norm_b: Optional[Tensor],
-           token: Tensor, group: Tensor, weight: Tensor, member: Tensor, start: Tensor,
-           pool: str, skip: bool, backend: str, save: bool
-           ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+_SCHEMA = ("Tensor? block_w, Tensor? block_b, Tensor in_proj, Tensor out_proj, Tensor conv_w, Tensor conv_b, "
+           "Tensor x_proj, Tensor dt_proj, Tensor dt_bias, Tensor A_log, Tensor D, Tensor? norm_w, Tensor? norm_b, "
+           "Tensor token, Tensor group, Tensor weight, Tensor member, Tensor start, str pool, bool skip, str backend")
+
+
+def _run_block(hidden, residual, block_w, block_b, in_proj, out_proj, *rest):
     """add_norm, in_proj, ssm, out_proj -> hidden and residual (B L D), and, to save, xz, p, argmax, s. Without block_w
-    the norm is left out: hidden comes normed. Tensors that are not there come back empty."""
-    ops, walk = fastvim.BACKENDS[backend].kernels, Walk(token, group, weight, member, start)
-    w = SSMWeights(conv_w, conv_b, x_proj, dt_proj, dt_bias, A_log, D, norm_w, norm_b, None, None, pool, skip)
-    none = hidden.new_empty(0)
+    the norm is left out: hidden comes normed."""
+    (pool, skip, backend, _), walk = rest[14:], Walk(*rest[9:14])
+    ops, w, out = fastvim.BACKENDS[backend].kernels, SSMWeights(*rest[:9], None, None, pool, skip), None
     with _no_autocast(hidden.device):
-        u, out = hidden, none
+        u = hidden
         if block_w is not None:
-            u, out = ops.add_norm(hidden, residual, block_w, block_b, in_proj.dtype)
+            D = hidden.shape[-1:]
+            if residual is None or residual.shape != hidden.shape or residual.dtype != torch.float32:
+                raise ValueError(f"residual must be float32 of hidden's shape {tuple(hidden.shape)}")
+            if block_w.shape != D or block_w.dtype != torch.float32 or hidden.dtype != in_proj.dtype or (
+                    block_b is not None and (block_b.shape != D or block_b.dtype != torch.float32)):
+                raise ValueError(f"the block's norm must be float32 of shape {tuple(D)}, hidden of in_proj's type")
+            u, out = ops.add_norm(hidden.contiguous(), residual.contiguous(), block_w, block_b, in_proj.dtype)
         xz = F.linear(u, in_proj)                                           # (B L 2E)
         xz, w = ops._checked(xz, w, walk)
         y, p, argmax, s = ssm(xz, w, walk, ops)                             # (B L E)
-        hidden = F.linear(y, out_proj)                                      # (B L D)
-    return (hidden, out, xz, p, none.int() if argmax is None else argmax, s) if save else (
-        hidden, out, none.clone(), none.clone(), none.int(), none.clone())
+        return F.linear(y, out_proj), out, xz, p, argmax, s                 # (B L D) ...
+
+
+def _block_operation(hidden, *arguments):
+    hidden, *others = _run_block(hidden, *arguments)
+    if not arguments[-1]:                                                   # nothing to save
+        others[1:] = [None] * 4
+    return hidden, *[hidden.new_empty(0) if t is None else t for t in others]
+
+
+_block = torch.library.custom_op(
+    "fastvim::block", _block_operation, mutates_args=(),
+    schema=f"(Tensor hidden, Tensor? residual, {_SCHEMA}, bool save) "
+           "-> (Tensor hidden, Tensor residual, Tensor xz, Tensor p, Tensor argmax, Tensor s)")
 
 
 @_block.register_fake
-def _(hidden, residual, block_w, block_b, in_proj, out_proj, conv_w, conv_b, x_proj, dt_proj, dt_bias, A_log, D, norm_w,
-      norm_b, token, group, weight, member, start, pool, skip, backend, save):
-    B, S, width = hidden.shape
-    f32, i32, none = dict(dtype=torch.float32), dict(dtype=torch.int32), hidden.new_empty
-    out = none(0) if block_w is None else none(B, S, width, **f32)
-    pooled = 2, B, start.shape[1] - 1, out_proj.shape[1]
-    saved = (none(B, S, in_proj.shape[0], dtype=in_proj.dtype), none(*pooled, **f32),
-             none(*(pooled if pool == "max" else (0,)), **i32), none(*pooled, **f32)) if save else (
-        none(0), none(0), none(0, **i32), none(0))
-    return none(B, S, out_proj.shape[0], dtype=in_proj.dtype), out, *saved
+def _(hidden, residual, block_w, block_b, in_proj, out_proj, *rest):
+    start, pool, save = rest[13], rest[14], rest[17]
+    B, S, D = hidden.shape
+    pooled, f32 = (2, B, start.shape[1] - 1, out_proj.shape[1]), dict(dtype=torch.float32)
+    empty = hidden.new_empty
+    out = empty(0) if block_w is None else empty(B, S, D, **f32)
+    saved = [empty(0) for _ in range(4)] if not save else [
+        empty(B, S, in_proj.shape[0], dtype=in_proj.dtype), empty(pooled, **f32),
+        empty(pooled, dtype=torch.int32) if pool == "max" else empty(0), empty(pooled, **f32)]
+    return empty(B, S, out_proj.shape[0], dtype=in_proj.dtype), out, *saved
 
 
-@torch.library.custom_op("fastvim::block_backward", mutates_args=())
-def _block_backward(d_hidden: Tensor, d_out: Optional[Tensor], u: Tensor, xz: Tensor, p: Tensor, argmax: Tensor,
-                    s: Tensor, block_w: Optional[Tensor], block_b: Optional[Tensor], in_proj: Tensor, out_proj: Tensor,
-                    conv_w: Tensor, conv_b: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor,
-                    D: Tensor, norm_w: Optional[Tensor], norm_b: Optional[Tensor],
-                    token: Tensor, group: Tensor, weight: Tensor, member: Tensor, start: Tensor,
-                    pool: str, skip: bool, backend: str) -> list[Tensor]:
+def _block_backward_operation(d_hidden, d_out, u, xz, p, argmax, s, block_w, block_b, in_proj, out_proj, *rest):
     """The gradients of the arguments of block, hidden (in the activations' type) to norm_b; empty where there is none.
     u: what block returned as residual, or, without block_w, its hidden."""
-    ops, walk = fastvim.BACKENDS[backend].kernels, Walk(token, group, weight, member, start)
-    w = SSMWeights(conv_w, conv_b, x_proj, dt_proj, dt_bias, A_log, D, norm_w, norm_b, None, None, pool, skip)
-    _, w = ops._checked(xz, w, walk)
+    (pool, skip, backend), walk = rest[14:], Walk(*rest[9:14])
+    ops, w = fastvim.BACKENDS[backend].kernels, SSMWeights(*rest[:9], None, None, pool, skip)
+    xz, w = ops._checked(xz, w, walk)
     with _no_autocast(u.device):
         residual = u
         if block_w is not None:
@@ -284,35 +313,36 @@ def _block_backward(d_hidden: Tensor, d_out: Optional[Tensor], u: Tensor, xz: Te
         y, g, ds, d_norm_w, d_norm_b = ops.expand_gate_backward(xz, s, w, walk, d_hidden @ out_proj, dxz)
         d_out_proj = d_hidden.flatten(0, 1).mT @ y.flatten(0, 1)                             # (D E)
         dt, Bm, Cm, low = project(p, w)
-        A = -torch.exp(A_log)
-        dp, d_dt, dA, dB, dC, d_D, d_dt_bias = ops.selective_scan_backward(p, dt, A, Bm, Cm, D if skip else None,
-                                                                           dt_bias, ds)
+        A, D = -torch.exp(w.A_log), w.D if skip else None
+        dp, d_dt, dA, dB, dC, d_D, d_dt_bias = ops.selective_scan_backward(p, dt, A, Bm, Cm, D, w.dt_bias, ds)
         d_dt = d_dt.flatten(1, 2)                                                            # (K BP E)
         d_dt_proj = d_dt.mT @ low.flatten(1, 2)                                              # (K E R)
-        d_proj = torch.cat([d_dt @ dt_proj, dB.flatten(1, 2), dC.flatten(1, 2)], 2)          # (K BP R+2N)
+        d_proj = torch.cat([d_dt @ w.dt_proj, dB.flatten(1, 2), dC.flatten(1, 2)], 2)        # (K BP R+2N)
         d_x_proj = d_proj.mT @ p.flatten(1, 2)                                               # (K R+2N E)
-        dp = torch.baddbmm(dp.flatten(1, 2), d_proj, x_proj).view_as(p)                      # (K B P E)
+        dp = torch.baddbmm(dp.flatten(1, 2), d_proj, w.x_proj).view_as(p)                    # (K B P E)
         d_conv_w, d_conv_b, d_skip = ops.conv_pool_backward(xz, argmax if pool == "max" else None, w, walk, dp, g, dxz)
         du = dxz @ in_proj                                                                   # (B L D)
         d_in_proj = dxz.flatten(0, 1).mT @ u.flatten(0, 1)                                   # (2E D)
         d_residual = d_block_w = d_block_b = None
         if block_w is not None:
-            d_residual, du, d_block_w, d_block_b = ops.add_norm_backward(residual, block_w, block_b, du, d_out)
+            d_residual, du, d_block_w, d_block_b = ops.add_norm_backward(
+                residual, block_w, block_b, du, d_out if d_out is None else d_out.contiguous())
     grads = (du, d_residual, d_block_w, d_block_b, d_in_proj, d_out_proj, d_conv_w, d_conv_b, d_x_proj, d_dt_proj,
              d_dt_bias, dA * A, d_D if skip else d_skip, d_norm_w, d_norm_b)
     return [xz.new_empty(0) if t is None else t for t in grads]
 
 
+_block_backward = torch.library.custom_op(
+    "fastvim::block_backward", _block_backward_operation, mutates_args=(),
+    schema=f"(Tensor d_hidden, Tensor? d_out, Tensor u, Tensor xz, Tensor p, Tensor argmax, Tensor s, {_SCHEMA}) "
+           "-> Tensor[]")
+
+
 @_block_backward.register_fake
-def _(d_hidden, d_out, u, xz, p, argmax, s, block_w, block_b, in_proj, out_proj, conv_w, conv_b, x_proj, dt_proj,
-      dt_bias, A_log, D, norm_w, norm_b, *_):
-    like = torch.empty_like
-    f32 = block_w is not None and in_proj.dtype == torch.float32            # then hidden and residual share a gradient
-    du = None if f32 else u.new_empty(u.shape, dtype=in_proj.dtype)
-    residual = None if block_w is None else like(u)
-    return [xz.new_empty(0) if t is None else like(t, memory_format=torch.contiguous_format) for t in (
-        du, residual, block_w, block_b, in_proj, out_proj, conv_w, conv_b, x_proj, dt_proj, dt_bias, A_log, D, norm_w,
-        norm_b)]
+def _(d_hidden, d_out, u, xz, p, argmax, s, block_w, block_b, in_proj, *rest):
+    du = None if block_w is not None and in_proj.dtype == torch.float32 else u.new_empty(u.shape, dtype=in_proj.dtype)
+    like = du, None if block_w is None else u, block_w, block_b, in_proj, *rest[:10]
+    return [xz.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
 
 
 def _save_block(ctx, inputs, output):
@@ -388,22 +418,24 @@ def _output(*command):
 
 
 class CLibrary:
-    """A shared library of C functions of pointers and int64: tensors go by their data, None as the null pointer."""
+    """A shared library of C functions of pointers and int64: tensors go by their data, None as the null pointer.
+    last: further arguments, the same for every function."""
 
-    def __init__(self, path):
-        self._library = ctypes.CDLL(path)
+    def __init__(self, path, *last):
+        library = ctypes.CDLL(path)
 
-    def __getattr__(self, name):
-        function = getattr(self._library, name)
-        function.restype = None
+        def wrap(function):
+            function.restype = None
 
-        def call(*args):
-            values = [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in args]
-            if function.argtypes is None:       # a pointer travels like an int64 in all 64-bit calling conventions
-                function.argtypes = [ctypes.c_int64] * len(values)
-            function(*values)
-        setattr(self, name, call)
-        return call
+            def call(*args):
+                values = [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in args + last]
+                if function.argtypes is None:   # a pointer travels like an int64 in all 64-bit calling conventions
+                    function.argtypes = [ctypes.c_int64] * len(values)
+                function(*values)
+            return call
+        for name in ("add_norm", "conv_pool", "selective_scan", "expand_gate"):
+            setattr(self, name, wrap(getattr(library, name)))
+            setattr(self, f"{name}_backward", wrap(getattr(library, f"{name}_backward")))
 
 
 def _load_cpu():
@@ -476,8 +508,8 @@ def _load_cuda():
 def register(name, device, dtypes, load):
     """Registers the Backend that runs the kernels of the library which load() returns."""
     k = Kernels(name, dtypes, load)
-    fastvim.register_backend(Backend(name, (device,), "compiled kernels", k.add_norm, k.conv_pool, k.selective_scan,
-                                     k.expand_gate, k))
+    fastvim.register_backend(Backend(name, (device,), "compiled kernels", k.checked_add_norm, k.checked_conv_pool,
+                                     k.checked_scan, k.checked_expand_gate, k))
 
 
 register("cpu", "cpu", DTYPES[:2], _load_cpu)

@@ -1,0 +1,242 @@
+// Just enough of CUDA to run the kernels of scan_cuda.cu on a CPU, under the sanitizers, without a GPU or its compiler:
+//     g++ -std=c++17 -fsanitize=address,undefined -DFASTVIM_EMULATE -include tests/cuda_emulator.h -x c++ scan_cuda.cu
+//
+// Blocks run one after another. The threads of a block are fibers: each runs until a barrier or a shuffle, where it waits
+// for the others. Shared memory is filled with NaN at the start of every block. What it finds:
+//     a barrier or shuffle that not all threads reach, or that they reach in different places of the source     stops
+//     reads and writes outside arrays, unaligned vectors, overflow of integers                         the sanitizers stop
+//     a missing barrier        results depend on the order of the threads: compare the bits of emulator_order(0), (1), (2)
+//     shared or scratch memory read before it is written                                                      NaN results
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <numeric>
+#include <random>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <vector>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__ static
+#define __device__
+#define __launch_bounds__(...)
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9 };
+inline const char* cudaGetErrorString(cudaError_t error) { return error ? "an emulated CUDA error" : "no error"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaFreeAsync(void* p, cudaStream_t) { return free(p), cudaSuccess; }
+inline cudaError_t cudaMallocAsync(void** p, size_t bytes, cudaStream_t) {
+    *p = malloc(bytes);
+    return *p ? memset(*p, 0xff, bytes), cudaSuccess : cudaErrorMemoryAllocation;       // 0xffffffff is a NaN
+}
+
+// ---- numbers
+
+inline uint32_t bits_of(float x) { uint32_t b; return memcpy(&b, &x, 4), b; }
+inline float float_of(uint32_t b) { float x; return memcpy(&x, &b, 4), x; }
+
+// Rounds to the nearest, ties to even, where `drop` low bits of the mantissa go. NaN stays NaN.
+inline uint32_t round_bits(float x, int drop) {
+    const uint32_t b = bits_of(x);
+    return std::isnan(x) ? (b | 0x400000u) >> drop : (b + (1u << (drop - 1)) - 1 + (b >> drop & 1)) >> drop;
+}
+
+struct __nv_bfloat16 { uint16_t bits; };
+inline float __bfloat162float(__nv_bfloat16 x) { return float_of(uint32_t(x.bits) << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {uint16_t(round_bits(x, 16))}; }
+
+struct __half { uint16_t bits; };
+inline float __half2float(__half x) {
+    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
+    if (exponent == 0) return std::copysign(std::ldexp(float(mantissa), -24), float_of(sign));
+    return float_of(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13);
+}
+inline __half __float2half_rn(float x) {
+    const uint32_t sign = bits_of(x) >> 16 & 0x8000;
+    const float size = std::fabs(x);
+    if (std::isnan(x)) return {uint16_t(sign | 0x7e00)};
+    if (size < 6.103515625e-5f) return {uint16_t(sign | uint32_t(std::nearbyint(std::ldexp(size, 24))))};
+    return {uint16_t(sign | std::min(round_bits(size, 13) - (112u << 10), 0x7c00u))};
+}
+
+using std::min;
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float a, float b) { return std::fabs(b) > 8.507059e37f && !std::isinf(b) ? 0 * a : a / b; }
+inline float __tanhf(float x) { return float_of(round_bits(std::tanh(x), 13) << 13); }      // as coarse as the hardware's
+
+// ---- threads
+
+namespace emulator {
+
+constexpr size_t STACK = 512 << 10;
+enum State { RUNNING, AT_BARRIER, AT_SHUFFLE, DONE };
+
+struct Fiber {
+    ucontext_t context;
+    char* stack = static_cast<char*>(mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    void* fake_stack = nullptr;             // the address sanitizer's
+    dim3 thread;
+    State state;
+    int line;                               // of the source, where it waits
+    unsigned shuffles;
+    float given[2];                         // to the other lanes, in turn
+};
+
+struct Machine {
+    std::vector<Fiber*> fibers;
+    ucontext_t scheduler;
+    void* fake_stack = nullptr;
+    const void* bottom = nullptr;           // the scheduler's stack, for the sanitizer
+    size_t size = 0;
+    Fiber* now = nullptr;
+    dim3 block, threads, grid;
+    float* shared = nullptr;
+    std::function<void()> kernel;
+    int order = 0;                          // 0 forward, 1 reversed, 2 shuffled
+    std::mt19937 random;
+};
+inline Machine machine;
+
+[[noreturn]] inline void fail(const char* what, const Fiber* f) {
+    fprintf(stderr, "cuda_emulator: %s: thread (%u, %u) of block %u, line %d\n", what, f->thread.x, f->thread.y,
+            machine.block.x, f->line);
+    abort();
+}
+
+inline void enter(Fiber* f) {               // from the scheduler into a thread
+    machine.now = f;
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(&machine.fake_stack, f->stack, STACK);
+#endif
+    swapcontext(&machine.scheduler, &f->context);
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(machine.fake_stack, nullptr, nullptr);
+#endif
+}
+
+inline void leave(State state, int line) {  // from a thread into the scheduler
+    Fiber* f = machine.now;
+    f->state = state, f->line = line;
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(state == DONE ? nullptr : &f->fake_stack, machine.bottom, machine.size);
+#endif
+    swapcontext(&f->context, &machine.scheduler);
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(f->fake_stack, nullptr, nullptr);
+#endif
+}
+
+inline void main_of_thread() {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(nullptr, &machine.bottom, &machine.size);
+#endif
+    machine.kernel();
+    leave(DONE, 0);
+}
+
+// All of first .. last-1 wait at the same place: they go on. None waits there: nothing to do. Otherwise it is an error.
+inline void release(size_t first, size_t last, State state, const char* complaint) {
+    auto& all = machine.fibers;
+    const Fiber* waits = nullptr;
+    for (size_t i = first; i < last; ++i)
+        if (all[i]->state == state) waits = all[i];
+    if (!waits) return;
+    for (size_t i = first; i < last; ++i)
+        if (all[i]->state != state || all[i]->line != waits->line) fail(complaint, waits);
+    for (size_t i = first; i < last; ++i) all[i]->state = RUNNING;
+}
+
+inline std::vector<int64_t> sequence(int64_t n) {
+    std::vector<int64_t> order(n);
+    std::iota(order.begin(), order.end(), 0);
+    if (machine.order == 1) std::reverse(order.begin(), order.end());
+    if (machine.order == 2) std::shuffle(order.begin(), order.end(), machine.random);
+    return order;
+}
+
+inline void run_block(size_t n) {
+    for (size_t i = 0; i < n; ++i) {
+        if (i == machine.fibers.size()) machine.fibers.push_back(new Fiber);
+        Fiber* f = machine.fibers[i];
+        f->thread = dim3(i % machine.threads.x, i / machine.threads.x % machine.threads.y, i / machine.threads.x / machine.threads.y);
+        f->state = RUNNING, f->shuffles = 0, f->fake_stack = nullptr;
+        getcontext(&f->context);
+        f->context.uc_stack.ss_sp = f->stack, f->context.uc_stack.ss_size = STACK, f->context.uc_link = nullptr;
+        makecontext(&f->context, main_of_thread, 0);
+    }
+    const std::vector<int64_t> order = sequence(n);
+    for (size_t done = 0; done < n;) {
+        for (int64_t i : order)
+            while (machine.fibers[i]->state == RUNNING) enter(machine.fibers[i]);
+        for (size_t warp = 0; warp < n; warp += 32) {
+            if (warp + 32 > n && machine.fibers[warp]->state == AT_SHUFFLE) fail("a shuffle in a partial warp", machine.fibers[warp]);
+            release(warp, std::min(warp + 32, n), AT_SHUFFLE, "a shuffle with missing threads");
+        }
+        done = 0;
+        bool any_runs = false;
+        for (size_t i = 0; i < n; ++i)
+            done += machine.fibers[i]->state == DONE, any_runs |= machine.fibers[i]->state == RUNNING;
+        if (!any_runs) release(0, n, AT_BARRIER, "a barrier that not all threads reach");
+    }
+}
+
+inline void barrier(int line) { leave(AT_BARRIER, line); }
+
+inline float shuffle_xor(float x, int lanes, int line) {
+    Fiber* me = machine.now;
+    const unsigned turn = me->shuffles++ % 2, index = me->thread.x + machine.threads.x * (me->thread.y + machine.threads.y * me->thread.z);
+    me->given[turn] = x;
+    leave(AT_SHUFFLE, line);
+    return machine.fibers[index ^ lanes]->given[turn];
+}
+
+}  // namespace emulator
+
+#define threadIdx (emulator::machine.now->thread)
+#define blockIdx (emulator::machine.block)
+#define blockDim (emulator::machine.threads)
+#define gridDim (emulator::machine.grid)
+#define __syncthreads() emulator::barrier(__LINE__)
+#define __syncwarp() emulator::shuffle_xor(0, 0, __LINE__)
+#define __shfl_xor_sync(mask, x, lanes) emulator::shuffle_xor(x, lanes, __LINE__)
+#define DYNAMIC_SHARED(name) float* name = emulator::machine.shared
+
+extern "C" inline __attribute__((used)) void emulator_order(int order, unsigned seed) {
+    emulator::machine.order = order, emulator::machine.random.seed(seed);
+}
+
+template <class X> struct Same { using type = X; };
+
+template <class... P>
+int launch(void (*kernel)(P...), int64_t blocks, dim3 threads, int64_t shared_bytes, cudaStream_t,
+           typename Same<P>::type... arguments) {
+    const size_t n = size_t(threads.x) * threads.y * threads.z;
+    if (blocks == 0) return cudaSuccess;
+    if (blocks > INT32_MAX || n == 0 || n > 1024 || shared_bytes > 48 << 10) return cudaErrorInvalidConfiguration;
+    auto& m = emulator::machine;
+    m.grid = dim3(unsigned(blocks)), m.threads = threads, m.kernel = [=] { kernel(arguments...); };
+    for (int64_t i : emulator::sequence(blocks)) {
+        m.block = dim3(unsigned(i));
+        m.shared = static_cast<float*>(aligned_alloc(16, (shared_bytes + 15) / 16 * 16));
+        memset(m.shared, 0xff, shared_bytes);
+        emulator::run_block(n);
+        free(m.shared);
+    }
+    return cudaSuccess;
+}
