@@ -48,7 +48,8 @@ PX_BATCH = {"cpu": [(224, 8), (224, 1), (512, 2), (1024, 1), (2048, 1)], "quick"
 COMPILE, FUSED, MAMBA = "python, torch.compile", "composition, repeat + skip fused", "composition, mamba_ssm scan"
 # What a stage of a block has to do, a bytes an activation: bytes for GB/s, operations of matrix products for GFLOP/s
 WORK = dict(add_norm="B*L*D*(2*a + 8)", in_proj="4*B*L*D*E", conv_pool="B*L*E*a + 8*B*P*E",
-            projections="8*B*P*E*(R + N)", scan="8*B*P*(3*E + 2*N)", expand_gate="3*B*L*E*a + 8*B*P*E", out_proj="2*B*L*D*E")
+            projections="8*B*P*E*(R + N)", scan="8*B*P*(3*E + 2*N)", expand_gate="3*B*L*E*a + 8*B*P*E",
+            out_proj="2*B*L*D*E")
 PRODUCTS = ("in_proj", "projections", "out_proj")
 OUTSIDE = ("weights", "add_norm", "in_proj", "out_proj")                    # the rest of a block is its SSM part
 HIDDEN = ("note", "seconds", "ms", "first call")                            # in the JSON file, not in the tables
@@ -62,12 +63,12 @@ class Composition:
     direction on flipped tokens. fused: repeat and skip in one pass (Table 24). For full grids and mean pooling."""
     mark = staticmethod(lambda stage: None)                                 # the block figure listens here
 
-    def __init__(self, scan, kernels, fused=False):
-        self.scan, self.kernels, self.fused = scan, kernels, fused
+    def __init__(self, scan, fast_norm, fused=False):
+        self.scan, self.fast_norm, self.fused = scan, fast_norm, fused
 
     def add_norm(self, hidden, residual, weight, bias):                     # the authors' is one kernel, too
-        same = self.kernels and hidden.dtype == weight.dtype
-        return (self.kernels if same else fastvim).add_norm(hidden, residual, weight, bias)
+        fast = self.fast_norm and hidden.dtype == weight.dtype
+        return (self.fast_norm if fast else fastvim.add_norm)(hidden, residual, weight, bias)
 
     def conv_pool(self, xz, w, plan):
         x = fastvim.flatten(xz.chunk(2, -1)[0], plan).mT.contiguous()                        # (B E L)
@@ -104,19 +105,20 @@ class Composition:
 @functools.cache
 def peers(device):
     """Registers the compositions as backends -> {backend of FastVim: why it is absent, or None}."""
-    kernels, own, mamba = fastvim.BACKENDS[device].kernels, list(fastvim.BACKENDS.values()), None
-    why, no_mamba = kernels.error(), None if device == "cuda" else "mamba_ssm needs a GPU"
+    compiled, own, mamba = fastvim.BACKENDS[device], list(fastvim.BACKENDS.values()), None
+    why, no_mamba = compiled.kernels.error(), None if device == "cuda" else "mamba_ssm needs a GPU"
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-        def mamba(x, dt, A, B, C, D, dt_bias):
+        def mamba_scan(x, dt, A, B, C, D, dt_bias):
             x, dt, B, C = (v[0].mT.contiguous() for v in (x, dt, B, C))                      # (B E P), (B N P)
             return selective_scan_fn(x, dt, A[0], B, C, None, None, dt_bias[0], True).mT[None]       # (1 B P E)
+        mamba = mamba_scan
     except ImportError as error:
         no_mamba = str(error)
-    ready = None if why else kernels
-    for name, ops in (("composition", Composition(kernels.selective_scan, ready)), (MAMBA, Composition(mamba, ready)),
-                      (FUSED, Composition(kernels.selective_scan, ready, fused=True))):
+    scan, fast_norm = compiled.selective_scan, None if why else compiled.add_norm
+    for name, ops in (("composition", Composition(scan, fast_norm)), (MAMBA, Composition(mamba, fast_norm)),
+                      (FUSED, Composition(scan, fast_norm, fused=True))):
         fastvim.register_backend(fastvim.Backend(name, (device,), "as the paper composes it", ops.add_norm,
                                                  ops.conv_pool, ops.selective_scan, ops.expand_gate))
     for backend in own:                         # the last one registered would be taken by default
@@ -244,17 +246,20 @@ def machine(args):
           f"{rates['copy']:.3g} GB/s, matrix products {rates['float32']:.3g} GFLOP/s in float32 (without TF32), "
           f"{rates['bfloat16']:.3g} in bfloat16")
     return dict(device=args.device, name=name, threads=torch.get_num_threads(), platform=platform.platform(),
-                python=sys.version, torch=torch.__version__, cuda=torch.version.cuda, timm=timm.__version__, rates=rates)
+                python=sys.version, torch=torch.__version__, timm=timm.__version__, rates=rates)
 
 
 def expected_seconds(spec, args):
-    """A rough upper guess: three times the matrix products, and 0.1 ms for each step of a loop in Python."""
+    """A rough upper guess: three times the matrix products, and 0.1 ms for each step of a loop in Python, which
+    torch.compile unrolls: compiling takes 1.5 s a step."""
     macs, steps = fastvim.count_vit_macs(spec.px), 0
     if spec.name != "deit":
         with torch.device("meta"):
             cfg = fastvim.create_model(spec.name, img_size=spec.px, **spec.fields).cfg
         macs, side = sum(fastvim.count_macs(cfg).values()), -(-spec.px // cfg.patch_size)
         plan = fastvim.make_plan(cfg.rows[0], cfg.storage, dict(h=side, w=side, c=cfg.in_chans))
+        if spec.backend == COMPILE:
+            return 1.5 * plan.steps
         steps = cfg.depth * plan.steps * (spec.backend == "python")
     rate = 1e9 * args.rates["float32" if spec.dtype == "float32" else "bfloat16"]
     return (1 + 2 * spec.train) * (6 * spec.batch * macs / rate + 1e-4 * steps)
@@ -352,7 +357,8 @@ def throughput(figure, args):
     rows, todo = [], groups(figure, args)
     bar = tqdm(total=sum(map(len, todo)), desc=figure)
     for specs in todo:
-        group, calls = [dict(px=s.px, batch=s.batch, dtype=s.dtype, model=s.model, backend=s.backend) for s in specs], {}
+        shown = ("px", "batch", "dtype", "model", "backend")
+        group, calls = [{key: getattr(spec, key) for key in shown} for spec in specs], {}
         for i, (spec, row) in enumerate(zip(specs, group)):
             try:
                 row["backend"] = row["backend"] or attention(spec, args.device)
@@ -430,7 +436,8 @@ def dissection(args):
                 if stage in WORK:
                     row[stage] += f" ({eval(WORK[stage], {}, shapes[i]) / 1e6 / ms[stage]:.3g})"
             row.update({"seconds": times, "ms": ms, "SSM part": sum(ms[stage] for stage in ms if stage not in OUTSIDE)})
-            row["x first"] = row["SSM part"] / next(r["SSM part"] for r in group if r["block"] == row["block"] and "ms" in r)
+            first = next(r for r in group if r["block"] == row["block"] and "ms" in r)
+            row["x first"] = row["SSM part"] / first["SSM part"]
         rows += group
     return rows
 
@@ -479,7 +486,7 @@ def plot(figure, rows, path):
                     lines.setdefault(f"{row['model']} {row['backend']}", {})[row["px"] ** 2] = value
             for label, points in lines.items():
                 axes[i, j].loglog(*zip(*sorted(points.items())), "o-", label=label)
-            axes[i, j].set(title=dtype, xlabel="pixels", ylabel=f"{column} and image" if i else column)
+            axes[i, j].set(title=dtype, xlabel="pixels", ylabel="peak MB per image" if i else column)
         if figure == "block":
             bottom, names = np.zeros(len(shown)), [f"{row['block']}\n{row['backend']}" for row in shown]
             for k, stage in enumerate(stages):
@@ -488,8 +495,8 @@ def plot(figure, rows, path):
                 bottom += ms
             axes[0, j].set(title=f"{px} px, {dtype}", ylabel="ms")
             axes[0, j].tick_params(axis="x", rotation=90, labelsize=6)
-    for ax in axes.flat:
-        ax.legend(fontsize=6)
+    for ax in axes.flat if figure == "model" else axes[0, -1:]:
+        ax.legend(fontsize=6, **({} if figure == "model" else dict(loc="upper left", bbox_to_anchor=(1, 1))))
     plt.tight_layout()
     plt.savefig(path, dpi=120)
     plt.close()
@@ -516,9 +523,9 @@ def figures(names, args):
         composed = [row for row in rows if "block" in row and "composition" in row["backend"]]
         print(table([row for row in rows if row not in composed], args.markdown))
         if figure == "block":
-            print(f"\n{table(composed, args.markdown)}\n\nms of each stage; in brackets GFLOP/s of {', '.join(PRODUCTS)}, GB/s "
-                  "of the others. Bytes and operations, with a bytes an activation:")
-            print("\n".join(f"{stage}: {work}" for stage, work in WORK.items()))
+            print(f"\n{table(composed, args.markdown)}\n\nms of each stage; in brackets GFLOP/s of "
+                  f"{', '.join(PRODUCTS)}, GB/s of the others, by these counts (a: bytes of an activation):")
+            print("\n".join(f"  {stage} {work}" for stage, work in WORK.items()))
         if figure in ("model", "block"):
             plot(figure, rows, args.out / f"{figure}.png")
 
@@ -574,7 +581,8 @@ def pipeline(args):
             folder.mkdir(parents=True)
             for i in range(256):
                 coarse = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3)).astype(np.uint8))
-                pixels = coarse.resize((width, height), Image.Resampling.BICUBIC) + rng.normal(0, 12, (height, width, 3))
+                pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+                pixels = pixels + rng.normal(0, 12, (height, width, 3))
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
             transform = data.image_transform(224, True, auto_augment=recipe["auto_augment"], reprob=recipe["reprob"])
             images = data.ImageFolder(root, "train", transform)
@@ -608,7 +616,8 @@ def main():
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes minutes")
     parser.add_argument("--repeats", type=number(int, 1), default=20, help="calls of each peer, at most (20)")
     parser.add_argument("--seconds", type=number(float, 0), default=5, help="no more calls of a peer after these (5)")
-    parser.add_argument("--max-seconds", type=number(float, 0), default=60, help="skip peers that take longer (60)")
+    parser.add_argument("--max-seconds", type=number(float, 0), default=60, help="skip peers of which one "
+                        "call, or compiling, would take longer (60)")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
     parser.add_argument("--out", default="runs/bench", help="folder of bench.json, model.png, block.png")
     parser.add_argument("--blocks", type=number(int, 4), default=20, help="loop: blocks of 5 steps (20)")

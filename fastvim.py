@@ -571,28 +571,34 @@ def pick_backend(device, dtype=torch.float32, unusual=""):
     return BACKENDS[_pick(torch.device(device).type, dtype, unusual)]
 
 
-@torch.compiler.assume_constant_result          # torch.compile must not look into the compiling of kernels
 def _pick(device, dtype, unusual):
     variable = os.environ.get("FASTVIM_BACKEND")
-    asked = _known_backend(_forced[-1], "use_backend") if _forced else variable and _known_backend(
-        variable, "FASTVIM_BACKEND")
-    if asked and asked.devices and device not in asked.devices:
-        raise ValueError(f"backend {asked.name!r} serves {', '.join(asked.devices)}, not {device}")
-    for backend in [asked] if asked else reversed(BACKENDS.values()):
+    asked = _forced[-1] if _forced else variable
+    if asked and _known_backend(asked, "use_backend" if _forced else "FASTVIM_BACKEND").devices and (
+            device not in BACKENDS[asked].devices):
+        raise ValueError(f"backend {asked!r} serves {', '.join(BACKENDS[asked].devices)}, not {device}")
+    for name in [asked] if asked else reversed(BACKENDS):
+        backend = BACKENDS[name]
         if backend.devices and device not in backend.devices:
             continue
-        lacks = unusual or f"{dtype} activations" * (dtype not in backend.kernels.dtypes) if backend.kernels else ""
-        if lacks:
-            _announce(logging.WARNING, "backend %s has no %s: python runs this model", backend.name, lacks)
-            backend = BACKENDS["python"]
-        elif backend.kernels and backend.kernels.error():
-            problem = f"backend {backend.name} cannot be used: {backend.kernels.error()}"
-            if asked:
-                raise RuntimeError(problem)
-            _announce(logging.WARNING, "%s", problem)
-            continue
-        _announce(logging.INFO, "backend %s on %s: %s", backend.name, device, "asked for" if asked else backend.why)
-        return backend.name
+        if backend.kernels:
+            lacks = unusual or ("" if dtype in backend.kernels.dtypes else f"{dtype} activations")
+            if lacks:
+                _announce(logging.WARNING, "backend %s has no %s: python runs this model", name, lacks)
+                return "python"
+            if backend.kernels.error():
+                problem = f"backend {name} cannot be used: {backend.kernels.error()}"
+                if asked:
+                    raise RuntimeError(problem)
+                _announce(logging.WARNING, "%s", problem)
+                continue
+        _announce(logging.INFO, "backend %s on %s: %s", name, device, "asked for" if asked else backend.why)
+        return name
+
+
+# torch.compile takes the answer as a constant and does not look into the compiling of kernels. This is what
+# torch.compiler.assume_constant_result does, without its import, which takes longer than all others together.
+_pick._dynamo_marked_constant = True
 
 
 register_backend(Backend("python", (), "plain PyTorch, on every device",
@@ -624,24 +630,32 @@ class Mixer(nn.Module):
         self.out_proj = nn.Linear(E, D, bias=False)
 
     def weights(self):
-        cfg, pair = self.cfg, lambda a, b: at_least_float32(torch.stack([a, b]))
-        score = (self.pool_proj, self.pool_proj_b) if cfg.pool == "attention" else None
+        cfg, part = self.cfg, self._modules     # a plain dictionary: this runs in every layer of every call
+        def pair(a, b):
+            return at_least_float32(torch.stack([a, b]))                                     # (K ...)
+        (x_proj, x_proj_b), (dt, dt_b) = ([part[name], part[f"{name}_b"]] for name in ("x_proj", "dt_proj"))
+        conv, conv_b = part.get("conv1d"), part.get("conv1d_b")
+        score, score_b = part.get("pool_proj"), part.get("pool_proj_b")
         return SSMWeights(
-            conv_w=pair(self.conv1d.weight, self.conv1d_b.weight)[:, :, 0] if cfg.d_conv else None,
-            conv_b=pair(self.conv1d.bias, self.conv1d_b.bias) if cfg.d_conv else None,
-            x_proj=pair(self.x_proj.weight, self.x_proj_b.weight),
-            dt_proj=pair(self.dt_proj.weight, self.dt_proj_b.weight),
-            dt_bias=pair(self.dt_proj.bias, self.dt_proj_b.bias),
+            conv_w=pair(conv.weight, conv_b.weight).squeeze(2) if conv else None,
+            conv_b=pair(conv.bias, conv_b.bias) if conv else None,
+            x_proj=pair(x_proj.weight, x_proj_b.weight),
+            dt_proj=pair(dt.weight, dt_b.weight),
+            dt_bias=pair(dt.bias, dt_b.bias),
             A_log=pair(self.A_log, self.A_b_log),
             D=pair(self.D, self.D_b),
-            norm_w=at_least_float32(self.layernorm.weight) if cfg.ssm_norm else None,
-            norm_b=at_least_float32(self.layernorm.bias) if cfg.ssm_norm == "layernorm" else None,
-            score_w=pair(*(m.weight for m in score))[:, 0] if score else None,
-            score_b=pair(*(m.bias for m in score))[:, 0] if score else None,
+            norm_w=at_least_float32(part["layernorm"].weight) if cfg.ssm_norm else None,
+            norm_b=at_least_float32(part["layernorm"].bias) if cfg.ssm_norm == "layernorm" else None,
+            score_w=pair(score.weight, score_b.weight)[:, 0] if score else None,
+            score_b=pair(score.bias, score_b.bias)[:, 0] if score else None,
             pool=cfg.pool, skip_before_expand=cfg.skip_before_expand)
 
     def backend(self, device):
-        return pick_backend(device, activation_dtype(device, self.in_proj.weight), self.cfg.unusual)
+        """Kernels run a block as one operation, which neither calls in_proj and out_proj nor sees what hangs on them."""
+        ends = self.in_proj, self.out_proj
+        plain = all(type(m) is nn.Linear and not m._forward_hooks and not m._forward_pre_hooks for m in ends)
+        return pick_backend(device, activation_dtype(device, self.in_proj.weight),
+                            self.cfg.unusual or ("" if plain else "projections that are replaced or hooked"))
 
     def forward(self, u, plan, backend=None):
         """u (B L D), normed -> (B L D)."""
@@ -832,13 +846,13 @@ class FastVim(nn.Module):
 
     def _blocks(self, x, layout):
         """Runs the blocks; yields each one's output and the residual that it has yet to be added to, both (B S D)."""
-        backend = self.layers[0].mixer.backend(x.device)
+        backends = [block.mixer.backend(x.device) for block in self.layers]
         plans = [self._plan(row, layout) for row in self.cfg.rows]          # once a batch, not once a layer
-        if backend.kernels:
-            plans = [plan.walk(x.device) for plan in plans]
+        walks = [plan.walk(x.device) for plan in plans] if any(b.kernels for b in backends) else None
         hidden, residual = x, None
-        for i, block in enumerate(self.layers):
-            args = hidden, residual, plans[i % len(plans)], self.drop_path_rates[i], backend
+        for i, (block, backend) in enumerate(zip(self.layers, backends)):
+            plan = (walks if backend.kernels else plans)[i % len(plans)]
+            args = hidden, residual, plan, self.drop_path_rates[i], backend
             if self.grad_checkpointing and self.training:
                 hidden, residual = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
             else:
@@ -1181,7 +1195,11 @@ def _doctor():
     forced = os.environ.get("FASTVIM_BACKEND")
     print(f"backends  FASTVIM_BACKEND is {forced or 'not set'}")
     for backend in BACKENDS.values():
-        print(f"  {backend.name:8} {', '.join(backend.devices) or 'every device'}: {backend.why}")
+        state = backend.why
+        if backend.kernels:                     # asking compiles them
+            missing = "cuda" in backend.devices and not gpus
+            state = "no GPU here" if missing else backend.kernels.error() or "compiled kernels, ready"
+        print(f"  {backend.name:8} {', '.join(backend.devices) or 'every device'}: {state}")
     for device in ["cpu"] + ["cuda"] * bool(gpus):
         print(f"  on {device} models run by {pick_backend(device).name!r}")
 

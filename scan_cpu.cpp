@@ -147,7 +147,12 @@ template <> INLINE Vec exp2<Vec>(Vec t)
 // 14 bits from a table and one Newton step are cheaper than a division. 1 / infinity is the step's one exception.
 template <> INLINE Vec sigmoid2<Vec>(Vec t)
 {
-    Vec d = 1.f + exp2(t), r = _mm512_maskz_rcp14_ps(ALL, d), newton = 2.f - d * r;
+    Vec f = _mm512_maskz_reduce_ps(ALL, t, 9);
+    Vec p = 1.3426685705780983e-2f * f + 5.2242472767829895e-2f;
+    p = p * f + 2.412802129983902e-1f;
+    p = p * f + 6.930448412895203e-1f;
+    p = p * f + 1.f;
+    Vec d = 1.f + _mm512_maskz_scalef_ps(ALL, p, t), r = _mm512_maskz_rcp14_ps(ALL, d), newton = 2.f - d * r;
     return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(d, fill<Vec>(INFINITY), _CMP_NEQ_UQ), r, newton);
 }
 #endif

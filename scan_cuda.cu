@@ -27,7 +27,8 @@
 //        3           chunks of the sequence side by side, in three phases   long sequences and small batches fill the chip
 // Rung 1 of expand_gate and rungs 1, 2 of the scan choose the like versions of their backward kernels. No atomics: sums
 // over blocks go through partial sums in scratch memory and a second kernel, in an order that depends on sizes alone, so
-// the bits of a result do not depend on timing. Offsets are 64-bit; everything is folded into the grid's x.
+// the bits of a result do not depend on timing. Offsets are 64-bit; everything is folded into the grid's x. (Rungs 1 and
+// 3 of conv_pool are compiled for float32 only.)
 //
 // The tests compile this file with g++ as well (tests/cuda_emulator.h). That asks for: launch() instead of <<< >>>,
 // DYNAMIC_SHARED, shuffles with all lanes present, no return before a barrier, no inline PTX.
@@ -78,8 +79,8 @@ template <> __device__ inline __half from_float<__half>(float x) { return __floa
 template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
 template <int BYTES> struct Raw;
-template <> struct Raw<2> { using type = uint16_t; };
-template <> struct Raw<4> { using type = uint32_t; };
+template <> struct Raw<2> { using type = ushort1; };
+template <> struct Raw<4> { using type = uint1; };
 template <> struct Raw<8> { using type = uint2; };
 template <> struct Raw<16> { using type = uint4; };
 
@@ -91,36 +92,17 @@ template <int V> struct Vec {
 
 #define EACH_LANE _Pragma("unroll") for (int i = 0; i < V; ++i)
 
-template <int V> __device__ Vec<V> fill(float x) {
-    Vec<V> r;
-    EACH_LANE r[i] = x;
-    return r;
+template <int V> __device__ Vec<V> fill(float x) { Vec<V> r; EACH_LANE r[i] = x; return r; }
+template <int V> __device__ Vec<V> operator+(Vec<V> a, const Vec<V>& b) { EACH_LANE a[i] += b[i]; return a; }
+template <int V> __device__ Vec<V> operator*(Vec<V> a, const Vec<V>& b) { EACH_LANE a[i] *= b[i]; return a; }
+template <int V> __device__ Vec<V> operator*(float a, Vec<V> b) { EACH_LANE b[i] *= a; return b; }
+template <int V> __device__ Vec<V> operator-(Vec<V> a, float b) { EACH_LANE a[i] -= b; return a; }
+template <int V> __device__ Vec<V> fma(const Vec<V>& a, const Vec<V>& b, Vec<V> c) {
+    EACH_LANE c[i] = fmaf(a[i], b[i], c[i]);
+    return c;
 }
-template <int V> __device__ Vec<V> operator+(const Vec<V>& a, const Vec<V>& b) {
-    Vec<V> r;
-    EACH_LANE r[i] = a[i] + b[i];
-    return r;
-}
-template <int V> __device__ Vec<V> operator*(const Vec<V>& a, const Vec<V>& b) {
-    Vec<V> r;
-    EACH_LANE r[i] = a[i] * b[i];
-    return r;
-}
-template <int V> __device__ Vec<V> operator*(float a, const Vec<V>& b) {
-    Vec<V> r;
-    EACH_LANE r[i] = a * b[i];
-    return r;
-}
-template <int V> __device__ Vec<V> fma(const Vec<V>& a, const Vec<V>& b, const Vec<V>& c) {
-    Vec<V> r;
-    EACH_LANE r[i] = fmaf(a[i], b[i], c[i]);
-    return r;
-}
-template <int V> __device__ float total(const Vec<V>& a) {
-    float sum = 0;
-    EACH_LANE sum += a[i];
-    return sum;
-}
+template <int V> __device__ Vec<V> where(bool condition, Vec<V> a) { EACH_LANE a[i] = condition ? a[i] : 0; return a; }
+template <int V> __device__ float total(const Vec<V>& a) { float sum = 0; EACH_LANE sum += a[i]; return sum; }
 
 template <int V, class T> __device__ Vec<V> load(const T* p) {
     using R = typename Raw<V * sizeof(T)>::type;
@@ -150,11 +132,7 @@ template <class T> __device__ float sigmoid(float x) {
     return __fdividef(1.0f, 1.0f + __expf(-x));
 }
 
-template <class T, int V> __device__ Vec<V> silu(const Vec<V>& a) {
-    Vec<V> r;
-    EACH_LANE r[i] = a[i] * sigmoid<T>(a[i]);
-    return r;
-}
+template <class T, int V> __device__ Vec<V> silu(Vec<V> a) { EACH_LANE a[i] *= sigmoid<T>(a[i]); return a; }
 
 // silu and its derivative sigmoid(a) (1 + a (1 - sigmoid(a)))
 template <class T, int V> __device__ void silu_and_slope(const Vec<V>& a, Vec<V>& value, Vec<V>& slope) {
@@ -417,47 +395,54 @@ template <bool MAX> __global__ void pool_parts_kernel(float* p, int32_t* argmax,
 }
 
 // The backward walks positions, not groups. At position u both da[u] become known; da0[u] belongs to dx[u-3 .. u] and
-// da1[u] to dx[u .. u+3], so seven unfinished dx slide along with seven x, and dx[u-3] is complete after u. A run of
-// positions starts three early and ends three late. Sums for the parameters stay in registers until the end of the run.
-template <class T, int V, bool MAX>
-__global__ void __launch_bounds__(32 * WALKERS)
+// da1[u] to dx[u .. u+3], so unfinished dx slide along with the window of x: after U positions the first U are complete.
+// A run of positions starts three early and ends three late. Two channels a thread: with four, 222 registers would leave
+// 8 warps on an SM, too few to hide the loads. Sums for the parameters stay in registers until the end of the run.
+template <class T, int V, int U, bool MAX>
+__global__ void __launch_bounds__(32 * WALKERS, 4)
 conv_pool_backward_kernel(Plan plan, const T* xz, const float* conv_w, const float* conv_b, const float* D,
                           const int32_t* argmax, const float* dp, const T* g, T* dxz, float* parts, int run) {
     const int64_t tiles = (plan.E + 32 * V - 1) / (32 * V), E = plan.E, runs = (plan.S + run - 1) / run;
     const int64_t tile = blockIdx.x % tiles, e = (tile * 32 + threadIdx.x) * V;
     const int64_t item = blockIdx.x / tiles * WALKERS + threadIdx.y;
-    const bool idle = item >= plan.B * runs;
+    const bool idle = item >= plan.B * runs, live = e < E;              // idle: more walkers than runs
     const int64_t b = idle ? 0 : item / runs;
     const int t0 = idle ? 0 : int(item % runs * run), t1 = idle ? 0 : int(min(plan.S, int64_t(t0) + run));
-    const bool live = e < E;
     const Plan w = plan.image(b);
     xz += b * w.S * 2 * E, dxz += b * w.S * 2 * E, g += b * w.S * E;
 
     Conv<V> conv;
     conv.load_from(conv_w, conv_b, E, e);
-    const Vec<V> zero = fill<V>(0);
-    Vec<V> skip[2], pooled[2], dw[2][4], db[2], dD[2], x[7], dx[7];
+    Vec<V> skip[2], pooled[2], dw[2][4], db[2], dD[2], dx[U + 6];
     int arg[2][V], have = -1;                                           // the group that pooled belongs to
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-        skip[k] = D && live ? load<V>(D + k * E + e) : zero;
-        pooled[k] = db[k] = dD[k] = zero;
+        skip[k] = D && live ? load<V>(D + k * E + e) : fill<V>(0);
+        pooled[k] = db[k] = dD[k] = dw[k][0] = dw[k][1] = dw[k][2] = dw[k][3] = fill<V>(0);
         EACH_LANE arg[k][i] = -1;
-        for (int j = 0; j < 4; ++j) dw[k][j] = zero;
     }
 #pragma unroll
-    for (int i = 0; i < 7; ++i) dx[i] = zero, x[i] = t0 < t1 ? x_at<V>(w, xz, e, t0 - 7 + i) : zero;
+    for (int i = 0; i < U + 6; ++i) dx[i] = fill<V>(0);
 
-    for (int u = t0 - 3; u < t1 + 3 && t0 < t1; ++u) {
+    Window<T, V, U> x;
+    for (int u = t0 - 3; u < t1 + 3 && t0 < t1; u += U) {
+        x.move_to(u, w, xz, e);                                         // x.x[i] and dx[i] are those of position u - 3 + i
+        Vec<V> gu[U];
 #pragma unroll
-        for (int i = 0; i < 6; ++i) x[i] = x[i + 1], dx[i] = dx[i + 1];
-        x[6] = x_at<V>(w, xz, e, u + 3), dx[6] = zero;                  // x[i] and dx[i] are those of position u - 3 + i
-        if (live && w.real(u)) {
-            const float weight = w.weight[u];
-            const float own = u >= t0 && u < t1;                        // the neighbour run counts it otherwise
-            const Vec<V> gu = D ? load<V>(g + w.token[u] * E + e) : zero;
-            if (w.group[u] != have) {
-                have = w.group[u];
+        for (int i = 0; i < 6; ++i) dx[i] = dx[i + U];
+#pragma unroll
+        for (int i = 0; i < U; ++i) {
+            dx[i + 6] = fill<V>(0);
+            gu[i] = D && live && w.real(u + i) ? load<V>(g + w.token[u + i] * E + e) : fill<V>(0);
+        }
+#pragma unroll
+        for (int here = 0; here < U; ++here) {
+            const int t = u + here;
+            if (!live || !w.real(t)) continue;
+            const bool own = t >= t0 && t < t1;                         // else the neighbouring run counts it
+            const float weight = w.weight[t];
+            if (w.group[t] != have) {
+                have = w.group[t];
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
                     const int64_t at = ((k * w.B + b) * w.P + have) * E + e;
@@ -467,21 +452,25 @@ conv_pool_backward_kernel(Plan plan, const T* xz, const float* conv_w, const flo
             }
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                Vec<V> c, slope, dc = D ? skip[k] * gu : zero;
-                silu_and_slope<T>(conv(k, x + 3), c, slope);
-                EACH_LANE if (MAX) dc[i] += arg[k][i] == u ? pooled[k][i] : 0; else dc[i] += weight * pooled[k][i];
-                const Vec<V> da = dc * slope;
+                Vec<V> c, slope, dc = skip[k] * gu[here];
+                silu_and_slope<T>(conv(k, x.x + here + 3), c, slope);
+                EACH_LANE if (MAX) dc[i] += arg[k][i] == t ? pooled[k][i] : 0; else dc[i] += weight * pooled[k][i];
+                const Vec<V> da = dc * slope, counted = where(own, da);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    const int at = k ? 3 + j : 3 - j;
+                    const int at = here + 3 + (k ? j : -j);
                     dx[at] = fma(conv.w[k][j], da, dx[at]);
-                    if (own) dw[k][j] = fma(da, x[at], dw[k][j]);
+                    dw[k][j] = fma(counted, x.x[at], dw[k][j]);
                 }
-                if (own) db[k] = db[k] + da, dD[k] = fma(gu, c, dD[k]);
+                db[k] = db[k] + counted;
+                if (own) dD[k] = fma(gu[here], c, dD[k]);
             }
         }
-        const int t = u - 3;
-        if (live && t >= t0 && t < t1) store(dxz + w.token[t] * 2 * E + e, w.real(t) ? dx[0] : zero);
+#pragma unroll
+        for (int i = 0; i < U; ++i) {
+            const int t = u - 3 + i;
+            if (live && t >= t0 && t < t1) store(dxz + w.token[t] * 2 * E + e, where(w.real(t), dx[i]));
+        }
     }
 
     // one row of partial sums per block: [dw 2 E 4 | db 2 E | dD 2 E]
@@ -667,7 +656,7 @@ template <class T, int V, int U> struct Rows {
             for (int i = 0; i < U; ++i) x[i] = total(v[i]);
             sum(x);
 #pragma unroll
-            for (int i = 0; i < U; ++i) if (live) v[i] = v[i] + fill<V>(-x[i] / w.E);
+            for (int i = 0; i < U; ++i) if (live) v[i] = v[i] - x[i] / w.E;
         }
         if (m.norm_w) {
 #pragma unroll
@@ -766,7 +755,7 @@ expand_gate_backward_kernel(Plan plan, Cut cut, const T* xz, const float* s, Mix
         for (int i = 0; i < U; ++i) {
             if (!rows.live || i >= n) continue;
             const float dmean = m.norm_b ? means[i] / E : 0, dscale = m.norm_w ? means[U + i] / E : 0;
-            const Vec<V> dv = scale[i] * fma(fill<V>(-dscale), v[i], dout[i] + fill<V>(-dmean)), half = 0.5f * dv;
+            const Vec<V> dv = scale[i] * fma(fill<V>(-dscale), v[i], dout[i] - dmean), half = 0.5f * dv;
             store(g + w.token[t + i] * E + e, half);
             for (const int next = w.group[t + i]; group < next; ++group) write();
             sum = sum + half;
@@ -805,10 +794,10 @@ __global__ void add_norm_kernel(int64_t n, int D, const T* hidden, const float* 
         for (int i = threadIdx.x * V; i < D; i += 32 * V)
             store(out + row * D + i, sum_at<V>(hidden, residual, row * D + i));      // read again by this thread alone
     const float mean = bias ? sum_of_row(D, V, [&](int i) { return total(r(i)); }) / D : 0;
-    auto squares = [&](int i) { const Vec<V> d = r(i) + fill<V>(-mean); return total(d * d); };
+    auto squares = [&](int i) { const Vec<V> d = r(i) - mean; return total(d * d); };
     const float scale = rsqrtf(sum_of_row(D, V, squares) / D + EPS);
     for (int i = threadIdx.x * V; i < D; i += 32 * V) {
-        const Vec<V> hat = scale * (r(i) + fill<V>(-mean));
+        const Vec<V> hat = scale * (r(i) - mean);
         store(u + row * D + i, fma(hat, load<V>(weight + i), bias ? load<V>(bias + i) : fill<V>(0)));
     }
 }
@@ -828,15 +817,15 @@ __global__ void add_norm_backward_kernel(int64_t n, int D, const float* r, const
         const int64_t at = row * D;
         auto r_ = [&](int i) { return load<V>(r + at + i); };
         const float mean = centred ? sum_of_row(D, V, [&](int i) { return total(r_(i)); }) / D : 0;
-        auto squares = [&](int i) { const Vec<V> d = r_(i) + fill<V>(-mean); return total(d * d); };
+        auto squares = [&](int i) { const Vec<V> d = r_(i) - mean; return total(d * d); };
         const float scale = rsqrtf(sum_of_row(D, V, squares) / D + EPS);
-        auto hat = [&](int i) { return scale * (r_(i) + fill<V>(-mean)); };
+        auto hat = [&](int i) { return scale * (r_(i) - mean); };
         auto dhat = [&](int i) { return load<V>(du + at + i) * load<V>(weight + i); };
         const float dmean = centred ? sum_of_row(D, V, [&](int i) { return total(dhat(i)); }) / D : 0;
         const float dscale = sum_of_row(D, V, [&](int i) { return total(dhat(i) * hat(i)); }) / D;
         for (int i = lane * V; i < D; i += 32 * V) {
             const Vec<V> h = hat(i), up = load<V>(du + at + i);
-            Vec<V> d = scale * fma(fill<V>(-dscale), h, dhat(i) + fill<V>(-dmean));
+            Vec<V> d = scale * fma(fill<V>(-dscale), h, dhat(i) - dmean);
             if (dout) d = d + load<V>(dout + at + i);
             store(dr + at + i, d);
             if (dhidden) store(dhidden + at + i, d);
@@ -968,12 +957,12 @@ scan_kernel(Scan q, float* s, const float* ds, bool shared_ds, float* state, flo
             }
         }
     }
-    if (!LOCAL || !my.live) return;
-    for (int n = 0; n < STATES; ++n) {
+#pragma unroll
+    for (int n = 0; n < STATES && LOCAL && my.live; ++n) {
         state[(slot * STATES + n) * q.E + my.e] = h[n];
         if (ADJOINT) adjoint[(slot * STATES + n) * q.E + my.e] = R[n];
     }
-    decay[slot * q.E + my.e] = sum;
+    if (LOCAL && my.live) decay[slot * q.E + my.e] = sum;
 }
 
 // Phase 2: from what every chunk adds to what every chunk begins with. For the adjoint, from the last chunk to the first.
@@ -992,20 +981,16 @@ __global__ void carry_kernel(Scan q, float* state, const float* decay, bool reve
     }
 }
 
-// v[i], i < 32, in each of 32 lanes -> the sum of v[i] over the lanes, in lane i. Each exchange halves the number of
-// values: 31 shuffles, where 32 separate sums would take 160.
-__device__ inline float transpose_sum(float (&v)[32]) {
-    const int lane = threadIdx.x % 32;
+// v[i], i < 32, in each of 32 lanes -> in lane i, as v[0], the sum of v[i] over the lanes. Each exchange halves the number
+// of values: 31 shuffles, where 32 separate sums would take 160.
+template <int HALF = 16> __device__ void transpose_sum(float (&v)[32]) {
+    const bool upper = threadIdx.x & HALF;
 #pragma unroll
-    for (int half = 16; half > 0; half /= 2) {
-        const bool upper = lane & half;
-#pragma unroll
-        for (int i = 0; i < half; ++i) {
-            const float give = upper ? v[i] : v[i + half], keep = upper ? v[i + half] : v[i];
-            v[i] = keep + __shfl_xor_sync(ALL, give, half);
-        }
+    for (int i = 0; i < HALF; ++i) {
+        const float give = upper ? v[i] : v[i + HALF], keep = upper ? v[i + HALF] : v[i];
+        v[i] = keep + __shfl_xor_sync(ALL, give, HALF);
     }
-    return v[0];
+    if constexpr (HALF > 1) transpose_sum<HALF / 2>(v);
 }
 
 // The backward of a chunk: once through it, leaving h at the start of every segment in scratch; then segment after
@@ -1088,10 +1073,10 @@ scan_backward_kernel(Scan q, const float* ds, bool shared_ds, float* dx, float* 
                 ddt[at] = dt_gradient + (q.first ? ddt[at] : 0);
                 dD = fmaf(up, x, dD), dbias += dt_gradient;
             }
-            const float sum = transpose_sum(v);                         // lane n: dB of state n; lane 16 + n: dC
+            transpose_sum(v);                                           // lane n: dB of state n; lane 16 + n: dC
             const int64_t lane = me % 32, warp = (my.e - lane) / 32;
             if (warp * 32 < q.E)
-                bc_parts[((warp * 2 + lane / STATES) * KB * q.P + row) * STATES + lane % STATES] = sum;
+                bc_parts[((warp * 2 + lane / STATES) * KB * q.P + row) * STATES + lane % STATES] = v[0];
         }
     }
     if (!my.live) return;
@@ -1189,14 +1174,18 @@ int choose_conv_pool(const Plan& plan, const T* xz, const float* conv_w, const f
                      cudaStream_t stream) {
     const int64_t rung = rungs[0] ? rungs[0] : 5;
     const bool wide = plan.E % 4 == 0 && aligned(xz, conv_w, p, argmax);
-    if (rung == 1) {
-        TRY((launch_conv_pool<T, 1, 1, 0, 1, MAX>(plan, xz, conv_w, conv_b, p, argmax, false, stream)));
-        return launch_conv_pool<T, 1, 1, 1, 2, MAX>(plan, xz, conv_w, conv_b, p, argmax, false, stream);
+    auto run = [&](auto V, auto U, auto FIRST, auto LAST) {
+        return launch_conv_pool<T, V(), U(), FIRST(), LAST(), MAX>(plan, xz, conv_w, conv_b, p, argmax, rung > 4, stream);
+    };
+    if constexpr (std::is_same_v<T, float>) {
+        if (rung == 1) {
+            TRY(run(Int<1>(), Int<1>(), Int<0>(), Int<1>()));
+            return run(Int<1>(), Int<1>(), Int<1>(), Int<2>());
+        }
+        if (rung == 3 && wide) return run(Int<4>(), Int<1>(), Int<0>(), Int<2>());
     }
-    if (rung == 2) return launch_conv_pool<T, 1, 1, 0, 2, MAX>(plan, xz, conv_w, conv_b, p, argmax, false, stream);
-    if (!wide) return launch_conv_pool<T, 1, 4, 0, 2, MAX>(plan, xz, conv_w, conv_b, p, argmax, rung > 4, stream);
-    if (rung == 3) return launch_conv_pool<T, 4, 1, 0, 2, MAX>(plan, xz, conv_w, conv_b, p, argmax, false, stream);
-    return launch_conv_pool<T, 4, 4, 0, 2, MAX>(plan, xz, conv_w, conv_b, p, argmax, rung > 4, stream);
+    if (rung <= 2 || !wide) return run(Int<1>(), Int<1>(), Int<0>(), Int<2>());
+    return run(Int<4>(), Int<4>(), Int<0>(), Int<2>());
 }
 
 // Calls f(V, U, THREADS) with the channels and rows of a thread and the bound of its block, or returns f's stand-in
@@ -1211,11 +1200,6 @@ template <class F, class G> int choose_rows(const Plan& plan, bool wide, F f, G 
     return f(Int<4>(), Int<2>(), Int<512>());
 }
 
-Plan make_plan(int64_t B, int64_t S, int64_t P, int64_t E, int64_t Bt, const int32_t* token, const int32_t* group,
-               const float* weight, const int32_t* member, const int32_t* start) {
-    return {B, S, P, E, Bt, token, group, weight, member, start};
-}
-
 // Phases 1 and 2 of a scan in chunks
 int carry_states(const Scan& q, bool adjoint, const float* ds, bool shared_ds, float* state, float* decay, float* R,
                  int64_t blocks, cudaStream_t stream) {
@@ -1228,7 +1212,7 @@ int carry_states(const Scan& q, bool adjoint, const float* ds, bool shared_ds, f
 
 // Enough threads for the chip, chunks of whole segments and not below 16 steps.
 void choose_chunks(Scan& q) {
-    const int64_t threads = q.K * q.B * q.E, wanted = 132 * 1024;
+    const int64_t threads = std::max<int64_t>(1, q.K * q.B * q.E), wanted = 132 * 1024;
     const int64_t chunks = rungs[2] == 2 || threads * 2 > wanted ? 1 : clamp(ceil_div(wanted, threads), 1, q.P / 16);
     q.chunk = ceil_div(ceil_div(q.P, std::max<int64_t>(chunks, 1)), SEGMENT) * SEGMENT;
     q.chunks = ceil_div(q.P, q.chunk);
@@ -1285,7 +1269,7 @@ int add_norm_backward(int64_t dtype, int64_t rows, int64_t D, const float* r, co
 int conv_pool(int64_t dtype, int64_t B, int64_t S, int64_t P, int64_t E, int64_t Bt, int64_t max, const void* xz,
               const float* conv_w, const float* conv_b, const int32_t* token, const int32_t* group, const float* weight,
               const int32_t* member, const int32_t* start, float* p, int32_t* argmax, void* stream) {
-    const Plan plan = make_plan(B, S, P, E, Bt, token, group, weight, member, start);
+    const Plan plan{B, S, P, E, Bt, token, group, weight, member, start};
     if (B == 0) return cudaSuccess;
     return with_type(dtype, [&](auto t) {
         using T = decltype(t);
@@ -1345,7 +1329,7 @@ int selective_scan_backward(int64_t K, int64_t B, int64_t P, int64_t E, int64_t 
 int expand_gate(int64_t dtype, int64_t B, int64_t S, int64_t P, int64_t E, int64_t Bt, const void* xz, const float* s,
                 const float* conv_w, const float* conv_b, const float* D, const float* norm_w, const float* norm_b,
                 const int32_t* token, const int32_t* group, void* y, void* stream_) {
-    const Plan plan = make_plan(B, S, P, E, Bt, token, group, nullptr, nullptr, nullptr);
+    const Plan plan{B, S, P, E, Bt, token, group, nullptr, nullptr, nullptr};
     const Mixer m{conv_w, conv_b, D, norm_w, norm_b};
     const cudaStream_t stream = cudaStream_t(stream_);
     return with_type(dtype, [&](auto t) {
@@ -1368,7 +1352,7 @@ int expand_gate_backward(int64_t dtype, int64_t B, int64_t S, int64_t P, int64_t
                          const float* norm_b, const int32_t* token, const int32_t* group, const int32_t* member,
                          const int32_t* start, const void* dy, void* y, void* dxz, void* g, float* ds, float* dnorm_w,
                          float* dnorm_b, void* stream_) {
-    const Plan plan = make_plan(B, S, P, E, Bt, token, group, nullptr, member, start);
+    const Plan plan{B, S, P, E, Bt, token, group, nullptr, member, start};
     const Mixer m{conv_w, conv_b, D, norm_w, norm_b};
     const cudaStream_t stream = cudaStream_t(stream_);
     return with_type(dtype, [&](auto t) {
@@ -1400,17 +1384,17 @@ int conv_pool_backward(int64_t dtype, int64_t B, int64_t S, int64_t P, int64_t E
                        const int32_t* group, const float* weight, const int32_t* member, const int32_t* start,
                        const int32_t* argmax, const float* dp, const void* g, void* dxz, float* dconv_w, float* dconv_b,
                        float* dD, void* stream_) {
-    const Plan plan = make_plan(B, S, P, E, Bt, token, group, weight, member, start);
+    const Plan plan{B, S, P, E, Bt, token, group, weight, member, start};
     const cudaStream_t stream = cudaStream_t(stream_);
-    const bool wide = E % 4 == 0 && rungs[0] != 1 && aligned(xz, conv_w, D, argmax, dp, g, dxz);
-    const int64_t V = wide ? 4 : 1, tiles = ceil_div(E, 32 * V);
-    const int64_t run = clamp(ceil_div(B * S * tiles, 132 * 10), 16, S), rows = ceil_div(B * ceil_div(S, run), WALKERS);
+    const bool wide = E % 2 == 0 && rungs[0] != 1 && aligned(xz, conv_w, D, argmax, dp, g, dxz);
+    const int64_t V = wide ? 2 : 1, tiles = ceil_div(E, 32 * V);
+    const int64_t run = clamp(ceil_div(B * S * tiles, 132 * 16), 16, S), rows = ceil_div(B * ceil_div(S, run), WALKERS);
     const Scratch parts(rows * 12 * E, stream);
     if (rows && !parts.data) return cudaErrorMemoryAllocation;
     TRY(with_type(dtype, [&](auto t) {
         using T = decltype(t);
-        auto kernel = wide ? max ? conv_pool_backward_kernel<T, 4, true> : conv_pool_backward_kernel<T, 4, false>
-                           : max ? conv_pool_backward_kernel<T, 1, true> : conv_pool_backward_kernel<T, 1, false>;
+        auto kernel = wide ? max ? conv_pool_backward_kernel<T, 2, 4, true> : conv_pool_backward_kernel<T, 2, 4, false>
+                           : max ? conv_pool_backward_kernel<T, 1, 1, true> : conv_pool_backward_kernel<T, 1, 1, false>;
         return launch(kernel, tiles * rows, dim3(32, WALKERS), WALKERS * 12 * 32 * V * sizeof(float), stream, plan,
                       (const T*)xz, conv_w, conv_b, D, argmax, dp, (const T*)g, (T*)dxz, parts.data, int(run));
     }));

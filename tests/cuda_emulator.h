@@ -21,7 +21,11 @@
 #include <ucontext.h>
 #include <vector>
 #ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_UNPOISON_MEMORY_REGION(p, n)
+inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
 #endif
 
 #define __global__ static
@@ -32,8 +36,11 @@ struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) uint2 { uint32_t x, y; };
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
+#define VECTOR struct __attribute__((may_alias))         // read and written in place of the numbers that they hold
+VECTOR ushort1 { uint16_t x; };
+VECTOR uint1 { uint32_t x; };
+VECTOR alignas(8) uint2 { uint32_t x, y; };
+VECTOR alignas(16) uint4 { uint32_t x, y, z, w; };
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9 };
@@ -84,13 +91,15 @@ inline float __tanhf(float x) { return float_of(round_bits(std::tanh(x), 13) << 
 
 namespace emulator {
 
-constexpr size_t STACK = 512 << 10;
+constexpr size_t STACK = 128 << 10;
 enum State { RUNNING, AT_BARRIER, AT_SHUFFLE, DONE };
 
 struct Fiber {
-    ucontext_t context;
+    ucontext_t context;                     // begins a thread; setjmp and longjmp go on with it: no system call
+    void* here[5];
+    bool begun;
     char* stack = static_cast<char*>(mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    void* fake_stack = nullptr;             // the address sanitizer's
+    void* fake_stack;                       // the address sanitizer's
     dim3 thread;
     State state;
     int line;                               // of the source, where it waits
@@ -100,7 +109,7 @@ struct Fiber {
 
 struct Machine {
     std::vector<Fiber*> fibers;
-    ucontext_t scheduler;
+    void* here[5];
     void* fake_stack = nullptr;
     const void* bottom = nullptr;           // the scheduler's stack, for the sanitizer
     size_t size = 0;
@@ -119,33 +128,29 @@ inline Machine machine;
     abort();
 }
 
-inline void enter(Fiber* f) {               // from the scheduler into a thread
+// The two halves of a switch. The sanitizer is told which stack comes next, and left out of the jump.
+#define SWITCHES __attribute__((noinline, no_sanitize("address", "undefined")))
+
+SWITCHES inline void enter(Fiber* f) {      // from the scheduler into a thread
     machine.now = f;
-#ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(&machine.fake_stack, f->stack, STACK);
-#endif
-    swapcontext(&machine.scheduler, &f->context);
-#ifdef __SANITIZE_ADDRESS__
+    if (__builtin_setjmp(machine.here) == 0) {
+        if (f->begun) __builtin_longjmp(f->here, 1);
+        f->begun = true;
+        setcontext(&f->context);
+    }
     __sanitizer_finish_switch_fiber(machine.fake_stack, nullptr, nullptr);
-#endif
 }
 
-inline void leave(State state, int line) {  // from a thread into the scheduler
-    Fiber* f = machine.now;
-    f->state = state, f->line = line;
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_start_switch_fiber(state == DONE ? nullptr : &f->fake_stack, machine.bottom, machine.size);
-#endif
-    swapcontext(&f->context, &machine.scheduler);
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_finish_switch_fiber(f->fake_stack, nullptr, nullptr);
-#endif
+SWITCHES inline void leave(State state, int line) {         // from a thread into the scheduler
+    machine.now->state = state, machine.now->line = line;
+    __sanitizer_start_switch_fiber(state == DONE ? nullptr : &machine.now->fake_stack, machine.bottom, machine.size);
+    if (__builtin_setjmp(machine.now->here) == 0) __builtin_longjmp(machine.here, 1);
+    __sanitizer_finish_switch_fiber(machine.now->fake_stack, nullptr, nullptr);
 }
 
 inline void main_of_thread() {
-#ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(nullptr, &machine.bottom, &machine.size);
-#endif
     machine.kernel();
     leave(DONE, 0);
 }
@@ -171,12 +176,16 @@ inline std::vector<int64_t> sequence(int64_t n) {
 }
 
 inline void run_block(size_t n) {
+    static ucontext_t blank;
+    static const int filled = getcontext(&blank);
+    (void)filled;
     for (size_t i = 0; i < n; ++i) {
         if (i == machine.fibers.size()) machine.fibers.push_back(new Fiber);
         Fiber* f = machine.fibers[i];
         f->thread = dim3(i % machine.threads.x, i / machine.threads.x % machine.threads.y, i / machine.threads.x / machine.threads.y);
-        f->state = RUNNING, f->shuffles = 0, f->fake_stack = nullptr;
-        getcontext(&f->context);
+        f->state = RUNNING, f->begun = false, f->shuffles = 0, f->fake_stack = nullptr;
+        ASAN_UNPOISON_MEMORY_REGION(f->stack, STACK);
+        f->context = blank;
         f->context.uc_stack.ss_sp = f->stack, f->context.uc_stack.ss_size = STACK, f->context.uc_link = nullptr;
         makecontext(&f->context, main_of_thread, 0);
     }
