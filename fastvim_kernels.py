@@ -476,7 +476,7 @@ def _load_cuda():
     if version[2] != torch.version.cuda.split(".")[0]:
         raise RuntimeError(f"nvcc is of CUDA {version[1]}, torch of CUDA {torch.version.cuda}: install a toolkit of "
                            "the same major version and set CUDA_HOME to it")
-    flags = ["-O3", "-std=c++17"]
+    flags = ["-O3", "-std=c++17", "-ftz=true"]
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(sorted(
         {"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())})) or "8.0;9.0"
     name = f"scan_cuda_{_digest(*(open(s, 'rb').read() for s in sources), torch.__version__, version[1], flags, archs)}"

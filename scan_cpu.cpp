@@ -14,19 +14,19 @@
 //     weight[t]  its factor in the mean of its group
 //     member, start   group g owns the positions member[start[g]] ... member[start[g + 1] - 1], in ascending order
 //
-// Four ideas carry everything below; the figures are ns per B S E element on two cores of an AVX-512 Xeon:
+// Four ideas carry everything below. Figures in comments: FastVim-T, 8 images of 224 px, one core of a 3 GHz AVX-512
+// Xeon, halved as if for two; ns per B S E element where nothing else is said.
 //   1. Channels are the vector axis. No operation mixes them except sums, so nothing is ever transposed, and a token at
 //      any stride is one pointer. E need not be a multiple of W: the rest runs the same code on vectors of width 1.
 //   2. Both convolutions, forward and backward in time, are one pass over tiles of 4 positions and their 3 neighbours
-//      on each side; c = silu(conv(x)) is never stored. It is computed again wherever it is needed.
+//      on each side. c = silu(conv(x)) is never stored: it is computed again wherever it is needed.
 //   3. Work is cut into chunks that depend on the sizes alone. Each chunk sums its share of the parameter gradients by
 //      itself, the shares are added in order: the same bits on any number of threads, without atomics.
-//   4. The price is exp. One needs 8 instructions, a sigmoid 14; the rest is arranged around them.
+//   4. The price is exp: 9 instructions, a sigmoid 13. The rest is arranged around them.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 #include <vector>
 #if defined(__x86_64__)
@@ -35,13 +35,14 @@
 
 #define INLINE inline __attribute__((always_inline))
 #define EACH [&](auto lane, At at) __attribute__((always_inline))       // the body of a loop over channels
+#define FULLY _Pragma("GCC unroll 16")                                  // arrays of vectors are registers if unrolled
 using i64 = int64_t;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Vectors
 //
 // The compiler's vector extension gives + - * / < ?: on vectors for every instruction set, and a * b + c becomes one
-// instruction. Every function is a template over V = Vec or float, so that the same line serves the rest of E % W.
+// instruction. Functions are templates over V = Vec or float, so that the same line serves the rest of E % W.
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 #define FASTVIM_AVX512 1
@@ -59,10 +60,9 @@ typedef uint16_t VecH __attribute__((vector_size(2 * W)));
 template <class V> struct Of { using I = VecI; using U = VecU; using H = VecH; };
 template <> struct Of<float> { using I = int32_t; using U = uint32_t; using H = uint16_t; };
 
-struct bf16 { uint16_t bits; };
+struct bf16 { uint16_t bits; };                 // the upper half of a float
 
-template <class To, class From> INLINE To bits(From from)
-{
+template <class To, class From> INLINE To bits(const From& from) {
     static_assert(sizeof(To) == sizeof(From), "a change of type, not of bits");
     To to;
     std::memcpy(&to, &from, sizeof to);
@@ -70,64 +70,55 @@ template <class To, class From> INLINE To bits(From from)
 }
 
 template <class V> INLINE V load(const float* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
-template <class V> INLINE void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
 template <class I> INLINE I load(const int32_t* p) { I v; std::memcpy(&v, p, sizeof v); return v; }
+template <class V> INLINE void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
 template <class I> INLINE void store(int32_t* p, I v) { std::memcpy(p, &v, sizeof v); }
+template <class V> INLINE void add_to(float* p, V v) { store(p, load<V>(p) + v); }
 template <class V> INLINE V fill(float x) { return x - V{}; }           // x - 0 is x for every x, -0 and NaN included
 
-#if defined(FASTVIM_AVX512)                         // GCC 12 does not find these instructions by itself
+INLINE uint32_t widen(uint16_t h) { return h; }
+INLINE uint16_t narrow(uint32_t u) { return uint16_t(u); }
+INLINE VecH narrow(VecU u) { return __builtin_convertvector(u, VecH); }
+#if defined(FASTVIM_AVX512)         // GCC 12 turns convertvector into four instructions: bf16 conv_pool 0.36 -> 0.31
 INLINE VecU widen(VecH h) { return (VecU)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h); }
 #elif defined(__AVX2__)
 INLINE VecU widen(VecH h) { return (VecU)_mm256_cvtepu16_epi32((__m128i)h); }
 #else
 INLINE VecU widen(VecH h) { return __builtin_convertvector(h, VecU); }
 #endif
-INLINE uint32_t widen(uint16_t h) { return h; }
-INLINE VecH narrow(VecU u) { return __builtin_convertvector(u, VecH); }
-INLINE uint16_t narrow(uint32_t u) { return uint16_t(u); }
 
-// A bf16 is the upper half of a float.
-template <class V> INLINE V load(const bf16* p)
-{
+template <class V> INLINE V load(const bf16* p) {
     typename Of<V>::H h;
     std::memcpy(&h, p, sizeof h);
     return bits<V>(widen(h) << 16);
 }
 
-template <class V> INLINE void store(bf16* p, V v)
-{
+template <class V> INLINE void store(bf16* p, V v) {
     using U = typename Of<V>::U;
-    U u = bits<U>(v);
-    U rounded = u + 0x7fff + (u >> 16 & 1);                             // to nearest, ties to even
+    U u = bits<U>(v), rounded = u + 0x7fff + (u >> 16 & 1);             // to nearest, ties to even
     typename Of<V>::H h = narrow((v == v ? rounded : (u | 0x400000)) >> 16);
     std::memcpy(p, &h, sizeof h);
 }
 
 #if defined(FASTVIM_AVX512) && defined(__AVX512BF16__)
-template <> INLINE void store<Vec>(bf16* p, Vec v)
-{
-    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v));
-}
+template <> INLINE void store<Vec>(bf16* p, Vec v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
 #endif
 
-// 2^f for f in -0.5 .. 0.5, relative error 9e-8, and exactly 1 at 0.
-template <class V> INLINE V exp2_fraction(V f)
-{
-    V p = 1.326472731e-3f * f + 9.671512991e-3f;
-    p = p * f + 5.550733581e-2f;
-    p = p * f + 2.402224243e-1f;
-    p = p * f + 6.931470037e-1f;
-    return p * f + 1.f;
+// A polynomial by Horner's rule, lowest coefficient first
+template <class V> INLINE V poly(V, float c) { return fill<V>(c); }
+template <class V, class... C> INLINE V poly(V x, float c, C... higher) { return poly(x, higher...) * x + c; }
+
+// 2^f for f in -0.5 .. 0.5, relative error 9e-8, and exactly 1 at 0: a decay near 1 is raised to high powers.
+template <class V> INLINE V exp2_fraction(V f) {
+    return poly(f, 1.f, 6.931470037e-1f, 2.402224243e-1f, 5.550733581e-2f, 9.671512991e-3f, 1.326472731e-3f);
 }
 
 // 2^t = 2^f 2^r with r = t rounded. 1.5 * 2^23 + t has r in its last bits, from where a shift makes it an exponent.
-template <class V> INLINE V exp2(V t)
-{
+template <class V> INLINE V exp2(V t) {
     using U = typename Of<V>::U;
     t = t < -127.f ? fill<V>(-127.f) : t;                               // 2^-127 is 0, 2^128 infinity; NaN stays NaN
     t = t > 128.f ? fill<V>(128.f) : t;
-    V shifted = t + 12582912.f;
-    V f = t - (shifted - 12582912.f);
+    V shifted = t + 12582912.f, f = t - (shifted - 12582912.f);
     return exp2_fraction(f) * bits<V>((bits<U>(shifted) << 23) + 0x3f800000);
 }
 
@@ -135,42 +126,44 @@ template <class V> INLINE V exp2(V t)
 template <class V> INLINE V sigmoid2(V t) { return 1.f / (1.f + exp2(t)); }
 
 #if defined(FASTVIM_AVX512)
-constexpr __mmask16 ALL = 0xffff;              // GCC 12 warns of the unmasked forms, which are the same instructions
+// reduce gives t - round(t), scalef multiplies by a power of two, and both treat infinity and NaN as they should. (The
+// masks are full: GCC 12 warns of the forms without, which are the same instructions.)
+constexpr __mmask16 ALL = 0xffff;
 
-// reduce gives t - round(t), scalef multiplies by a power of two, and both treat infinity and NaN as they should.
-template <> INLINE Vec exp2<Vec>(Vec t)
-{
+template <> INLINE Vec exp2<Vec>(Vec t) {
     Vec f = _mm512_maskz_reduce_ps(ALL, t, 8);
     return _mm512_maskz_scalef_ps(ALL, exp2_fraction(f), t - f);
 }
 
-// 14 bits from a table and one Newton step are cheaper than a division. 1 / infinity is the step's one exception.
-template <> INLINE Vec sigmoid2<Vec>(Vec t)
-{
+// A sigmoid forgives more: one term less (2.9e-6), and f in 0 .. 1, since scalef rounds down by itself: conv_pool 0.28
+// -> 0.26. 14 bits from a table and a Newton step are cheaper than a division, 9.1 cycles for 10.9; only 1 / infinity
+// has to be masked.
+template <> INLINE Vec sigmoid2<Vec>(Vec t) {
     Vec f = _mm512_maskz_reduce_ps(ALL, t, 9);
-    Vec p = 1.3426685705780983e-2f * f + 5.2242472767829895e-2f;
-    p = p * f + 2.412802129983902e-1f;
-    p = p * f + 6.930448412895203e-1f;
-    p = p * f + 1.f;
-    Vec d = 1.f + _mm512_maskz_scalef_ps(ALL, p, t), r = _mm512_maskz_rcp14_ps(ALL, d), newton = 2.f - d * r;
-    return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(d, fill<Vec>(INFINITY), _CMP_NEQ_UQ), r, newton);
+    Vec p = poly(f, 1.f, 6.930448413e-1f, 2.412802130e-1f, 5.224247277e-2f, 1.342668571e-2f);
+    Vec d = 1.f + _mm512_maskz_scalef_ps(ALL, p, t), r = _mm512_maskz_rcp14_ps(ALL, d);
+    return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(d, fill<Vec>(INFINITY), _CMP_NEQ_UQ), r, 2.f - d * r);
 }
 #endif
 
 constexpr float LOG2E = 1.44269504088896f, LN2 = 0.693147180559945f;
 
 // log(1 + e^x) = max(x, 0) + log1p(q), q = e^-|x|. log1p(q) / q is a polynomial (2e-7), so that a small q stays exact.
-template <class V> INLINE V softplus(V x)
-{
+template <class V> INLINE V softplus(V x) {
     V q = exp2((x > 0.f ? -x : x) * LOG2E);
-    V p = -8.539200760e-3f * q + 4.408960417e-2f;
-    p = p * q - 1.076816693e-1f;
-    p = p * q + 1.774523854e-1f;
-    p = p * q - 2.449546158e-1f;
-    p = p * q + 3.327547908e-1f;
-    p = p * q - 4.999740422e-1f;
-    p = p * q + 9.999998212e-1f;
+    V p = poly(q, 9.999998212e-1f, -4.999740422e-1f, 3.327547908e-1f, -2.449546158e-1f, 1.774523854e-1f,
+               -1.076816693e-1f, 4.408960417e-2f, -8.539200760e-3f);
     return (x > 0.f ? x : V{}) + p * q;
+}
+
+// The sum of W floats in memory
+INLINE float lane_sum(const float* p) {
+    typedef float Quad __attribute__((vector_size(16)));
+    Quad q[W / 4];
+    std::memcpy(q, p, sizeof q);
+    for (int half = W / 8; half; half /= 2)
+        for (int i = 0; i < half; i++) q[i] += q[i + half];
+    return (q[0][0] + q[0][1]) + (q[0][2] + q[0][3]);
 }
 
 // A sum over channels: whole vectors, and the rest of E % W.
@@ -179,52 +172,72 @@ struct Sum {
     float rest = 0;
     INLINE void add(Vec x) { v += x; }
     INLINE void add(float x) { rest += x; }
-    INLINE float total() const
-    {
-        float s[W];
-        store(s, v);
-        for (int half = W / 2; half; half /= 2)
-            for (int i = 0; i < half; i++) s[i] += s[i + half];
-        return s[0] + rest;
-    }
+    INLINE float total() const { return lane_sum((const float*)&v) + rest; }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 2. Loops over channels, threads, memory, tables
+// 2. Loops over channels, threads, memory, chunks
 
 // A place in the channel axis. Sets of rows that are read together (weights, sums of gradients) are kept in blocks:
-// [E / W][rows][W]. So one pointer and constant offsets reach 12 rows; 12 pointers would not fit into the registers.
+// [E / W][rows][W]. So one pointer and constant offsets reach all of them; 14 pointers would not fit into registers.
 struct At {
     i64 e, block;                               // the channel; the first one of its block of W
     INLINE i64 in(i64 rows) const { return block * rows + (e - block); }
 };
 
-template <class F> INLINE void channels(i64 from, i64 to, F body)
-{
-    i64 e = from;
-    for (; e + W <= to; e += W) body(Vec(), At{e, e});
-    for (; e < to; e++) body(float(), At{e, e - e % W});
-}
-
-template <class F> INLINE void channels(i64 E, F body) { channels(0, E, body); }
-
+INLINE At place(i64 e) { return {e, e - e % W}; }
 INLINE i64 whole(i64 E) { return (E + W - 1) / W * W; }                 // E with the last block filled up
 
+template <class F> INLINE void channels(i64 from, i64 to, F body) {
+    i64 e = from;
+    for (; e + W <= to; e += W) body(Vec(), At{e, e});
+    for (; e < to; e++) body(float(), place(e));
+}
+template <class F> INLINE void channels(i64 E, F body) { channels(0, E, body); }
+
 // Tasks on all threads, or on this one if there is less to do (in elements) than starting the others would take.
-template <class F> void parallel(i64 tasks, i64 elements, F task)
-{
+template <class F> void parallel(i64 tasks, [[maybe_unused]] i64 elements, F task) {
 #pragma omp parallel for schedule(static) if (tasks > 1 && elements > 16384)
     for (i64 i = 0; i < tasks; i++) task(i);
 }
 
+template <class F> void by_type(i64 dtype, F f) { dtype == 0 ? f(float()) : f(bf16()); }
+
 // Memory that a thread keeps from call to call: fresh pages would cost more than the work done in them.
 enum { PACK, SUMS, SPLIT, TASK };
-template <int WHAT> float* scratch(i64 floats)
-{
+template <int WHAT> float* scratch(i64 floats) {
     static thread_local std::vector<float> memory;
     if (i64(memory.size()) < floats + 16) memory = std::vector<float>(floats + 16);
     return (float*)((uintptr_t(memory.data()) + 63) / 64 * 64);
 }
+
+// out = the sum of `count` rows of n floats, `stride` apart
+static void add_rows(const float* from, i64 count, i64 stride, i64 n, float* out) {
+    for (i64 i = 0; i < count; i++)
+        for (i64 j = 0; j < n; j++) out[j] = i ? out[j] + from[i * stride + j] : from[j];
+    if (!count) std::fill(out, out + n, 0.f);
+}
+
+// Sums of parameter gradients: n tasks in at most `most` slots, each slot adding up its tasks in order, then the slots.
+struct Slots {
+    i64 n, count, floats;
+    float* sums;                                // [count + 1][floats], the last row for the total
+
+    Slots(i64 n, i64 floats, i64 most = 64)
+        : n(n), count(std::min(n, most)), floats(floats), sums(scratch<SUMS>((count + 1) * floats)) {}
+    i64 begin(i64 slot) const { return slot * n / count; }
+    template <class F> void run(i64 elements, F task) const {   // task(i, float* sums)
+        parallel(count, elements, [&](i64 slot) {
+            float* mine = sums + slot * floats;
+            std::fill(mine, mine + floats, 0.f);
+            for (i64 i = begin(slot); i < begin(slot + 1); i++) task(i, mine);
+        });
+    }
+    const float* total() const {
+        add_rows(sums, count, floats, floats, sums + count * floats);
+        return sums + count * floats;
+    }
+};
 
 struct Walk {
     i64 B, S, P, E, Bt;
@@ -232,18 +245,19 @@ struct Walk {
     const float* weight;
     const int32_t *member, *start;
 
-    Walk image(i64 b) const
-    {
+    Walk image(i64 b) const {
         Walk w = *this;
         if (Bt == 1) return w;
-        w.token += b * S, w.group += b * S, w.weight += b * S, w.member += b * S, w.start += b * (P + 1);
+        w.token += b * S, w.group += b * S;
+        if (weight) w.weight += b * S;
+        if (member) w.member += b * S, w.start += b * (P + 1);
         return w;
     }
     bool real(i64 t) const { return t >= 0 && t < S && group[t] >= 0; }
 };
 
-// Positions t0 <= t < t1 of image b, and the groups g0 <= g < g1 that lie in them, all of them completely, if part < 0.
-// Else the groups are spread over the image (2-D pooling to few groups), and the chunk makes partial sum `part`.
+// Positions t0 <= t < t1 of image b. If part < 0, the groups g0 <= g < g1 lie in them with all their members. Else the
+// groups are spread over the image (2-D pooling to few groups), and the chunk makes a partial sum of all of them.
 struct Chunk { i64 b, t0, t1, g0, g1, part; };
 
 struct Chunks {
@@ -251,77 +265,41 @@ struct Chunks {
     std::vector<i64> split;                     // images whose groups are spread, each cut into `parts`
     i64 parts;
 
-    Chunks(const Walk& walk, i64 least, bool may_split)
-    {
+    Chunks(const Walk& walk, i64 least, bool may_split) {
         const i64 S = walk.S, P = walk.P;
         parts = may_split ? std::min({i64(16), S / (2 * P), S / least}) : 0;
         for (i64 b = 0; b < walk.B; b++) {
-            const size_t first = list.size();
-            if (b > 0 && walk.Bt == 1) {        // the same cuts as in image 0
-                for (size_t i = 0, n = list.size() / b; i < n; i++) {
-                    Chunk c = list[i];
-                    c.b = b;
-                    if (c.part >= 0) c.part += b * parts;
-                    list.push_back(c);
-                }
-                if (list[first].part >= 0) split.push_back(b);
-                continue;
-            }
             const Walk w = walk.image(b);
+            const size_t first = list.size();
             i64 t0 = 0, g0 = 0, reach = -1;
-            for (i64 g = 0; g < P; g++) {
-                // After group g the first start[g + 1] positions are complete if no group so far reaches beyond them.
-                const i64 t1 = w.start[g + 1];
-                if (t1 > w.start[g]) reach = std::max<i64>(reach, w.member[t1 - 1]);
-                if (reach + 1 == t1 && t1 - t0 >= least && g + 1 < P) {
+            if (b > 0 && walk.Bt == 1) {        // cuts as in image 0
+                for (size_t i = 0; i < first / b; i++) list.push_back(list[i]), list.back().b = b;
+            } else {
+                for (i64 g = 0; g + 1 < P; g++) {
+                    // Groups 0 .. g are the first start[g + 1] positions if none of them reaches beyond.
+                    const i64 t1 = w.start[g + 1];
+                    if (t1 > w.start[g]) reach = std::max<i64>(reach, w.member[t1 - 1]);
+                    if (reach + 1 != t1 || t1 - t0 < least) continue;
                     list.push_back({b, t0, t1, g0, g + 1, -1});
                     t0 = t1, g0 = g + 1;
                 }
+                if (t0 > 0 || parts < 2) list.push_back({b, t0, S, g0, P, -1});
+                else
+                    for (i64 i = 0; i < parts; i++) list.push_back({b, i * S / parts, (i + 1) * S / parts, 0, P, i});
             }
-            if (t0 > 0 || parts < 2) {
-                list.push_back({b, t0, S, g0, P, -1});
-                continue;
-            }
-            for (i64 i = 0; i < parts; i++)
-                list.push_back({b, i * S / parts, (i + 1) * S / parts, 0, P, i64(split.size()) * parts + i});
+            if (list[first].part < 0) continue;
+            for (i64 i = 0; i < parts; i++) list[first + i].part = i64(split.size()) * parts + i;
             split.push_back(b);
         }
     }
 
-    // Adds up the partial sums [split image][part][K][rows] of every split image to its result [K][B][rows].
-    void reduce(const float* partial, i64 K, i64 B, i64 rows, float* result) const
-    {
+    // Room for the partial sums [split image][part][K][rows], and their sums, to result [K][B][rows]
+    float* partial(i64 K, i64 rows) const { return scratch<SPLIT>(i64(split.size()) * parts * K * rows); }
+    void reduce(const float* partial, i64 K, i64 B, i64 rows, float* result) const {
         parallel(split.size() * K, i64(split.size()) * parts * K * rows, [&](i64 i) {
-            const float* from = partial + (i / K * parts * K + i % K) * rows;
-            float* out = result + (i % K * B + split[i / K]) * rows;
-            std::copy(from, from + rows, out);
-            for (i64 part = 1; part < parts; part++)
-                for (i64 j = 0; j < rows; j++) out[j] += from[part * K * rows + j];
+            add_rows(partial + (i / K * parts * K + i % K) * rows, parts, K * rows, rows,
+                     result + (i % K * B + split[i / K]) * rows);
         });
-    }
-};
-
-// Sums of parameter gradients: n tasks in at most 64 slots, each slot adding up its tasks in order, then the slots.
-struct Slots {
-    i64 n, count, floats;
-    float* sums;
-    Slots(i64 n, i64 floats)
-        : n(n), count(std::min<i64>(n, 64)), floats(floats), sums(scratch<SUMS>((count + !count) * floats)) {}
-
-    template <class F> void run(i64 elements, F task) const             // task(i, float* sums)
-    {
-        parallel(count, elements, [&](i64 slot) {
-            float* mine = sums + slot * floats;
-            std::fill(mine, mine + floats, 0.f);
-            for (i64 i = slot * n / count; i < (slot + 1) * n / count; i++) task(i, mine);
-        });
-    }
-    const float* total() const
-    {
-        if (!count) std::fill(sums, sums + floats, 0.f);
-        for (i64 slot = 1; slot < count; slot++)
-            for (i64 i = 0; i < floats; i++) sums[i] += sums[slot * floats + i];
-        return sums;
     }
 };
 
@@ -330,26 +308,25 @@ struct Slots {
 
 constexpr int TILE = 4;
 
-// Tiles of 4 positions load the weights once and share neighbours: 2.5 rows of x a position instead of 7.
-template <class F> INLINE void tiles(i64 t0, i64 t1, F tile)
-{
+// Tiles of 4 positions load the weights once and share neighbours, 2.5 rows of x a position instead of 7: conv_pool
+// 0.35 -> 0.26, its gradient 1.17 -> 0.66. (Tiles of 2, 3, 6 and 7: 0.30, 0.28, 0.27, 0.25.)
+template <class F> INLINE void tiles(i64 t0, i64 t1, F tile) {
     i64 t = t0;
     for (; t + TILE <= t1; t += TILE) tile(std::integral_constant<int, TILE>(), t);
     for (; t < t1; t++) tile(std::integral_constant<int, 1>(), t);
 }
 
 // The parameters as blocked rows. Convolution weights are multiplied by -log2(e): the result is at once the argument
-// that sigmoid2 wants, and the factor that c = a sigmoid(a) misses is put into the weight with which c is used.
+// that sigmoid2 wants, and the -ln2 that t sigmoid2(t) lacks to be silu is put into the weight with which it is used.
 enum Row { W0 = 0, B0 = 4, W1 = 5, B1 = 9, D0 = 10, D1 = 11, NW = 12, NB = 13, ROWS = 14 };
-struct Pack { const float *rows, *zero; };      // zero: a row of 2E zeros
+struct Pack { const float *rows, *zero; };      // zero: 2E zeros
 
-static Pack pack(i64 E, const float* conv_w, const float* conv_b, const float* D, float scale, const float* norm_w,
-                 const float* norm_b)
-{
+static Pack pack(i64 E, const float* conv_w, const float* conv_b, const float* D = nullptr, float scale = 0,
+                 const float* norm_w = nullptr, const float* norm_b = nullptr) {
     float *rows = scratch<PACK>(whole(E) * (ROWS + 2)), *zero = rows + whole(E) * ROWS;
     std::fill(zero, zero + 2 * whole(E), 0.f);
     for (i64 e = 0; e < E; e++) {
-        float* r = rows + At{e, e - e % W}.in(ROWS);
+        float* r = rows + place(e).in(ROWS);
         for (int k = 0; k < 2; k++) {
             for (int j = 0; j < 4; j++) r[(5 * k + j) * W] = -LOG2E * conv_w[(k * E + e) * 4 + j];
             r[(5 * k + 4) * W] = -LOG2E * conv_b[k * E + e];
@@ -362,164 +339,154 @@ static Pack pack(i64 E, const float* conv_w, const float* conv_b, const float* D
 }
 
 // The rows of positions t - 3 ... t + U + 2; beyond the ends and for padding a row of zeros.
-template <int U, class T> INLINE void neighbours(const Walk& w, const T* xz, const void* zero, i64 t, const T** x)
-{
+template <int U, class T> INLINE void neighbours(const Walk& w, const T* xz, const void* zero, i64 t, const T** x) {
     for (int i = 0; i < U + 6; i++)
         x[i] = w.real(t + i - 3) ? xz + w.token[t + i - 3] * 2 * w.E : (const T*)zero;
 }
 
-// t_k = -log2(e) a_k of both directions, where x holds the U + 6 values
-template <int U, class V> INLINE void conv(const V* x, const float* row, V* t0, V* t1)
-{
-    for (int k = 0; k < 2; k++) {
-        V w[5], *t = k ? t1 : t0;
-        for (int j = 0; j < 5; j++) w[j] = load<V>(row + (5 * k + j) * W);
-#pragma GCC unroll 4
-        for (int u = 0; u < U; u++) {
-            const V *y = x + (k ? u + 6 : u);
-            const int step = k ? -1 : 1;
-            t[u] = w[3] * y[3 * step] + (w[2] * y[2 * step] + (w[1] * y[step] + (w[0] * y[0] + w[4])));
+template <int COUNT, class V, class T> INLINE void gather(const T* const* rows, i64 e, V* v) {
+    FULLY for (int i = 0; i < COUNT; i++) v[i] = load<V>(rows[i] + e);
+}
+
+// t = -log2(e) conv(x) of both directions, where x holds the U + 6 values. Direction 1 is the mirror image. (Convolving
+// each direction just before its use makes conv_pool_backward slower, 0.64 -> 0.68.)
+template <int U, class V> INLINE void conv(const V* x, const float* row, V (*t)[U]) {
+    FULLY for (int k = 0; k < 2; k++) {
+        const int step = k ? -1 : 1;
+        V w[5];
+        FULLY for (int j = 0; j < 5; j++) w[j] = load<V>(row + (5 * k + j) * W);
+        FULLY for (int u = 0; u < U; u++) {
+            const V* y = x + (k ? u + 6 : u);
+            t[k][u] = w[3] * y[3 * step] + (w[2] * y[2 * step] + (w[1] * y[step] + (w[0] * y[0] + w[4])));
         }
     }
 }
 
-template <int COUNT, class V, class T> INLINE void gather(const T* const* rows, i64 e, V* v)
-{
-#pragma GCC unroll 16
-    for (int i = 0; i < COUNT; i++) v[i] = load<V>(rows[i] + e);
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
-// 4. conv_pool
+// 4. conv_pool: both directions' silu(conv(x)), pooled. The rows of p are the accumulators.
 
-template <class T> void conv_pool_(const Walk& walk, bool max, const T* xz, const float* conv_w, const float* conv_b,
-                                   float* p, int32_t* argmax)
-{
-    const i64 B = walk.B, P = walk.P, E = walk.E, PE = P * E;
-    const Pack packed = pack(E, conv_w, conv_b, nullptr, 0, nullptr, nullptr);
+extern "C" void conv_pool(i64 dtype, i64 B, i64 S, i64 P, i64 E, i64 Bt, i64 max, const void* xz, const float* conv_w,
+                          const float* conv_b, const int32_t* token, const int32_t* group, const float* weight,
+                          const int32_t* member, const int32_t* start, float* p, int32_t* argmax) {
+    const Walk walk{B, S, P, E, Bt, token, group, weight, member, start};
+    const Pack packed = pack(E, conv_w, conv_b);
     const Chunks chunks(walk, 24, !max);
-    float* partial = scratch<SPLIT>(i64(chunks.split.size()) * chunks.parts * 2 * PE);
-    parallel(chunks.list.size(), B * walk.S * E, [&](i64 i) {
-        const Chunk c = chunks.list[i];
-        const Walk w = walk.image(c.b);
-        const T* image = xz + c.b * w.S * 2 * E;
-        float* trash = scratch<TASK>(4 * whole(E));                     // where padding goes
-        float* sum[2];
-        int32_t* arg[2];
-        for (int k = 0; k < 2; k++) {
-            const i64 image_k = (k * B + c.b) * PE;
-            sum[k] = c.part < 0 ? p + image_k : partial + (c.part * 2 + k) * PE;
-            arg[k] = max ? argmax + image_k : nullptr;
-            std::fill(sum[k] + c.g0 * E, sum[k] + c.g1 * E, max ? -INFINITY : 0.f);
-            if (max) std::fill(arg[k] + c.g0 * E, arg[k] + c.g1 * E, -1);
-        }
-        tiles(c.t0, c.t1, [&](auto size, i64 t) {
-            constexpr int U = decltype(size)::value;
-            const T* x[U + 6];
-            neighbours<U>(w, image, packed.zero, t, x);
-            float *to[2][U], factor[U];
-            int32_t* to_arg[2][U];
-            bool shared = !max;                                         // all of one group: add once
-            for (int u = 0; u < U; u++) {
-                const i64 g = w.group[t + u];
-                shared &= g >= 0 && g == w.group[t];
-                factor[u] = -LN2 * (max ? 1.f : w.weight[t + u]);
-                for (int k = 0; k < 2; k++) {
-                    to[k][u] = g < 0 ? trash + k * whole(E) : sum[k] + g * E;
-                    if (max) to_arg[k][u] = g < 0 ? (int32_t*)trash + (2 + k) * whole(E) : arg[k] + g * E;
-                }
+    const i64 PE = P * E;
+    float* partial = chunks.partial(2, PE);
+    by_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        parallel(chunks.list.size(), B * S * E, [&](i64 i) {
+            const Chunk c = chunks.list[i];
+            const Walk w = walk.image(c.b);
+            float *trash = scratch<TASK>(2 * whole(E)), *sum[2];        // trash: where padding goes
+            int32_t* arg[2];
+            for (int k = 0; k < 2; k++) {
+                sum[k] = c.part < 0 ? p + (k * B + c.b) * PE : partial + (c.part * 2 + k) * PE;
+                arg[k] = max ? argmax + (k * B + c.b) * PE : nullptr;
+                std::fill(sum[k] + c.g0 * E, sum[k] + c.g1 * E, max ? -INFINITY : 0.f);
+                if (max) std::fill(arg[k] + c.g0 * E, arg[k] + c.g1 * E, -1);
             }
-            channels(E, EACH {
-                using V = decltype(lane);
-                using I = typename Of<V>::I;
-                V xs[U + 6], c[2][U];
-                gather<U + 6>(x, at.e, xs);
-                conv<U>(xs, packed.rows + at.in(ROWS), c[0], c[1]);
-#pragma GCC unroll 2
-                for (int k = 0; k < 2; k++) {
-#pragma GCC unroll 4
-                    for (int u = 0; u < U; u++) c[k][u] *= sigmoid2(c[k][u]);
-                    if (shared) {
-                        V s = load<V>(to[k][0] + at.e);
-                        for (int u = 0; u < U; u++) s += factor[u] * c[k][u];
-                        store(to[k][0] + at.e, s);
-                    } else if (!max) {
-                        for (int u = 0; u < U; u++)
-                            store(to[k][u] + at.e, load<V>(to[k][u] + at.e) + factor[u] * c[k][u]);
-                    } else {
-                        for (int u = 0; u < U; u++) {
-                            V v = factor[u] * c[k][u], best = load<V>(to[k][u] + at.e);
-                            I place = load<I>(to_arg[k][u] + at.e);
-                            auto better = (v > best) | ((v != v) & (best == best));      // the first one stays
-                            store(to[k][u] + at.e, better ? v : best);
-                            place = better ? int32_t(t + u) - I{} : place;
-                            store(to_arg[k][u] + at.e, place);
-                        }
+            tiles(c.t0, c.t1, [&](auto size, i64 t) {
+                constexpr int U = decltype(size)::value;
+                const T* x[U + 6];
+                float *to[2][U], factor[U];
+                int32_t* to_arg[2][U];
+                bool shared = !max;                                     // a tile of one group adds once
+                neighbours<U>(w, (const T*)xz + c.b * S * 2 * E, packed.zero, t, x);
+                for (int u = 0; u < U; u++) {
+                    const i64 g = w.group[t + u];
+                    shared &= g >= 0 && g == w.group[t];
+                    factor[u] = -LN2 * (max ? 1.f : w.weight[t + u]);
+                    for (int k = 0; k < 2; k++) {
+                        to[k][u] = g < 0 ? trash : sum[k] + g * E;
+                        if (max) to_arg[k][u] = g < 0 ? (int32_t*)trash + whole(E) : arg[k] + g * E;
                     }
                 }
+                channels(E, EACH {
+                    using V = decltype(lane);
+                    V xs[U + 6], cs[2][U];
+                    gather<U + 6>(x, at.e, xs);
+                    conv<U>(xs, packed.rows + at.in(ROWS), cs);
+                    FULLY for (int k = 0; k < 2; k++) {
+                        V* c = cs[k];
+                        FULLY for (int u = 0; u < U; u++) c[u] *= sigmoid2(c[u]);
+                        if (shared) {
+                            V s = load<V>(to[k][0] + at.e);
+                            for (int u = 0; u < U; u++) s += factor[u] * c[u];
+                            store(to[k][0] + at.e, s);
+                            continue;
+                        }
+                        FULLY for (int u = 0; u < U; u++) {
+                            V v = factor[u] * c[u], best = load<V>(to[k][u] + at.e);
+                            if (!max) {
+                                store(to[k][u] + at.e, best + v);
+                                continue;
+                            }
+                            using I = typename Of<V>::I;
+                            auto better = (v > best) | ((v != v) & (best == best));     // of equal ones the first stays
+                            store(to[k][u] + at.e, better ? v : best);
+                            store(to_arg[k][u] + at.e, better ? int32_t(t + u) - I{} : load<I>(to_arg[k][u] + at.e));
+                        }
+                    }
+                });
             });
+            for (i64 g = c.g0; max && g < c.g1; g++)
+                for (int k = 0; k < 2 && w.start[g] == w.start[g + 1]; k++)
+                    std::fill(sum[k] + g * E, sum[k] + (g + 1) * E, 0.f);
         });
-        for (i64 g = c.g0; max && g < c.g1; g++)
-            if (w.start[g] == w.start[g + 1])
-                for (int k = 0; k < 2; k++) std::fill(sum[k] + g * E, sum[k] + (g + 1) * E, 0.f);
     });
     chunks.reduce(partial, 2, B, PE, p);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 5. expand_gate
+// 5. expand_gate: v = (s0 + s1 + D0 c0 + D1 c1) / 2, its norm over the channels, times silu(z)
 
-// One tile of v = (s0 + s1 + D0 c0 + D1 c1) / 2 and its statistics. xhat = (v - mean) * scale; n = norm_w xhat + norm_b.
-template <int U> struct Mixed {
-    float *v, mean[U], scale[U];                // v: U rows in scratch, whole(E) apart
-};
-
+// v of a tile and its statistics: the norm is n = norm_w xhat + norm_b, xhat = (v - mean) scale.
+template <int U> struct Mixed { float *v, mean[U], scale[U]; };         // v: U rows, whole(E) apart
 enum Norm { NONE, RMS, LAYER };
 
-template <int U, class T> INLINE Mixed<U> mix(const Walk& w, Pack packed, const T* const* x, const float* s, i64 image_k,
-                                              i64 t, bool skip, Norm norm, float* buffer)
-{
+// `out` are OUT rows that the caller writes afterwards. Asking for them here hides that memory has to be read before it
+// is written: expand_gate_backward at 2048 px, out of cache, 2.0 -> 1.4. (Elsewhere it did not pay, nor did asking for
+// the next tile's x and z.)
+template <int U, int OUT, class T>
+INLINE Mixed<U> mix(const Walk& w, Pack packed, const T* const* x, const float* s, i64 s1_at, i64 t, bool skip,
+                    Norm norm, float* buffer, T* const* out) {
     const i64 E = w.E;
     const float *s0[U], *s1[U];
     for (int u = 0; u < U; u++) {
         const i64 g = w.group[t + u];
         s0[u] = g < 0 ? packed.zero : s + g * E;
-        s1[u] = g < 0 ? packed.zero : s + image_k + g * E;
+        s1[u] = g < 0 ? packed.zero : s + s1_at + g * E;
     }
     Mixed<U> m;
     m.v = buffer;
-    Sum sum[U];
+    Sum sum[U], square[U];
     channels(E, EACH {
         using V = decltype(lane);
-        V v[U];
-#pragma GCC unroll 4
-        for (int u = 0; u < U; u++) v[u] = (load<V>(s0[u] + at.e) + load<V>(s1[u] + at.e)) * 0.5f;
+        const float* row = packed.rows + at.in(ROWS);
+        V v[U], xs[U + 6], c[2][U];
+        for (int i = 0; i < OUT; i++) __builtin_prefetch(out[i] + at.e, 1);
+        FULLY for (int u = 0; u < U; u++) v[u] = (load<V>(s0[u] + at.e) + load<V>(s1[u] + at.e)) * 0.5f;
         if (skip) {
-            const float* row = packed.rows + at.in(ROWS);
-            V xs[U + 6], t0[U], t1[U], d0 = load<V>(row + D0 * W), d1 = load<V>(row + D1 * W);
             gather<U + 6>(x, at.e, xs);
-            conv<U>(xs, row, t0, t1);
-#pragma GCC unroll 4
-            for (int u = 0; u < U; u++) v[u] += d0 * (t0[u] * sigmoid2(t0[u]));
-#pragma GCC unroll 4
-            for (int u = 0; u < U; u++) v[u] += d1 * (t1[u] * sigmoid2(t1[u]));
+            conv<U>(xs, row, c);
+            FULLY for (int k = 0; k < 2; k++) {
+                V d = load<V>(row + (D0 + k) * W);
+                FULLY for (int u = 0; u < U; u++) v[u] += d * (c[k][u] * sigmoid2(c[k][u]));
+            }
         }
-#pragma GCC unroll 4
-        for (int u = 0; u < U; u++) {
+        FULLY for (int u = 0; u < U; u++) {
             store(m.v + u * whole(E) + at.e, v[u]);
             sum[u].add(norm == LAYER ? v[u] : v[u] * v[u]);
         }
     });
-    // The variance is a second pass over the tile, which lies in the first cache. The mean of squares less the square
-    // of the mean would save it, and lose all digits when the mean is large.
-    Sum square[U];
     for (int u = 0; u < U; u++) m.mean[u] = norm == LAYER ? sum[u].total() / E : 0;
+    // The variance is a second pass over the tile, which lies in the first cache. The mean of squares less the square
+    // of the mean would save it (3 %), and lose all digits when the mean is large.
     if (norm == LAYER)
         channels(E, EACH {
-            using V = decltype(lane);
-#pragma GCC unroll 4
-            for (int u = 0; u < U; u++) {
-                V d = load<V>(m.v + u * whole(E) + at.e) - m.mean[u];
+            FULLY for (int u = 0; u < U; u++) {
+                auto d = load<decltype(lane)>(m.v + u * whole(E) + at.e) - m.mean[u];
                 square[u].add(d * d);
             }
         });
@@ -528,140 +495,135 @@ template <int U, class T> INLINE Mixed<U> mix(const Walk& w, Pack packed, const 
     return m;
 }
 
-template <class T> void expand_gate_(const Walk& walk, const T* xz, const float* s, const float* conv_w,
-                                     const float* conv_b, const float* D, const float* norm_w, const float* norm_b, T* y)
-{
-    const i64 B = walk.B, S = walk.S, E = walk.E;
+template <class T> void clear(T* row, i64 E) { std::memset((void*)row, 0, E * sizeof(T)); }
+
+extern "C" void expand_gate(i64 dtype, i64 B, i64 S, i64 P, i64 E, i64 Bt, const void* xz, const float* s,
+                            const float* conv_w, const float* conv_b, const float* D, const float* norm_w,
+                            const float* norm_b, const int32_t* token, const int32_t* group, void* y) {
+    const Walk walk{B, S, P, E, Bt, token, group, nullptr, nullptr, nullptr};
     const Norm norm = norm_b ? LAYER : norm_w ? RMS : NONE;
     const Pack packed = pack(E, conv_w, conv_b, D, -LN2 / 2, norm_w, norm_b);
     const i64 parts = (S + 31) / 32;
-    parallel(B * parts, B * S * E, [&](i64 i) {
-        const i64 b = i / parts, part = i % parts;
-        const Walk w = walk.image(b);
-        float* buffer = scratch<TASK>(TILE * whole(E));
-        tiles(part * S / parts, (part + 1) * S / parts, [&](auto size, i64 t) {
-            constexpr int U = decltype(size)::value;
-            const T *x[U + 6], *z[U];
-            T* out[U];
-            neighbours<U>(w, xz + b * S * 2 * E, packed.zero, t, x);
-            const Mixed<U> m = mix<U>(w, packed, x, s + b * w.P * E, B * w.P * E, t, D, norm, buffer);
-            for (int u = 0; u < U; u++) {
-                z[u] = x[u + 3] + E;
-                out[u] = y + (b * S + w.token[t + u]) * E;
-            }
-            channels(E, EACH {
-                using V = decltype(lane);
-                const float* row = packed.rows + at.in(ROWS);
-                V nw = load<V>(row + NW * W), nb = load<V>(row + NB * W);
-#pragma GCC unroll 4
-                for (int u = 0; u < U; u++) {
-                    V n = (load<V>(m.v + u * whole(E) + at.e) - m.mean[u]) * m.scale[u] * nw + nb;
-                    V gate = load<V>(z[u] + at.e);
-                    store(out[u] + at.e, n * (gate * sigmoid2(gate * -LOG2E)));
-                }
+    by_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        parallel(B * parts, B * S * E, [&](i64 i) {
+            const i64 b = i / parts, part = i % parts;
+            const Walk w = walk.image(b);
+            float* buffer = scratch<TASK>(TILE * whole(E));
+            tiles(part * S / parts, (part + 1) * S / parts, [&](auto size, i64 t) {
+                constexpr int U = decltype(size)::value;
+                const T *x[U + 6], **here = x + 3;
+                neighbours<U>(w, (const T*)xz + b * S * 2 * E, packed.zero, t, x);
+                const Mixed<U> m = mix<U, 0, T>(w, packed, x, s + b * P * E, B * P * E, t, D, norm, buffer, nullptr);
+                T* out[U];
+                for (int u = 0; u < U; u++) out[u] = (T*)y + (b * S + w.token[t + u]) * E;
+                channels(E, EACH {
+                    using V = decltype(lane);
+                    const float* row = packed.rows + at.in(ROWS);
+                    V nw = load<V>(row + NW * W), nb = load<V>(row + NB * W);
+                    FULLY for (int u = 0; u < U; u++) {
+                        V n = (load<V>(m.v + u * whole(E) + at.e) - m.mean[u]) * m.scale[u] * nw + nb;
+                        V z = load<V>(here[u] + E + at.e);
+                        store(out[u] + at.e, n * (z * sigmoid2(z * -LOG2E)));
+                    }
+                });
+                for (int u = 0; u < U; u++)
+                    if (w.group[t + u] < 0) clear(out[u], E);
             });
-            for (int u = 0; u < U; u++)
-                if (w.group[t + u] < 0) std::memset((void*)out[u], 0, E * sizeof(T));
         });
     });
 }
 
-template <class T> void expand_gate_backward_(const Walk& walk, const T* xz, const float* s, const float* conv_w,
-                                              const float* conv_b, const float* D, const float* norm_w,
-                                              const float* norm_b, const T* dy, T* y, T* dxz, T* g, float* ds,
-                                              float* dnorm_w, float* dnorm_b)
-{
-    const i64 B = walk.B, S = walk.S, P = walk.P, E = walk.E, EW = whole(E);
+// Of a tile: v again; then z's gradient and d = dxhat; then the norm, dv = scale (d - mean(d) - xhat mean(d xhat)).
+extern "C" void expand_gate_backward(i64 dtype, i64 B, i64 S, i64 P, i64 E, i64 Bt, const void* xz, const float* s,
+                                     const float* conv_w, const float* conv_b, const float* D, const float* norm_w,
+                                     const float* norm_b, const int32_t* token, const int32_t* group,
+                                     const int32_t* member, const int32_t* start, const void* dy, void* y, void* dxz,
+                                     void* g, float* ds, float* dnorm_w, float* dnorm_b) {
+    const Walk walk{B, S, P, E, Bt, token, group, nullptr, member, start};
     const Norm norm = norm_b ? LAYER : norm_w ? RMS : NONE;
     const Pack packed = pack(E, conv_w, conv_b, D, -LN2 / 2, norm_w, norm_b);
     const Chunks chunks(walk, 24, true);
-    float* partial = scratch<SPLIT>(i64(chunks.split.size()) * chunks.parts * P * E);
-    const Slots slots(chunks.list.size(), 2 * EW);
-    slots.run(B * S * E, [&](i64 i, float* dnorm) {
-        const Chunk c = chunks.list[i];
-        const Walk w = walk.image(c.b);
-        float *buffer = scratch<TASK>((2 * TILE + 1) * EW), *dxhat = buffer + TILE * EW, *trash = dxhat + TILE * EW;
-        float* sum = c.part < 0 ? ds + c.b * P * E : partial + c.part * P * E;
-        std::fill(sum + c.g0 * E, sum + c.g1 * E, 0.f);
-        tiles(c.t0, c.t1, [&](auto size, i64 t) {
-            constexpr int U = decltype(size)::value;
-            const T *x[U + 6], *z[U], *dy_[U];
-            T *y_[U], *dz_[U], *g_[U];
-            float* to[U];
-            bool shared = true;
-            neighbours<U>(w, xz + c.b * S * 2 * E, packed.zero, t, x);
-            const Mixed<U> m = mix<U>(w, packed, x, s + c.b * P * E, B * P * E, t, D, norm, buffer);
-            for (int u = 0; u < U; u++) {
-                const i64 row = c.b * S + w.token[t + u], group = w.group[t + u];
-                shared &= group >= 0 && group == w.group[t];
-                z[u] = x[u + 3] + E;
-                dy_[u] = group < 0 ? (const T*)packed.zero : dy + row * E;
-                y_[u] = y ? y + row * E : nullptr;
-                dz_[u] = dxz + row * 2 * E + E;
-                g_[u] = g + row * E;
-                to[u] = group < 0 ? trash : sum + group * E;
-            }
-            Sum sum1[U], sum2[U];                                       // of dxhat and of dxhat * xhat
-            channels(E, EACH {
-                using V = decltype(lane);
-                const float* row = packed.rows + at.in(ROWS);
-                float* dn_sum = dnorm + at.in(2);
-                V nw = load<V>(row + NW * W), nb = load<V>(row + NB * W);
-                V dw = load<V>(dn_sum), db = load<V>(dn_sum + W);
-#pragma GCC unroll 4
+    const i64 EW = whole(E);
+    const Slots slots(chunks.list.size(), 2 * EW);                      // blocked rows: dnorm_w, dnorm_b
+    float* partial = chunks.partial(1, P * E);
+    by_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        slots.run(B * S * E, [&](i64 i, float* dnorm) {
+            const Chunk c = chunks.list[i];
+            const Walk w = walk.image(c.b);
+            float *buffer = scratch<TASK>((2 * TILE + 1) * EW), *dxhat = buffer + TILE * EW, *trash = dxhat + TILE * EW;
+            float* sum = c.part < 0 ? ds + c.b * P * E : partial + c.part * P * E;
+            std::fill(sum + c.g0 * E, sum + c.g1 * E, 0.f);
+            tiles(c.t0, c.t1, [&](auto size, i64 t) {
+                constexpr int U = decltype(size)::value;
+                const T *x[U + 6], **here = x + 3, *dy_[U];
+                T *y_[U], *out[2 * U], **dz_ = out, **g_ = out + U;
+                float* to[U];
+                bool shared = true;
+                neighbours<U>(w, (const T*)xz + c.b * S * 2 * E, packed.zero, t, x);
                 for (int u = 0; u < U; u++) {
-                    V xhat = (load<V>(m.v + u * EW + at.e) - m.mean[u]) * m.scale[u], n = xhat * nw + nb;
-                    V gate = load<V>(z[u] + at.e), sigma = sigmoid2(gate * -LOG2E), silu = gate * sigma;
-                    V d = load<V>(dy_[u] + at.e), dn = d * silu, dx = dn * nw;
-                    if (y) store(y_[u] + at.e, n * silu);
-                    store(dz_[u] + at.e, d * n * (silu * (1.f - sigma) + sigma));
-                    store(dxhat + u * EW + at.e, dx);
-                    dw += dn * xhat;
-                    db += dn;
-                    sum1[u].add(dx);
-                    sum2[u].add(dx * xhat);
+                    const i64 row = (c.b * S + w.token[t + u]) * E, group = w.group[t + u];
+                    shared &= group >= 0 && group == w.group[t];
+                    to[u] = group < 0 ? trash : sum + group * E;
+                    dy_[u] = group < 0 ? (const T*)packed.zero : (const T*)dy + row;
+                    y_[u] = y ? (T*)y + row : nullptr;
+                    dz_[u] = (T*)dxz + 2 * row + E;
+                    g_[u] = (T*)g + row;
                 }
-                store(dn_sum, dw);
-                store(dn_sum + W, db);
-            });
-            float mean1[U], mean2[U];
-            for (int u = 0; u < U; u++) {
-                mean1[u] = norm == LAYER ? sum1[u].total() / E : 0;
-                mean2[u] = sum2[u].total() / E * m.scale[u];
-            }
-            channels(E, EACH {
-                using V = decltype(lane);
-                V dv[U];
-#pragma GCC unroll 4
+                const Mixed<U> m = mix<U, 2 * U>(w, packed, x, s + c.b * P * E, B * P * E, t, D, norm, buffer, out);
+                Sum sum1[U], sum2[U];                                   // of d, and of d xhat
+                channels(E, EACH {
+                    using V = decltype(lane);
+                    const float* row = packed.rows + at.in(ROWS);
+                    V nw = load<V>(row + NW * W), nb = load<V>(row + NB * W), dw{}, db{};
+                    FULLY for (int u = 0; u < U; u++) {
+                        V xhat = (load<V>(m.v + u * EW + at.e) - m.mean[u]) * m.scale[u], n = xhat * nw + nb;
+                        V z = load<V>(here[u] + E + at.e), sigma = sigmoid2(z * -LOG2E), silu = z * sigma;
+                        V dy = load<V>(dy_[u] + at.e), dn = dy * silu, d = dn * nw;
+                        if (y) store(y_[u] + at.e, n * silu);
+                        store(dz_[u] + at.e, dy * n * (silu * (1.f - sigma) + sigma));
+                        store(dxhat + u * EW + at.e, d);
+                        dw += dn * xhat;
+                        db += dn;
+                        sum1[u].add(d);
+                        sum2[u].add(d * xhat);
+                    }
+                    add_to(dnorm + at.in(2), dw);
+                    add_to(dnorm + at.in(2) + W, db);
+                });
+                float mean1[U], mean2[U];
                 for (int u = 0; u < U; u++) {
-                    dv[u] = load<V>(dxhat + u * EW + at.e);
-                    if (norm) dv[u] = (dv[u] - mean1[u] - (load<V>(m.v + u * EW + at.e) - m.mean[u]) * mean2[u])
-                                      * m.scale[u];
-                    dv[u] *= 0.5f;
-                    store(g_[u] + at.e, dv[u]);
+                    mean1[u] = norm == LAYER ? sum1[u].total() / E : 0;
+                    mean2[u] = sum2[u].total() / E * m.scale[u];
                 }
-                if (shared) {
-                    V sum = load<V>(to[0] + at.e);
-                    for (int u = 0; u < U; u++) sum += dv[u];
-                    store(to[0] + at.e, sum);
-                } else {
-                    for (int u = 0; u < U; u++) store(to[u] + at.e, load<V>(to[u] + at.e) + dv[u]);
-                }
+                channels(E, EACH {
+                    using V = decltype(lane);
+                    V dv[U], all{};
+                    FULLY for (int u = 0; u < U; u++) {
+                        V d = load<V>(dxhat + u * EW + at.e), v = load<V>(m.v + u * EW + at.e) - m.mean[u];
+                        dv[u] = (norm ? (d - mean1[u] - v * mean2[u]) * m.scale[u] : d) * 0.5f;
+                        all += dv[u];
+                        store(g_[u] + at.e, dv[u]);
+                    }
+                    if (shared) add_to(to[0] + at.e, all);
+                    else
+                        FULLY for (int u = 0; u < U; u++) add_to(to[u] + at.e, dv[u]);
+                });
+                for (int u = 0; u < U; u++)
+                    if (w.group[t + u] < 0) {
+                        if (y) clear(y_[u], E);
+                        clear(dz_[u], E);
+                        clear(g_[u], E);
+                    }
             });
-            for (int u = 0; u < U; u++)
-                if (w.group[t + u] < 0) {
-                    if (y) std::memset((void*)y_[u], 0, E * sizeof(T));
-                    std::memset((void*)dz_[u], 0, E * sizeof(T));
-                    std::memset((void*)g_[u], 0, E * sizeof(T));
-                }
         });
     });
     chunks.reduce(partial, 1, B, P * E, ds);
     const float* total = slots.total();
     for (i64 e = 0; e < E; e++) {
-        const float* row = total + At{e, e - e % W}.in(2);
-        if (dnorm_w) dnorm_w[e] = row[0];
-        if (dnorm_b) dnorm_b[e] = row[W];
+        if (dnorm_w) dnorm_w[e] = total[place(e).in(2)];
+        if (dnorm_b) dnorm_b[e] = total[place(e).in(2) + W];
     }
 }
 
@@ -671,101 +633,99 @@ template <class T> void expand_gate_backward_(const Walk& walk, const T* xz, con
 // da of a position, both directions, enters dx of the 3 positions before it and of the 3 after. A tile at t finishes
 // dx[t - 3 .. t + U - 4] and hands six unfinished rows on to the next one, so that each da is computed once.
 
-template <class T> void conv_pool_backward_(const Walk& walk, bool max, const T* xz, const float* conv_w,
-                                            const float* conv_b, const float* D, const int32_t* argmax, const float* dp,
-                                            const T* g, T* dxz, float* dconv_w, float* dconv_b, float* dD)
-{
-    const i64 B = walk.B, S = walk.S, P = walk.P, E = walk.E, EW = whole(E), PE = P * E;
-    const Pack packed = pack(E, conv_w, conv_b, D, -LN2, nullptr, nullptr);
-    const i64 parts = (S + 127) / 128;
-    const Slots slots(B * parts, 12 * EW);
-    slots.run(B * S * E, [&](i64 i, float* sums) {
-        const i64 b = i / parts, t0 = i % parts * S / parts, t1 = (i % parts + 1) * S / parts;
-        const i64 first = std::max<i64>(t0 - 3, 0), last = std::min(t1 + 3, S);
-        const Walk w = walk.image(b);
-        float *carry = scratch<TASK>(19 * EW), *halo_sums = carry + 6 * EW, *trash = halo_sums + 12 * EW;
-        std::fill(carry, carry + 6 * EW, 0.f);
-        const auto tile = [&](auto size, i64 t, float* sums) {
-            constexpr int U = decltype(size)::value;
-            const T *x[U + 6], *g_[U];
-            const float* dp_[2][U];
-            const int32_t* arg[2][U];
-            T* dx_[U];
-            float factor[U];
-            neighbours<U>(w, xz + b * S * 2 * E, packed.zero, t, x);
-            for (int u = 0; u < U; u++) {
-                const i64 done = t + u - 3, group = w.group[t + u];
-                g_[u] = group < 0 ? (const T*)packed.zero : g + (b * S + w.token[t + u]) * E;
-                dx_[u] = done < t0 || done >= t1 ? (T*)trash : dxz + (b * S + w.token[done]) * 2 * E;
-                factor[u] = -LN2 * (max ? 1.f : w.weight[t + u]);
-                for (int k = 0; k < 2; k++) {
-                    const i64 row = (k * B + b) * PE + group * E;
-                    dp_[k][u] = group < 0 ? packed.zero : dp + row;
-                    arg[k][u] = !max ? nullptr : group < 0 ? (const int32_t*)packed.zero : argmax + row;
-                }
-            }
-            channels(E, EACH {
-                using V = decltype(lane);
-                using I = typename Of<V>::I;
-                const float* row = packed.rows + at.in(ROWS);
-                float* sum = sums + at.in(12);
-                V xs[U + 6], a[2][U], dx[U + 6], gs[U];
-                gather<U + 6>(x, at.e, xs);
-                conv<U>(xs, row, a[0], a[1]);
-                gather<U>(g_, at.e, gs);
-#pragma GCC unroll 16
-                for (int j = 0; j < U + 6; j++) dx[j] = j < 6 ? load<V>(carry + j * EW + at.e) : V{};
-#pragma GCC unroll 2
-                for (int k = 0; k < 2; k++) {
-                    const V d = load<V>(row + (D0 + k) * W);
-                    V gc{}, da_sum{}, da[U];
-#pragma GCC unroll 4
-                    for (int u = 0; u < U; u++) {
-                        V sigma = sigmoid2(a[k][u]), c = a[k][u] * sigma;
-                        V dc = load<V>(dp_[k][u] + at.e);
-                        if (max) dc = load<I>(arg[k][u] + at.e) == int32_t(t + u) - I{} ? dc : V{};
-                        dc *= factor[u];
-                        if (D) {
-                            dc += d * gs[u];
-                            gc += gs[u] * c;
-                        }
-                        da[u] = dc * (-LN2 * c * (1.f - sigma) + sigma);
-                        da_sum += da[u];
+extern "C" void conv_pool_backward(i64 dtype, i64 B, i64 S, i64 P, i64 E, i64 Bt, i64 max, const void* xz,
+                                   const float* conv_w, const float* conv_b, const float* D, const int32_t* token,
+                                   const int32_t* group, const float* weight, const int32_t* member,
+                                   const int32_t* start, const int32_t* argmax, const float* dp, const void* g,
+                                   void* dxz, float* dconv_w, float* dconv_b, float* dD) {
+    const Walk walk{B, S, P, E, Bt, token, group, weight, member, start};
+    const Pack packed = pack(E, conv_w, conv_b, D, -LN2);
+    const i64 EW = whole(E), parts = (S + 127) / 128;
+    const Slots slots(B * parts, 12 * EW);                              // blocked rows: W0 .. B1, then dD
+    by_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        slots.run(B * S * E, [&](i64 i, float* own_sums) {
+            const i64 b = i / parts, t0 = i % parts * S / parts, t1 = (i % parts + 1) * S / parts;
+            const i64 first = std::max<i64>(t0 - 3, 0), last = std::min(t1 + 3, S);
+            const Walk w = walk.image(b);
+            T* dx_image = (T*)dxz + b * S * 2 * E;
+            float *carry = scratch<TASK>(19 * EW), *halo_sums = carry + 6 * EW, *trash = halo_sums + 12 * EW;
+            std::fill(carry, carry + 6 * EW, 0.f);
+            const auto tile = [&](auto size, i64 t, float* sums) {
+                constexpr int U = decltype(size)::value;
+                const T *x[U + 6], *g_[U];
+                T* dx_[U];
+                const float* dp_[2][U];
+                const int32_t* arg[2][U];
+                float factor[U];
+                neighbours<U>(w, (const T*)xz + b * S * 2 * E, packed.zero, t, x);
+                for (int u = 0; u < U; u++) {
+                    const i64 done = t + u - 3, group = w.group[t + u];
+                    g_[u] = group < 0 ? (const T*)packed.zero : (const T*)g + (b * S + w.token[t + u]) * E;
+                    dx_[u] = done < t0 || done >= t1 ? (T*)trash : dx_image + w.token[done] * 2 * E;
+                    factor[u] = -LN2 * (max ? 1.f : w.weight[t + u]);
+                    for (int k = 0; k < 2; k++) {
+                        const i64 row = ((k * B + b) * P + group) * E;
+                        dp_[k][u] = group < 0 ? packed.zero : dp + row;
+                        arg[k][u] = group < 0 || !max ? (const int32_t*)packed.zero : argmax + row;
                     }
-#pragma GCC unroll 4
-                    for (int j = 0; j < 4; j++) {
-                        V tap = load<V>(row + (5 * k + j) * W), dw = load<V>(sum + (5 * k + j) * W);
-#pragma GCC unroll 4
-                        for (int u = 0; u < U; u++) {
-                            const int from = k ? u + 6 - j : u + j;
-                            dx[from] += tap * da[u];
-                            dw += xs[from] * da[u];
-                        }
-                        store(sum + (5 * k + j) * W, dw);
-                    }
-                    store(sum + (5 * k + 4) * W, load<V>(sum + (5 * k + 4) * W) + da_sum);
-                    if (D) store(sum + (10 + k) * W, load<V>(sum + (10 + k) * W) + gc);
                 }
-                for (int u = 0; u < U; u++) store(dx_[u] + at.e, dx[u]);
-#pragma GCC unroll 8
-                for (int j = 0; j < 6; j++) store(carry + j * EW + at.e, dx[U + j]);
-            });
-        };
-        // The 3 positions on either side matter to dx here; their share of the parameters belongs to another chunk.
-        for (i64 t = first; t < t0; t++) tile(std::integral_constant<int, 1>(), t, halo_sums);
-        tiles(t0, t1, [&](auto size, i64 t) { tile(size, t, sums); });
-        for (i64 t = t1; t < last; t++) tile(std::integral_constant<int, 1>(), t, halo_sums);
-        for (i64 t = std::max(last - 3, t0); t < t1; t++) {
-            T* to = dxz + (b * S + w.token[t]) * 2 * E;
-            channels(E, EACH { store(to + at.e, load<decltype(lane)>(carry + (t - last + 3) * EW + at.e)); });
-        }
-        for (i64 t = t0; t < t1; t++)
-            if (w.group[t] < 0) std::memset((void*)(dxz + (b * S + w.token[t]) * 2 * E), 0, E * sizeof(T));
+                channels(E, EACH {
+                    using V = decltype(lane);
+                    using I = typename Of<V>::I;
+                    const float* row = packed.rows + at.in(ROWS);
+                    float* sum = sums + at.in(12);
+                    V xs[U + 6], dx[U + 6], gs[U], a[2][U], da[U];
+                    gather<U + 6>(x, at.e, xs);
+                    conv<U>(xs, row, a);
+                    gather<U>(g_, at.e, gs);
+                    FULLY for (int j = 0; j < U + 6; j++) dx[j] = j < 6 ? load<V>(carry + j * EW + at.e) : V{};
+                    FULLY for (int k = 0; k < 2; k++) {
+                        V d = load<V>(row + (D0 + k) * W), gc{}, da_sum{};
+                        FULLY for (int u = 0; u < U; u++) {
+                            V sigma = sigmoid2(a[k][u]), c = a[k][u] * sigma, dc = load<V>(dp_[k][u] + at.e);
+                            if (max) dc = load<I>(arg[k][u] + at.e) == int32_t(t + u) - I{} ? dc : V{};
+                            dc *= factor[u];
+                            if (D) {
+                                dc += d * gs[u];
+                                gc += gs[u] * c;
+                            }
+                            da[u] = dc * (-LN2 * c * (1.f - sigma) + sigma);
+                            da_sum += da[u];
+                        }
+                        FULLY for (int j = 0; j < 4; j++) {
+                            V tap = load<V>(row + (5 * k + j) * W), dw = load<V>(sum + (5 * k + j) * W);
+                            FULLY for (int u = 0; u < U; u++) {
+                                const int from = k ? u + 6 - j : u + j;
+                                dx[from] += tap * da[u];
+                                dw += xs[from] * da[u];
+                            }
+                            store(sum + (5 * k + j) * W, dw);
+                        }
+                        add_to(sum + (5 * k + 4) * W, da_sum);
+                        if (D) add_to(sum + (10 + k) * W, gc);
+                    }
+                    FULLY for (int u = 0; u < U; u++) store(dx_[u] + at.e, dx[u]);
+                    FULLY for (int j = 0; j < 6; j++) store(carry + j * EW + at.e, dx[U + j]);
+                });
+            };
+            // The 3 positions on either side matter to dx here; their share of the parameters belongs to another chunk.
+            for (i64 t = first; t < t0; t++) tile(std::integral_constant<int, 1>(), t, halo_sums);
+            tiles(t0, t1, [&](auto size, i64 t) { tile(size, t, own_sums); });
+            for (i64 t = t1; t < last; t++) tile(std::integral_constant<int, 1>(), t, halo_sums);
+            for (i64 t = std::max(last - 3, t0); t < t1; t++)           // the end of the image: what is still carried
+                channels(E, EACH {
+                    auto rest = load<decltype(lane)>(carry + (t - last + 3) * EW + at.e);
+                    store(dx_image + w.token[t] * 2 * E + at.e, rest);
+                });
+            for (i64 t = t0; t < t1; t++)
+                if (w.group[t] < 0) clear(dx_image + w.token[t] * 2 * E, E);
+        });
     });
     const float* total = slots.total();
     for (i64 e = 0; e < E; e++)
         for (int k = 0; k < 2; k++) {
-            const float* row = total + At{e, e - e % W}.in(12);
+            const float* row = total + place(e).in(12);
             for (int j = 0; j < 4; j++) dconv_w[(k * E + e) * 4 + j] = -LOG2E * row[(5 * k + j) * W];
             dconv_b[k * E + e] = -LOG2E * row[(5 * k + 4) * W];
             if (D) dD[k * E + e] = -LN2 * row[(10 + k) * W];
@@ -775,208 +735,224 @@ template <class T> void conv_pool_backward_(const Walk& walk, bool max, const T*
 // ---------------------------------------------------------------------------------------------------------------------
 // 7. selective_scan
 //
-// The N states of W channels stay in registers (N = 16 with AVX-512) while the scan walks over its P steps. A, as
-// blocked rows and times log2(e), is the factor that makes delta the argument of exp2.
+// A vector of channels walks over stretches of STEP steps, and over each stretch GROUP states at a time: the states are
+// registers, any N will do, and the exps of all steps are ready to run because delta was computed before. (With 16
+// states in registers and one step after the other, every exp waits for the softplus of its step: 8.8 G exp/s instead
+// of 11.2, backwards 2.8 instead of 4.5.) GROUP = 1 would be 10.6 and 3.8: states side by side hide each other's
+// latencies and share loads and stores.
+constexpr i64 STEP = 16;
+constexpr int GROUP = 4;
 
-constexpr int MAX_N = 64;
-
-// A block's share of A as rows [N][W]
-static void pack_A(i64 N, i64 block, i64 count, const float* A, float* rows)
-{
-    for (i64 i = 0; i < count; i++)
-        for (i64 n = 0; n < N; n++) rows[n * W + i] = LOG2E * A[(block + i) * N + n];
+template <class F> INLINE void states(i64 N, F body) {   // body(number of states, first one)
+    i64 n = 0;
+    for (; n + GROUP <= N; n += GROUP) body(std::integral_constant<int, GROUP>(), n);
+    for (; n < N; n++) body(std::integral_constant<int, 1>(), n);
 }
 
-struct Steps {                                  // one direction of one image
-    i64 P, E, ld;
-    bool reverse;
-    const float *x, *dt, *B, *C, *D, *bias;
-    i64 at(i64 i) const { return reverse ? P - 1 - i : i; }
+template <int M, class V> INLINE void load_rows(const float* p, V* v) {
+    FULLY for (int m = 0; m < M; m++) v[m] = load<V>(p + m * W);
+}
+
+template <int M, class V> INLINE void store_rows(float* p, const V* v) {
+    FULLY for (int m = 0; m < M; m++) store(p + m * W, v[m]);
+}
+
+struct Scan {                                   // the call's arrays, or with of() those of direction k of image b
+    i64 K, B, P, E, N, ld;
+    const float *x, *dt, *A, *Bm, *Cm, *D, *bias;
+    i64 image = 0, stride = 0;
+
+    Scan of(i64 k, i64 b) const {
+        Scan r = *this;
+        r.image = (k * B + b) * P, r.stride = k ? -ld : ld;
+        r.x += r.image * E, r.dt += r.image * E, r.Bm += r.image * ld, r.Cm += r.image * ld;
+        if (D) r.D += k * E;
+        if (bias) r.bias += k * E;
+        return r;
+    }
+    i64 at(i64 i) const { return stride < 0 ? P - 1 - i : i; }
+
+    // A's rows of a block of direction k, [N][W], times log2(e): delta A is then an argument of exp2.
+    void pack_A(i64 k, i64 block, float* rows) const {
+        for (i64 e = block; e < std::min(block + W, E); e++)
+            for (i64 n = 0; n < N; n++) rows[n * W + e - block] = LOG2E * A[(k * E + e) * N + n];
+    }
+
+    // The first part of a stretch: delta = softplus(dt + bias) and u = delta x
+    template <class V> INLINE void drive(i64 from, i64 count, i64 e, V* delta, V* u) const {
+        for (i64 i = 0; i < count; i++) {
+            const i64 row = at(from + i) * E + e;
+            V z = load<V>(dt + row);
+            delta[i] = softplus(bias ? z + load<V>(bias + e) : z);
+            u[i] = delta[i] * load<V>(x + row);
+        }
+    }
+
+    // States n .. n + M - 1 over a stretch; visit(i, m, decay, h) sees every step.
+    template <int M, class V, class F>
+    INLINE void advance(i64 n, i64 from, i64 count, const V* A, const V* delta, const V* u, V* h, F visit) const {
+        const float* B = Bm + at(from) * ld + n;
+        for (i64 i = 0; i < count; i++)
+            FULLY for (int m = 0; m < M; m++) {
+                V a = exp2(delta[i] * A[m]);
+                h[m] = a * h[m] + u[i] * B[i * stride + m];
+                visit(i, m, a, h[m]);
+            }
+    }
 };
 
-template <int NT, class V> INLINE void scan(i64 runtime_N, const Steps& run, i64 e, const float* A, float* s)
-{
-    const i64 N = NT ? NT : runtime_N;
-    const V bias = run.bias ? load<V>(run.bias + e) : V{}, D = run.D ? load<V>(run.D + e) : V{};
-    V h[NT ? NT : MAX_N];
-    for (i64 n = 0; n < N; n++) h[n] = V{};
-    for (i64 i = 0; i < run.P; i++) {
-        const i64 p = run.at(i);
-        const float *B = run.B + p * run.ld, *C = run.C + p * run.ld;
-        V x = load<V>(run.x + p * run.E + e), delta = softplus(load<V>(run.dt + p * run.E + e) + bias), u = delta * x;
-        V y = run.D ? D * x : V{};
-#pragma GCC unroll 16
-        for (i64 n = 0; n < N; n++) {
-            h[n] = exp2(delta * load<V>(A + n * W)) * h[n] + u * B[n];
-            y += h[n] * C[n];
-        }
-        store(s + p * run.E + e, y);
-    }
-}
-
-static Steps steps(i64 k, i64 b, i64 B, i64 P, i64 E, const float* x, const float* dt, const float* Bm, const float* Cm,
-                   i64 ld, const float* D, const float* dt_bias)
-{
-    const i64 image = (k * B + b) * P;
-    return {P, E, ld, k == 1, x + image * E, dt + image * E, Bm + image * ld, Cm + image * ld,
-            D ? D + k * E : nullptr, dt_bias ? dt_bias + k * E : nullptr};
-}
-
-template <int NT> void scan_(i64 K, i64 B, i64 P, i64 E, i64 N, const float* x, const float* dt, const float* A,
-                             const float* Bm, const float* Cm, i64 ld, const float* D, const float* dt_bias, float* s)
-{
+extern "C" void selective_scan(i64 K, i64 B, i64 P, i64 E, i64 N, const float* x, const float* dt, const float* A,
+                               const float* Bm, const float* Cm, i64 ld, const float* D, const float* dt_bias,
+                               float* s) {
+    const Scan call{K, B, P, E, N, ld, x, dt, A, Bm, Cm, D, dt_bias};
     const i64 blocks = whole(E) / W, images = 8, parts = (B + images - 1) / images;  // 8 images share one packed A
     parallel(K * blocks * parts, K * B * P * E * N / 4, [&](i64 i) {
         const i64 k = i / (blocks * parts), block = i / parts % blocks * W, b0 = i % parts * images;
-        float* rows = scratch<TASK>(N * W);
-        pack_A(N, block, std::min<i64>(W, E - block), A + k * E * N, rows);
+        float *rows = scratch<TASK>(2 * N * W), *states_ = rows + N * W;
+        call.pack_A(k, block, rows);
         for (i64 b = b0; b < std::min(b0 + images, B); b++) {
-            const Steps run = steps(k, b, B, P, E, x, dt, Bm, Cm, ld, D, dt_bias);
-            channels(block, std::min<i64>(block + W, E), EACH {
-                scan<NT, decltype(lane)>(N, run, at.e, rows + at.e - at.block, s + (k * B + b) * P * E);
-            });
+            const Scan run = call.of(k, b);
+            std::fill(states_, states_ + N * W, 0.f);
+            for (i64 from = 0; from < P; from += STEP)
+                channels(block, std::min<i64>(block + W, E), EACH {
+                    using V = decltype(lane);
+                    const i64 count = std::min(STEP, P - from);
+                    V delta[STEP], u[STEP], y[STEP];
+                    run.drive(from, count, at.e, delta, u);
+                    for (i64 i = 0; i < count; i++)
+                        y[i] = D ? load<V>(run.D + at.e) * load<V>(run.x + run.at(from + i) * E + at.e) : V{};
+                    states(N, [&](auto size, i64 n) __attribute__((always_inline)) {
+                        constexpr int M = decltype(size)::value;
+                        const i64 own = n * W + at.e - at.block;
+                        const float* C = run.Cm + run.at(from) * ld + n;
+                        V a[M], h[M];
+                        load_rows<M>(rows + own, a);
+                        load_rows<M>(states_ + own, h);
+                        run.advance<M>(n, from, count, a, delta, u, h,
+                                       [&](i64 i, int m, V, V now) { y[i] += now * C[i * run.stride + m]; });
+                        store_rows<M>(states_ + own, h);
+                    });
+                    for (i64 i = 0; i < count; i++) store(s + (run.image + run.at(from + i)) * E + at.e, y[i]);
+                });
         }
     });
 }
 
-// Backwards, the states are needed in reverse order. A first run keeps them every STEP steps only; then, from the last
-// stretch of STEP steps to the first, a second run keeps them, and the decays, of that stretch, where they stay in cache.
-constexpr i64 STEP = 16;
-
-// What a stretch of steps begins with -> all its states: h[0] is the checkpoint, h[i + 1] the state after step i.
-template <int NT, class V, bool KEEP> INLINE void scan_again(i64 runtime_N, const Steps& run, i64 from, i64 to, i64 e,
-                                                             const float* A, const float* h0, float* h_out, float* a_out,
-                                                             float* delta_out)
-{
-    const i64 N = NT ? NT : runtime_N;
-    const V bias = run.bias ? load<V>(run.bias + e) : V{};
-    V h[NT ? NT : MAX_N];
-    for (i64 n = 0; n < N; n++) h[n] = load<V>(h0 + n * W);
-    for (i64 i = from; i < to; i++) {
-        const i64 p = run.at(i);
-        const float* B = run.B + p * run.ld;
-        V x = load<V>(run.x + p * run.E + e), delta = softplus(load<V>(run.dt + p * run.E + e) + bias), u = delta * x;
-        if (KEEP) store(delta_out + (i - from) * W, delta);
-#pragma GCC unroll 16
-        for (i64 n = 0; n < N; n++) {
-            V a = exp2(delta * load<V>(A + n * W));
-            h[n] = a * h[n] + u * B[n];
-            if (KEEP) {
-                store(a_out + ((i - from) * N + n) * W, a);
-                store(h_out + ((i - from) * N + n) * W, h[n]);
-            }
-        }
-    }
-    if (!KEEP)
-        for (i64 n = 0; n < N; n++) store(h_out + n * W, h[n]);
-}
-
-template <int NT> void scan_backward_(i64 K, i64 B, i64 P, i64 E, i64 N, const float* x, const float* dt, const float* A,
-                                      const float* Bm, const float* Cm, i64 ld, const float* D, const float* dt_bias,
-                                      const float* ds, bool shared_ds, float* dx, float* ddt, float* dA, float* dB,
-                                      float* dC, float* dD, float* ddt_bias)
-{
-    const i64 NW_ = N * W, wide = 128, cuts = (E + wide - 1) / wide, stretches = (P + STEP - 1) / STEP;
-    const i64 images = (B + 15) / 16, parts = B ? (B + images - 1) / images : 0, KBPN = K * B * P * N;
-    const i64 EW = whole(E), per = EW * (N + 2);
-    float* sums = scratch<SUMS>((parts + !parts) * K * per);            // [part][K] blocked rows: dA, dD, ddt_bias
-    float* partial = cuts > 1 ? scratch<SPLIT>(cuts * 2 * KBPN) : nullptr;
-    parallel(K * parts * cuts, K * B * P * E * N, [&](i64 i) {
-        const i64 k = i / (parts * cuts), part = i / cuts % parts, cut = i % cuts;
-        const i64 e0 = cut * wide, e1 = std::min(e0 + wide, E), width = whole(e1 - e0);
-        float* at0 = scratch<TASK>(width * N * (2 + stretches) + NW_ * (4 * STEP + 1) + STEP * W);
-        const auto take = [&](i64 n) { at0 += n; return at0 - n; };
-        float *rows = take(width * N), *dh = take(width * N), *check = take(stretches * width * N);
-        float *lanes = take(2 * STEP * NW_), *h = take((STEP + 1) * NW_), *a = take(STEP * NW_), *delta_ = take(STEP * W);
-        float* sum = sums + (part * K + k) * per + e0 * (N + 2);
-        std::fill(sum, sum + width * (N + 2), 0.f);
-        for (i64 block = e0; block < e1; block += W)
-            pack_A(N, block, std::min<i64>(W, e1 - block), A + k * E * N, rows + (block - e0) * N);
-        for (i64 b = part * images; b < std::min((part + 1) * images, B); b++) {
-            const Steps run = steps(k, b, B, P, E, x, dt, Bm, Cm, ld, D, dt_bias);
-            const i64 image = (k * B + b) * P;
-            const float* ds_ = ds + (shared_ds ? b * P : image) * E;
-            std::fill(dh, dh + width * N, 0.f);
-            std::fill(check, check + width * N, 0.f);
-            channels(e0, e1, EACH {
-                const i64 own = At{at.e - e0, at.block - e0}.in(N);
-                for (i64 j = 0; j + 1 < stretches; j++)
-                    scan_again<NT, decltype(lane), false>(N, run, j * STEP, (j + 1) * STEP, at.e, rows + own,
-                                                          check + j * width * N + own,
-                                                          check + (j + 1) * width * N + own, nullptr, nullptr);
-            });
-            for (i64 j = stretches - 1; j >= 0; j--) {
-                const i64 from = j * STEP, to = std::min(from + STEP, P);
-                std::fill(lanes, lanes + 2 * STEP * NW_, 0.f);
+// Backwards, the states are needed in reverse order. A first run keeps them at the beginning of every stretch; then,
+// from the last stretch to the first, a second run keeps those of one stretch and GROUP states, in the first cache. dB
+// and dC sum over channels: vectors are added up as they are, [n][dB, dC][step][W], and their lanes once at the end.
+// A task takes 128 channels, so that one image can use several threads; what tasks share is added up afterwards.
+extern "C" void selective_scan_backward(i64 K, i64 B, i64 P, i64 E, i64 N, const float* x, const float* dt,
+                                        const float* A, const float* Bm, const float* Cm, i64 ld, const float* D,
+                                        const float* dt_bias, const float* ds, i64 shared_ds, float* dx, float* ddt,
+                                        float* dA, float* dB, float* dC, float* dD, float* ddt_bias) {
+    const Scan call{K, B, P, E, N, ld, x, dt, A, Bm, Cm, D, dt_bias};
+    const i64 wide = 128, cuts = (E + wide - 1) / wide, stretches = (P + STEP - 1) / STEP, KBPN = K * B * P * N;
+    const Slots slots(B, K * whole(E) * (N + 2), 16);                   // images; [K] blocked rows: dA, dD, ddt_bias
+    float* partial = scratch<SPLIT>(cuts * 2 * KBPN);
+    parallel(K * slots.count * cuts, K * B * P * E * N, [&](i64 task) {
+        const i64 k = task / (slots.count * cuts), slot = task / cuts % slots.count, cut = task % cuts;
+        const i64 e0 = cut * wide, e1 = std::min(e0 + wide, E), own_states = whole(e1 - e0) * N;
+        float *rows = scratch<TASK>(own_states * (2 + stretches) + N * 2 * STEP * W), *dh = rows + own_states;
+        float *check = dh + own_states, *lanes = check + own_states * stretches;
+        float* sums = slots.sums + slot * slots.floats + (k * whole(E) + e0) * (N + 2);
+        std::fill(sums, sums + whole(e1 - e0) * (N + 2), 0.f);
+        for (i64 e = e0; e < e1; e += W) call.pack_A(k, e, rows + (e - e0) * N);
+        const auto local = [&](At at, i64 rows) { return At{at.e - e0, at.block - e0}.in(rows); };
+        for (i64 b = slots.begin(slot); b < slots.begin(slot + 1); b++) {
+            const Scan run = call.of(k, b);
+            const float* ds_ = ds + (shared_ds ? b * P : run.image) * E;
+            std::fill(dh, dh + 2 * own_states, 0.f);                    // and the first checkpoint
+            for (i64 j = 0; j + 1 < stretches; j++)
                 channels(e0, e1, EACH {
                     using V = decltype(lane);
-                    const i64 own = At{at.e - e0, at.block - e0}.in(N), part_of = at.e - at.block;
-                    const float* A_ = rows + own;
-                    float *dA_ = sum + At{at.e - e0, at.block - e0}.in(N + 2), *h_ = h + part_of, *a_ = a + part_of;
-                    float *lanes_ = lanes + part_of, *dd = delta_ + part_of;
-                    for (i64 n = 0; n < N; n++)
-                        store(h_ + n * W, load<V>(check + j * width * N + own + n * W));
-                    scan_again<NT, V, true>(N, run, from, to, at.e, A_, h_, h_ + NW_, a_, dd);
-                    V g[NT ? NT : MAX_N], d_D{}, d_bias{};
-                    for (i64 n = 0; n < N; n++) g[n] = load<V>(dh + own + n * W);
-                    const V D_ = D ? load<V>(run.D + at.e) : V{}, bias = dt_bias ? load<V>(run.bias + at.e) : V{};
-                    for (i64 i = to - 1; i >= from; i--) {
-                        const i64 p = run.at(i);
-                        const float *Bp = run.B + p * ld, *Cp = run.C + p * ld, *hp = h_ + (i - from) * NW_;
-                        const float* ap = a_ + (i - from) * NW_;
-                        float* out = lanes_ + (i - from) * 2 * NW_;
-                        V xv = load<V>(run.x + p * E + at.e), delta = load<V>(dd + (i - from) * W), u = delta * xv;
-                        V dsv = load<V>(ds_ + p * E + at.e), du{}, ddelta{};
-#pragma GCC unroll 16
-                        for (i64 n = 0; n < N; n++) {
-                            store(out + (N + n) * W, load<V>(out + (N + n) * W) + dsv * load<V>(hp + NW_ + n * W));
-                            g[n] += dsv * Cp[n];
-                            du += g[n] * Bp[n];
-                            store(out + n * W, load<V>(out + n * W) + g[n] * u);
-                            g[n] *= load<V>(ap + n * W);
-                            V q = g[n] * load<V>(hp + n * W);
-                            ddelta += q * load<V>(A_ + n * W);
-                            store(dA_ + n * W, load<V>(dA_ + n * W) + q * delta);
-                        }
-                        V z = load<V>(run.dt + p * E + at.e) + bias;
-                        V dz = (LN2 * ddelta + du * xv) * sigmoid2(z * -LOG2E), d_x = du * delta;
-                        if (D) {
-                            d_x += D_ * dsv;
-                            d_D += dsv * xv;
-                        }
-                        d_bias += dz;
-                        store(dx + (image + p) * E + at.e, d_x);
-                        store(ddt + (image + p) * E + at.e, dz);
-                    }
-                    for (i64 n = 0; n < N; n++) store(dh + own + n * W, g[n]);
-                    store(dA_ + N * W, load<V>(dA_ + N * W) + d_D);
-                    store(dA_ + (N + 1) * W, load<V>(dA_ + (N + 1) * W) + d_bias);
+                    V delta[STEP], u[STEP];
+                    run.drive(j * STEP, STEP, at.e, delta, u);
+                    states(N, [&](auto size, i64 n) __attribute__((always_inline)) {
+                        constexpr int M = decltype(size)::value;
+                        const i64 own = local(at, N) + n * W;
+                        V a[M], h[M];
+                        load_rows<M>(rows + own, a);
+                        load_rows<M>(check + j * own_states + own, h);
+                        run.advance<M>(n, j * STEP, STEP, a, delta, u, h, [](i64, int, V, V) {});
+                        store_rows<M>(check + (j + 1) * own_states + own, h);
+                    });
                 });
-                for (i64 i = from; i < to; i++)                         // the lanes of dB and dC, once for all channels
-                    for (i64 n = 0; n < 2 * N; n++) {
-                        Sum total;
-                        total.add(load<Vec>(lanes + ((i - from) * 2 * N + n) * W));
-                        const i64 place = (image + run.at(i)) * N + n % N;
-                        (partial ? partial + (cut * 2 + n / N) * KBPN : n < N ? dB : dC)[place] = total.total();
+            for (i64 j = stretches - 1; j >= 0; j--) {
+                const i64 from = j * STEP, count = std::min(STEP, P - from);
+                std::fill(lanes, lanes + N * 2 * STEP * W, 0.f);
+                channels(e0, e1, EACH {
+                    using V = decltype(lane);
+                    V delta[STEP], u[STEP], dy[STEP], du[STEP], ddelta[STEP], d_D{}, d_bias{};
+                    float* own_sums = sums + local(at, N + 2);
+                    run.drive(from, count, at.e, delta, u);
+                    for (i64 i = 0; i < count; i++) {
+                        dy[i] = load<V>(ds_ + run.at(from + i) * E + at.e);
+                        du[i] = ddelta[i] = V{};
                     }
+                    states(N, [&](auto size, i64 n) __attribute__((always_inline)) {
+                        constexpr int M = decltype(size)::value;
+                        const i64 own = local(at, N) + n * W, row = run.at(from) * ld + n;
+                        float *lane_B = lanes + n * 2 * STEP * W + at.e - at.block, *lane_C = lane_B + M * STEP * W;
+                        V A_[M], now[M], g[M], dA_[M], a[STEP + 1][M], h[STEP + 1][M];
+                        load_rows<M>(rows + own, A_);
+                        load_rows<M>(check + j * own_states + own, now);
+                        load_rows<M>(dh + own, g);
+                        load_rows<M>(own_sums + n * W, dA_);
+                        for (int m = 0; m < M; m++) h[0][m] = now[m], a[count][m] = fill<V>(1.f);
+                        run.advance<M>(n, from, count, A_, delta, u, now, [&](i64 i, int m, V decay, V state) {
+                            a[i][m] = decay;
+                            h[i + 1][m] = state;
+                        });
+                        for (i64 i = count - 1; i >= 0; i--) {
+                            const float *B = run.Bm + row + i * run.stride, *C = run.Cm + row + i * run.stride;
+                            FULLY for (int m = 0; m < M; m++) {
+                                g[m] = a[i + 1][m] * g[m] + dy[i] * C[m];        // the gradient of h[i + 1]
+                                add_to(lane_C + (i * M + m) * W, dy[i] * h[i + 1][m]);
+                                add_to(lane_B + (i * M + m) * W, g[m] * u[i]);
+                                du[i] += g[m] * B[m];
+                                V q = a[i][m] * g[m] * h[i][m];
+                                ddelta[i] += q * A_[m];
+                                dA_[m] += q * delta[i];
+                            }
+                        }
+                        for (int m = 0; m < M; m++) g[m] *= a[0][m];
+                        store_rows<M>(dh + own, g);
+                        store_rows<M>(own_sums + n * W, dA_);
+                    });
+                    for (i64 i = 0; i < count; i++) {
+                        const i64 place = run.at(from + i) * E + at.e;
+                        V x = load<V>(run.x + place), z = load<V>(run.dt + place), d_x = du[i] * delta[i];
+                        if (dt_bias) z += load<V>(run.bias + at.e);
+                        V dz = (LN2 * ddelta[i] + du[i] * x) * sigmoid2(z * -LOG2E);
+                        if (D) d_x += load<V>(run.D + at.e) * dy[i];
+                        d_D += dy[i] * x;
+                        d_bias += dz;
+                        store(dx + run.image * E + place, d_x);
+                        store(ddt + run.image * E + place, dz);
+                    }
+                    add_to(own_sums + N * W, d_D);
+                    add_to(own_sums + (N + 1) * W, d_bias);
+                });
+                states(N, [&](auto size, i64 n) {
+                    constexpr int M = decltype(size)::value;
+                    for (int which = 0; which < 2; which++)
+                        for (i64 i = 0; i < count; i++)
+                            for (int m = 0; m < M; m++)
+                                partial[(cut * 2 + which) * KBPN + (run.image + run.at(from + i)) * N + n + m] =
+                                    lane_sum(lanes + (n * 2 * STEP + which * M * STEP + i * M + m) * W);
+                });
             }
         }
     });
-    if (partial)
-        parallel(2 * K * B, KBPN * cuts / 4, [&](i64 i) {
-            const i64 which = i / (K * B), rows = P * N, at = i % (K * B) * rows;
-            float* out = (which ? dC : dB) + at;
-            for (i64 cut = 0; cut < cuts; cut++) {
-                const float* from = partial + (cut * 2 + which) * KBPN + at;
-                for (i64 j = 0; j < rows; j++) out[j] = cut ? out[j] + from[j] : from[j];
-            }
-        });
-    if (!parts) std::fill(sums, sums + K * per, 0.f);
-    for (i64 part = 1; part < parts; part++)
-        for (i64 j = 0; j < K * per; j++) sums[j] += sums[part * K * per + j];
+    parallel(2 * K * B, KBPN * cuts / 4, [&](i64 i) {
+        const i64 which = i / (K * B), at = i % (K * B) * P * N;
+        add_rows(partial + which * KBPN + at, cuts, 2 * KBPN, P * N, (which ? dC : dB) + at);
+    });
+    const float* total = slots.total();
     for (i64 k = 0; k < K; k++)
         for (i64 e = 0; e < E; e++) {
-            const float* row = sums + k * per + At{e, e - e % W}.in(N + 2);
+            const float* row = total + k * whole(E) * (N + 2) + place(e).in(N + 2);
             for (i64 n = 0; n < N; n++) dA[(k * E + e) * N + n] = row[n * W];
             if (dD) dD[k * E + e] = row[N * W];
             if (ddt_bias) ddt_bias[k * E + e] = row[(N + 1) * W];
@@ -984,161 +960,84 @@ template <int NT> void scan_backward_(i64 K, i64 B, i64 P, i64 E, i64 N, const f
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 8. add_norm
+// 8. add_norm: bound by memory. A row is read once and stays in the first cache for mean, variance and norm.
 
-// mean and 1 / deviation of a row in cache: LayerNorm, or RMSNorm, whose mean counts as 0
-INLINE void statistics(i64 D, const float* r, bool layer, float& mean, float& scale)
-{
+constexpr i64 ROWS_A_TASK = 32;
+
+struct Stats { float mean, scale; };            // RMSNorm's mean counts as 0
+
+INLINE Stats statistics(i64 D, const float* r, bool layer) {
     Sum sum, square;
     if (layer) channels(D, EACH { sum.add(load<decltype(lane)>(r + at.e)); });
-    mean = sum.total() / D;
+    const float mean = sum.total() / D;
     channels(D, EACH {
         auto d = load<decltype(lane)>(r + at.e) - mean;
         square.add(d * d);
     });
-    scale = 1 / std::sqrt(square.total() / D + 1e-5f);
+    return {mean, 1 / std::sqrt(square.total() / D + 1e-5f)};
 }
 
-constexpr i64 ROWS_A_TASK = 32;
-
-template <class T> void add_norm_(i64 rows, i64 D, const T* hidden, const float* residual, const float* weight,
-                                  const float* bias, T* u, float* out)
-{
-    parallel((rows + ROWS_A_TASK - 1) / ROWS_A_TASK, rows * D / 2, [&](i64 task) {
-        float* own = scratch<TASK>(D);
-        for (i64 i = task * ROWS_A_TASK; i < std::min((task + 1) * ROWS_A_TASK, rows); i++) {
-            float *r = out ? out + i * D : own, mean, scale;
-            channels(D, EACH {
-                using V = decltype(lane);
-                V v = residual ? load<V>(residual + i * D + at.e) : V{};
-                if (hidden) v = residual ? v + load<V>(hidden + i * D + at.e) : load<V>(hidden + i * D + at.e);
-                store(r + at.e, v);
-            });
-            statistics(D, r, bias, mean, scale);
-            channels(D, EACH {
-                using V = decltype(lane);
-                V n = (load<V>(r + at.e) - mean) * scale * load<V>(weight + at.e);
-                store(u + i * D + at.e, bias ? n + load<V>(bias + at.e) : n);
-            });
-        }
+extern "C" void add_norm(i64 dtype, i64 rows, i64 D, const void* hidden, const float* residual, const float* weight,
+                         const float* bias, void* u, float* out) {
+    by_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        parallel((rows + ROWS_A_TASK - 1) / ROWS_A_TASK, rows * D / 2, [&](i64 task) {
+            float* own = scratch<TASK>(D);
+            for (i64 i = task * ROWS_A_TASK; i < std::min((task + 1) * ROWS_A_TASK, rows); i++) {
+                const T* add = hidden ? (const T*)hidden + i * D : nullptr;
+                float* r = out ? out + i * D : own;
+                channels(D, EACH {
+                    using V = decltype(lane);
+                    V v = residual ? load<V>(residual + i * D + at.e) : load<V>(add + at.e);
+                    store(r + at.e, residual && hidden ? v + load<V>(add + at.e) : v);
+                });
+                const Stats s = statistics(D, r, bias);
+                channels(D, EACH {
+                    using V = decltype(lane);
+                    V n = (load<V>(r + at.e) - s.mean) * s.scale * load<V>(weight + at.e);
+                    store((T*)u + i * D + at.e, bias ? n + load<V>(bias + at.e) : n);
+                });
+            }
+        });
     });
 }
 
-template <class T> void add_norm_backward_(i64 rows, i64 D, const float* r, const float* weight, bool layer, const T* du,
-                                           const float* dout, float* dr, T* dhidden, float* dweight, float* dbias)
-{
-    const i64 DW = whole(D);
-    const Slots slots((rows + ROWS_A_TASK - 1) / ROWS_A_TASK, 2 * DW);
-    slots.run(rows * D, [&](i64 task, float* sums) {
-        for (i64 i = task * ROWS_A_TASK; i < std::min((task + 1) * ROWS_A_TASK, rows); i++) {
-            const float* row = r + i * D;
-            float mean, scale;
-            statistics(D, row, layer, mean, scale);
-            Sum sum1, sum2;
-            channels(D, EACH {
-                using V = decltype(lane);
-                float* sum = sums + at.in(2);
-                V xhat = (load<V>(row + at.e) - mean) * scale, d = load<V>(du + i * D + at.e);
-                V dxhat = d * load<V>(weight + at.e);
-                store(sum, load<V>(sum) + d * xhat);
-                store(sum + W, load<V>(sum + W) + d);
-                sum1.add(dxhat);
-                sum2.add(dxhat * xhat);
-            });
-            const float mean1 = layer ? sum1.total() / D : 0, mean2 = sum2.total() / D;
-            channels(D, EACH {
-                using V = decltype(lane);
-                V xhat = (load<V>(row + at.e) - mean) * scale;
-                V d = (load<V>(du + i * D + at.e) * load<V>(weight + at.e) - mean1 - xhat * mean2) * scale;
-                if (dout) d += load<V>(dout + i * D + at.e);
-                store(dr + i * D + at.e, d);
-                if (dhidden) store(dhidden + i * D + at.e, d);
-            });
-        }
+extern "C" void add_norm_backward(i64 dtype, i64 rows, i64 D, const float* r, const float* weight, i64 has_bias,
+                                  const void* du, const float* dout, float* dr, void* dhidden, float* dweight,
+                                  float* dbias) {
+    const Slots slots((rows + ROWS_A_TASK - 1) / ROWS_A_TASK, 2 * whole(D));        // blocked rows: dweight, dbias
+    by_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        slots.run(rows * D, [&](i64 task, float* sums) {
+            for (i64 i = task * ROWS_A_TASK; i < std::min((task + 1) * ROWS_A_TASK, rows); i++) {
+                const float* row = r + i * D;
+                const T* du_ = (const T*)du + i * D;
+                const Stats s = statistics(D, row, has_bias);
+                Sum sum1, sum2;
+                channels(D, EACH {
+                    using V = decltype(lane);
+                    V xhat = (load<V>(row + at.e) - s.mean) * s.scale, d = load<V>(du_ + at.e);
+                    add_to(sums + at.in(2), d * xhat);
+                    add_to(sums + at.in(2) + W, d);
+                    d *= load<V>(weight + at.e);
+                    sum1.add(d);
+                    sum2.add(d * xhat);
+                });
+                const float mean1 = has_bias ? sum1.total() / D : 0, mean2 = sum2.total() / D;
+                channels(D, EACH {
+                    using V = decltype(lane);
+                    V xhat = (load<V>(row + at.e) - s.mean) * s.scale, d = load<V>(du_ + at.e);
+                    d = (d * load<V>(weight + at.e) - mean1 - xhat * mean2) * s.scale;
+                    if (dout) d += load<V>(dout + i * D + at.e);
+                    store(dr + i * D + at.e, d);
+                    if (dhidden) store((T*)dhidden + i * D + at.e, d);
+                });
+            }
+        });
     });
     const float* total = slots.total();
     for (i64 e = 0; e < D; e++) {
-        dweight[e] = total[At{e, e - e % W}.in(2)];
-        if (dbias) dbias[e] = total[At{e, e - e % W}.in(2) + W];
+        dweight[e] = total[place(e).in(2)];
+        if (dbias) dbias[e] = total[place(e).in(2) + W];
     }
 }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 9. The C interface
-
-extern "C" {
-
-#define BY_TYPE(call)                                                   \
-    if (dtype == 0) {                                                   \
-        using T = float;                                                \
-        call;                                                           \
-    } else {                                                            \
-        using T = bf16;                                                 \
-        call;                                                           \
-    }
-
-void add_norm(i64 dtype, i64 rows, i64 D, const void* hidden, const float* residual, const float* weight,
-              const float* bias, void* u, float* out)
-{
-    BY_TYPE(add_norm_(rows, D, (const T*)hidden, residual, weight, bias, (T*)u, out))
-}
-
-void add_norm_backward(i64 dtype, i64 rows, i64 D, const float* r, const float* weight, i64 has_bias, const void* du,
-                       const float* dout, float* dr, void* dhidden, float* dweight, float* dbias)
-{
-    BY_TYPE(add_norm_backward_(rows, D, r, weight, has_bias, (const T*)du, dout, dr, (T*)dhidden, dweight, dbias))
-}
-
-void conv_pool(i64 dtype, i64 B, i64 S, i64 P, i64 E, i64 Bt, i64 max, const void* xz, const float* conv_w,
-               const float* conv_b, const int32_t* token, const int32_t* group, const float* weight,
-               const int32_t* member, const int32_t* start, float* p, int32_t* argmax)
-{
-    const Walk walk{B, S, P, E, Bt, token, group, weight, member, start};
-    BY_TYPE(conv_pool_(walk, max, (const T*)xz, conv_w, conv_b, p, argmax))
-}
-
-void selective_scan(i64 K, i64 B, i64 P, i64 E, i64 N, const float* x, const float* dt, const float* A, const float* Bm,
-                    const float* Cm, i64 ld, const float* D, const float* dt_bias, float* s)
-{
-    (N == 16 ? scan_<16> : scan_<0>)(K, B, P, E, N, x, dt, A, Bm, Cm, ld, D, dt_bias, s);
-}
-
-void selective_scan_backward(i64 K, i64 B, i64 P, i64 E, i64 N, const float* x, const float* dt, const float* A,
-                             const float* Bm, const float* Cm, i64 ld, const float* D, const float* dt_bias,
-                             const float* ds, i64 shared_ds, float* dx, float* ddt, float* dA, float* dB, float* dC,
-                             float* dD, float* ddt_bias)
-{
-    (N == 16 ? scan_backward_<16> : scan_backward_<0>)(K, B, P, E, N, x, dt, A, Bm, Cm, ld, D, dt_bias, ds, shared_ds,
-                                                       dx, ddt, dA, dB, dC, dD, ddt_bias);
-}
-
-void expand_gate(i64 dtype, i64 B, i64 S, i64 P, i64 E, i64 Bt, const void* xz, const float* s, const float* conv_w,
-                 const float* conv_b, const float* D, const float* norm_w, const float* norm_b, const int32_t* token,
-                 const int32_t* group, void* y)
-{
-    const Walk walk{B, S, P, E, Bt, token, group, nullptr, nullptr, nullptr};
-    BY_TYPE(expand_gate_(walk, (const T*)xz, s, conv_w, conv_b, D, norm_w, norm_b, (T*)y))
-}
-
-void expand_gate_backward(i64 dtype, i64 B, i64 S, i64 P, i64 E, i64 Bt, const void* xz, const float* s,
-                          const float* conv_w, const float* conv_b, const float* D, const float* norm_w,
-                          const float* norm_b, const int32_t* token, const int32_t* group, const int32_t* member,
-                          const int32_t* start, const void* dy, void* y, void* dxz, void* g, float* ds, float* dnorm_w,
-                          float* dnorm_b)
-{
-    const Walk walk{B, S, P, E, Bt, token, group, nullptr, member, start};
-    BY_TYPE(expand_gate_backward_(walk, (const T*)xz, s, conv_w, conv_b, D, norm_w, norm_b, (const T*)dy, (T*)y,
-                                  (T*)dxz, (T*)g, ds, dnorm_w, dnorm_b))
-}
-
-void conv_pool_backward(i64 dtype, i64 B, i64 S, i64 P, i64 E, i64 Bt, i64 max, const void* xz, const float* conv_w,
-                        const float* conv_b, const float* D, const int32_t* token, const int32_t* group,
-                        const float* weight, const int32_t* member, const int32_t* start, const int32_t* argmax,
-                        const float* dp, const void* g, void* dxz, float* dconv_w, float* dconv_b, float* dD)
-{
-    const Walk walk{B, S, P, E, Bt, token, group, weight, member, start};
-    BY_TYPE(conv_pool_backward_(walk, max, (const T*)xz, conv_w, conv_b, D, argmax, dp, (const T*)g, (T*)dxz, dconv_w,
-                                dconv_b, dD))
-}
-
-}  // extern "C"

@@ -22,11 +22,11 @@ int add_norm_backward(I, I, I, F, F, I, T, F, float*, void*, float*, float*, voi
 int conv_pool(I, I, I, I, I, I, I, T, F, F, X, X, F, X, X, float*, int32_t*, void*);
 int conv_pool_backward(I, I, I, I, I, I, I, T, F, F, F, X, X, F, X, X, X, F, T, void*, float*, float*, float*, void*);
 int selective_scan(I, I, I, I, I, F, F, F, F, F, I, F, F, float*, void*);
-int selective_scan_backward(I, I, I, I, I, F, F, F, F, F, I, F, F, F, I, float*, float*, float*, float*, float*, float*, float*,
-                            void*);
+int selective_scan_backward(I, I, I, I, I, F, F, F, F, F, I, F, F, F, I, float*, float*, float*, float*, float*, float*,
+                            float*, void*);
 int expand_gate(I, I, I, I, I, I, T, F, F, F, F, F, F, X, X, void*, void*);
-int expand_gate_backward(I, I, I, I, I, I, T, F, F, F, F, F, F, X, X, X, X, T, void*, void*, void*, float*, float*, float*,
-                         void*);
+int expand_gate_backward(I, I, I, I, I, I, T, F, F, F, F, F, F, X, X, X, X, T, void*, void*, void*, float*, float*,
+                         float*, void*);
 void set_allocator(void* (*allocate)(size_t, void*), void (*release)(void*, void*));
 void set_rung(I kernel, I rung);
 const char* error_name(int error);
@@ -54,13 +54,15 @@ struct Checker {
             if (!value) return nullptr;
             const at::Tensor& t = *value;
             auto require = [&](bool holds, const char* what) {
-                TORCH_CHECK(holds, name, ": argument ", position, " must be ", what, ", not ", t.toString(), " on ", t.device());
+                TORCH_CHECK(holds, name, ": argument ", position, " must be ", what, ", not ", t.toString(), " on ",
+                            t.device());
             };
             require(t.defined() && t.is_cuda(), "a CUDA tensor");
             if (!device) device = t.device();
             require(t.device() == *device, "on the device of the first tensor");
             // B and C of the scan are columns of a wider table: contiguous along n, with the row length given as ld
-            require(t.is_contiguous() || (t.stride(-1) == 1 && std::string(name).find("scan") != std::string::npos), "contiguous");
+            const bool scan = std::string(name).find("scan") != std::string::npos;
+            require(t.is_contiguous() || (scan && t.dim() > 0 && t.stride(-1) == 1), "contiguous");
             require(has_type<P>(t), std::is_void_v<std::remove_const_t<std::remove_pointer_t<P>>>
                         ? "float32, bfloat16 or float16" : "float32, or int32 if it is a table");
             return static_cast<P>(t.data_ptr());
@@ -76,7 +78,8 @@ template <class... P> void define(py::module_& module, const char* name, int (*f
         using All = std::tuple<P...>;
         module.def(name, [=](Argument<std::tuple_element_t<i, All>>... values) {
             Checker check{name};
-            std::tuple<std::tuple_element_t<i, All>...> raw{check.template operator()<std::tuple_element_t<i, All>>(values)...};
+            std::tuple<std::tuple_element_t<i, All>...> raw{
+                check.template operator()<std::tuple_element_t<i, All>>(values)...};        // braces: left to right
             py::gil_scoped_release release;
             const c10::cuda::OptionalCUDAGuard guard(check.device);
             void* stream = c10::cuda::getCurrentCUDAStream().stream();

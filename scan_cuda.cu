@@ -1,34 +1,34 @@
-// FastVim's operations in CUDA, forward and backward. Raw pointers and a stream, no torch header: compiles in seconds with
+// FastVim's operations in CUDA, forward and backward. Raw pointers and a stream, no torch header. To compile:
 //     nvcc -O3 -std=c++17 -ftz=true -c scan_cuda.cu        (-ftz: an exp is one instruction instead of four)
 // The specification is section 3 of fastvim.py; scan_cuda.cpp hands tensors to the extern "C" functions at the end.
 //
-// B batch, S positions = slots (tokens) of an image, P scan steps (groups), E inner channels, N states, k the direction
-// (0 forward, 1 backward), t a position of the flatten order, g a group, e a channel. Channels are innermost everywhere,
-// so neighbouring threads take neighbouring channels and no tensor is ever transposed. T is the type of the activations
-// (float32, bfloat16, float16); all arithmetic and every other tensor is float32.
+// B batch, S positions = slots (tokens) of an image, P scan steps (groups), E inner channels, N states, k the
+// direction (0 forward, 1 backward), t a position of the flatten order, g a group, e a channel. Channels are innermost
+// everywhere, so neighbouring threads take neighbouring channels and no tensor is ever transposed. T is the type of
+// the activations (float32, bfloat16, float16); all arithmetic and every other tensor is float32.
 //
 // Each kernel is a ladder of versions, the rungs that set_rung selects (0 = the best that the shape allows):
-//     kernel  rung   what it changes                                        why it should be faster
-//     0 conv_pool    one thread walks the positions of a group, for one channel; it keeps its neighbours in registers
-//        1           a launch per direction, one channel a thread           coalesced from the start: e is innermost
-//        2           both directions in one launch                          x is read once instead of twice
-//        3           four channels a thread (16 bytes of float32)           a quarter of the instructions that are not
-//                                                                           arithmetic: addresses, loads, table look-ups
-//        4           four positions a step                                  four loads in flight; less register shifting
-//        5           several walkers a group, reduced in two stages         2-D pooling and small batches fill the chip
-//     1 expand_gate  expand, skip, norm and gate in one pass: v is never stored
-//        1           a block per position, v computed again by each pass    any E; the passes after the first hit L1
-//        2           a block walks a run of positions, v in registers       v once a position; x slides along
-//        3           four channels a thread                                 as above
-//        4           two positions a barrier                                half the barriers, twice the loads in flight
+//     kernel  rung  what it changes                                       why it should be faster
+//     0 conv_pool   one thread walks the positions of a group, for one channel; it keeps its neighbours in registers
+//        1          a launch per direction, one channel a thread          coalesced from the start: e is innermost
+//        2          both directions in one launch                         x is read once instead of twice
+//        3          four channels a thread (16 bytes of float32)          a quarter of the address arithmetic, loads
+//                                                                         and table look-ups
+//        4          four positions a step                                 four loads in flight, less register shifting
+//        5          several walkers a group, reduced in two stages        2-D pooling and small batches fill the chip
+//     1 expand_gate expand, skip, norm and gate in one pass: v is never stored
+//        1          a block per position, v computed again by each pass   any E; the passes after the first hit L1
+//        2          a block walks a run of positions, v in registers      v once a position; x slides along
+//        3          four channels a thread                                as above
+//        4          two positions a barrier                               half the barriers, twice the loads in flight
 //     2 selective_scan
-//        1           a thread per channel, one state after another          the recurrence, as written
-//        2           16 states in registers, B and C in shared memory       B and C are read once per block, not per thread
-//        3           chunks of the sequence side by side, in three phases   long sequences and small batches fill the chip
-// Rung 1 of expand_gate and rungs 1, 2 of the scan choose the like versions of their backward kernels. No atomics: sums
-// over blocks go through partial sums in scratch memory and a second kernel, in an order that depends on sizes alone, so
-// the bits of a result do not depend on timing. Offsets are 64-bit; everything is folded into the grid's x. (Rungs 1 and
-// 3 of conv_pool are compiled for float32 only.)
+//        1          a thread per channel, one state after another         the recurrence, as written
+//        2          16 states in registers, B and C in shared memory      B and C are read once per block
+//        3          chunks of the sequence side by side, three phases     long sequences, small batches fill the chip
+// Rung 1 of expand_gate and rungs 1, 2 of the scan choose the like versions of their backward kernels; rungs 1 and 3 of
+// conv_pool exist in float32 only. No atomics: sums over blocks go through partial sums in scratch memory and a second
+// kernel, in an order that depends on sizes alone, so the bits of a result do not depend on timing. Offsets are 64-bit;
+// everything is folded into the grid's x.
 //
 // The tests compile this file with g++ as well (tests/cuda_emulator.h). That asks for: launch() instead of <<< >>>,
 // DYNAMIC_SHARED, shuffles with all lanes present, no return before a barrier, no inline PTX.
@@ -114,13 +114,18 @@ template <int V, class T> __device__ Vec<V> load(const T* p) {
     return r;
 }
 
+// An ordinary assignment of a vector here becomes V single stores; the intrinsic is one.
+__device__ inline void store_raw(void* p, const ushort1& raw) { __stwb(static_cast<unsigned short*>(p), raw.x); }
+__device__ inline void store_raw(void* p, const uint1& raw) { __stwb(static_cast<unsigned*>(p), raw.x); }
+__device__ inline void store_raw(void* p, const uint2& raw) { __stwb(static_cast<uint2*>(p), raw); }
+__device__ inline void store_raw(void* p, const uint4& raw) { __stwb(static_cast<uint4*>(p), raw); }
+
 template <int V, class T> __device__ void store(T* p, const Vec<V>& x) {
-    using R = typename Raw<V * sizeof(T)>::type;
     T part[V];
     EACH_LANE part[i] = from_float<T>(x[i]);
-    R raw;
+    typename Raw<V * sizeof(T)>::type raw;
     memcpy(&raw, part, sizeof raw);
-    *reinterpret_cast<R*>(p) = raw;
+    store_raw(p, raw);
 }
 
 // silu(x) = x sigmoid(x). The special-function unit does 16 values a clock and SM. float32 pays for an exp and a
@@ -226,26 +231,57 @@ struct Plan {
         if (member) w.member += row * S, w.start += row * (P + 1);
         return w;
     }
-    __device__ bool real(int t) const { return t >= 0 && t < S && group[t] >= 0; }
+    // Of U members from m on, none of them from `end` on: how many are neighbouring positions?
+    template <int U> __device__ int neighbours(int m, int end) const {
+        int n = 1;
+#pragma unroll
+        for (int i = 1; i < U; ++i) n += n == i && __ldg(member + min(m + i, end - 1)) == __ldg(member + m) + i;
+        return n;
+    }
 };
 
-// The x half of xz [S][2E] at position t. What lies outside the image, padding and idle lanes read zero.
-template <int V, class T> __device__ Vec<V> x_at(const Plan& w, const T* xz, int64_t e, int t) {
-    return e < w.E && w.real(t) ? load<V>(xz + w.token[t] * 2 * w.E + e) : fill<V>(0);
+// What the tables say about position t: its slot and group; group -1 outside the image as for padding.
+struct Spot {
+    int slot, group;
+    __device__ Spot(const Plan& w, int t) {
+        const int inside = unsigned(t) < unsigned(w.S) ? t : 0;
+        slot = __ldg(w.token + inside), group = __ldg(w.group + inside);
+        if (t != inside) group = -1;
+    }
+    __device__ bool real() const { return group >= 0; }
+};
+
+// Row `row` of `width` elements: a 32 x 32 -> 64 bit multiplication, one instruction.
+template <class X> __device__ X* row_of(X* p, int row, int width) { return p + int64_t(row) * width; }
+
+// V channels of a row, or zero. No branch: where there is nothing to load, row 0 is loaded and dropped. Branches would
+// keep the loads of several positions from being in flight together.
+template <int V, class T> __device__ Vec<V> load_if(bool here, const T* p, int row, int width) {
+    return where(here, load<V>(row_of(p, here ? row : 0, width)));
+}
+
+// The x of position t; xz points at the channel. What lies outside the image and padding read zero.
+template <int V, class T> __device__ Vec<V> x_at(const Plan& w, const T* xz, int t) {
+    const Spot spot(w, t);
+    return load_if<V>(spot.real(), xz, spot.slot, 2 * int(w.E));
 }
 
 // U positions t .. t+U-1 with three neighbours on either side, in registers: x[i] is position t - 3 + i.
 template <class T, int V, int U> struct Window {
-    Vec<V> x[U + 6];
+    Vec<V> x[U + 6] = {};
     int first = INT_MIN / 2;
 
-    __device__ void move_to(int t, const Plan& w, const T* xz, int64_t e) {
+    __device__ void move_to(int t, const Plan& w, const T* xz) {
         const bool next = t == first + U;   // six values are here already; after a jump they are loaded again
         first = t;
 #pragma unroll
-        for (int i = 0; i < 6; ++i) x[i] = next ? x[i + U] : x_at<V>(w, xz, e, t - 3 + i);
+        for (int i = 0; i < 6; ++i) x[i] = x[i + U];
+        if (!next) {
 #pragma unroll
-        for (int i = 6; i < U + 6; ++i) x[i] = x_at<V>(w, xz, e, t - 3 + i);
+            for (int i = 0; i < 6; ++i) x[i] = x_at<V>(w, xz, t - 3 + i);
+        }
+#pragma unroll
+        for (int i = 6; i < U + 6; ++i) x[i] = x_at<V>(w, xz, t - 3 + i);
     }
 };
 
@@ -260,7 +296,8 @@ template <int V> struct Conv {
                 const bool here = e + i < E;
                 b[k][i] = here ? conv_b[k * E + e + i] : 0;
                 const float* taps = conv_w + (k * E + e + i) * 4;
-                const Vec<4> four = !here ? fill<4>(0) : V > 1 ? load<4>(taps) : Vec<4>{{taps[0], taps[1], taps[2], taps[3]}};
+                Vec<4> four = fill<4>(0);
+                if (here) four = V > 1 ? load<4>(taps) : Vec<4>{{taps[0], taps[1], taps[2], taps[3]}};
                 for (int j = 0; j < 4; ++j) w[k][j][i] = four[3 - j];
             }
         }
@@ -329,7 +366,7 @@ conv_pool_kernel(Plan plan, Cut cut, const T* xz, const float* conv_w, const flo
     const int64_t item = blockIdx.x / tiles * WALKERS + threadIdx.y;
     const Work work = ::work(plan, cut, item);
     const Plan w = plan.image(work.b);
-    xz += work.b * w.S * 2 * E;
+    xz += work.b * w.S * 2 * E + (e < E ? e : 0);                       // idle lanes shadow the first
 
     Conv<V> conv;
     conv.load_from(conv_w, conv_b, E, e);
@@ -337,29 +374,40 @@ conv_pool_kernel(Plan plan, Cut cut, const T* xz, const float* conv_w, const flo
     Pool<V, MAX> pool[2];
     pool[0].clear(), pool[1].clear();
     int g = work.g0;
+    const int64_t direction = w.B * w.P * E, first = work.b * w.P * E + e;
     auto write = [&](int64_t part) {                                    // group g is complete
+#pragma unroll
         for (int k = FIRST; k < LAST; ++k) {
-            const int64_t at = (((part * 2 + k) * w.B + work.b) * w.P + g) * E + e;
+            const int64_t at = (part * 2 + k) * direction + first;
             if (e < E) {
-                store(p + at, pool[k].value);
-                if (MAX) EACH_LANE argmax[at + i] = pool[k].arg[i];
+                store(row_of(p + at, g, int(E)), pool[k].value);
+                if (MAX) EACH_LANE row_of(argmax + at, g, int(E))[i] = pool[k].arg[i];
             }
             pool[k].clear();
         }
     };
     for (int m = work.m0, n; m < work.m1; m += n) {
-        const int t = w.member[m];
-        for (n = 1; n < U && m + n < work.m1 && w.member[m + n] == t + n;) ++n;
-        window.move_to(t, w, xz, e);
+        const int t = __ldg(w.member + m);
+        n = w.template neighbours<U>(m, work.m1);
+        int group[U];
+        float weight[U];
+#pragma unroll
+        for (int i = 0; i < U; ++i) {
+            const int at = i < n ? t + i : t;
+            group[i] = __ldg(w.group + at), weight[i] = __ldg(w.weight + at);
+        }
+        window.move_to(t, w, xz);
 #pragma unroll
         for (int i = 0; i < U; ++i) {
             if (i >= n) break;
-            for (const int group = w.group[t + i]; g < group; ++g) write(0);     // empty groups are written as zero
+#pragma unroll 1
+            for (; g < group[i]; ++g) write(0);                         // empty groups are written as zero
 #pragma unroll
-            for (int k = FIRST; k < LAST; ++k) pool[k].add(silu<T>(conv(k, window.x + i + 3)), w.weight[t + i], t + i);
+            for (int k = FIRST; k < LAST; ++k) pool[k].add(silu<T>(conv(k, window.x + i + 3)), weight[i], t + i);
         }
     }
     if (cut.slices == 1) {
+#pragma unroll 1
         for (; g < work.g1; ++g) write(0);
         return;
     }
@@ -395,11 +443,12 @@ template <bool MAX> __global__ void pool_parts_kernel(float* p, int32_t* argmax,
 }
 
 // The backward walks positions, not groups. At position u both da[u] become known; da0[u] belongs to dx[u-3 .. u] and
-// da1[u] to dx[u .. u+3], so unfinished dx slide along with the window of x: after U positions the first U are complete.
-// A run of positions starts three early and ends three late. Two channels a thread: with four, 222 registers would leave
-// 8 warps on an SM, too few to hide the loads. Sums for the parameters stay in registers until the end of the run.
+// da1[u] to dx[u .. u+3], so unfinished dx slide along with the window of x: after U positions the first U are
+// complete. A run of positions starts three early and ends three late. Two channels a thread: four would need over 220
+// registers, and leave too few warps on an SM to hide the loads. Sums for the parameters stay in registers until the
+// end of the run.
 template <class T, int V, int U, bool MAX>
-__global__ void __launch_bounds__(32 * WALKERS, 4)
+__global__ void __launch_bounds__(32 * WALKERS, 3)
 conv_pool_backward_kernel(Plan plan, const T* xz, const float* conv_w, const float* conv_b, const float* D,
                           const int32_t* argmax, const float* dp, const T* g, T* dxz, float* parts, int run) {
     const int64_t tiles = (plan.E + 32 * V - 1) / (32 * V), E = plan.E, runs = (plan.S + run - 1) / run;
@@ -409,7 +458,9 @@ conv_pool_backward_kernel(Plan plan, const T* xz, const float* conv_w, const flo
     const int64_t b = idle ? 0 : item / runs;
     const int t0 = idle ? 0 : int(item % runs * run), t1 = idle ? 0 : int(min(plan.S, int64_t(t0) + run));
     const Plan w = plan.image(b);
-    xz += b * w.S * 2 * E, dxz += b * w.S * 2 * E, g += b * w.S * E;
+    const int64_t at_e = live ? e : 0;                                  // idle lanes shadow the first
+    xz += b * w.S * 2 * E + at_e, dxz += b * w.S * 2 * E + at_e, g += b * w.S * E + at_e;
+    dp += b * w.P * E + at_e, argmax += MAX ? b * w.P * E + at_e : 0;
 
     Conv<V> conv;
     conv.load_from(conv_w, conv_b, E, e);
@@ -426,35 +477,37 @@ conv_pool_backward_kernel(Plan plan, const T* xz, const float* conv_w, const flo
 
     Window<T, V, U> x;
     for (int u = t0 - 3; u < t1 + 3 && t0 < t1; u += U) {
-        x.move_to(u, w, xz, e);                                         // x.x[i] and dx[i] are those of position u - 3 + i
+        x.move_to(u, w, xz);                                            // x.x[i], dx[i]: of position u - 3 + i
         Vec<V> gu[U];
+        int group[U];
+        float weight[U];
 #pragma unroll
         for (int i = 0; i < 6; ++i) dx[i] = dx[i + U];
 #pragma unroll
         for (int i = 0; i < U; ++i) {
+            const Spot spot(w, u + i);
             dx[i + 6] = fill<V>(0);
-            gu[i] = D && live && w.real(u + i) ? load<V>(g + w.token[u + i] * E + e) : fill<V>(0);
+            gu[i] = load_if<V>(D && spot.real(), g, spot.slot, int(E));
+            group[i] = spot.group, weight[i] = __ldg(w.weight + (spot.real() ? u + i : 0));
         }
 #pragma unroll
         for (int here = 0; here < U; ++here) {
             const int t = u + here;
-            if (!live || !w.real(t)) continue;
+            if (group[here] < 0) continue;
             const bool own = t >= t0 && t < t1;                         // else the neighbouring run counts it
-            const float weight = w.weight[t];
-            if (w.group[t] != have) {
-                have = w.group[t];
+            if (group[here] != have) {
+                have = group[here];
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
-                    const int64_t at = ((k * w.B + b) * w.P + have) * E + e;
-                    pooled[k] = load<V>(dp + at);
-                    if (MAX) EACH_LANE arg[k][i] = argmax[at + i];
+                    pooled[k] = load<V>(row_of(dp + k * w.B * w.P * E, have, int(E)));
+                    if (MAX) EACH_LANE arg[k][i] = row_of(argmax + k * w.B * w.P * E, have, int(E))[i];
                 }
             }
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 Vec<V> c, slope, dc = skip[k] * gu[here];
                 silu_and_slope<T>(conv(k, x.x + here + 3), c, slope);
-                EACH_LANE if (MAX) dc[i] += arg[k][i] == t ? pooled[k][i] : 0; else dc[i] += weight * pooled[k][i];
+                EACH_LANE dc[i] += MAX ? (arg[k][i] == t ? pooled[k][i] : 0) : weight[here] * pooled[k][i];
                 const Vec<V> da = dc * slope, counted = where(own, da);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
@@ -469,7 +522,8 @@ conv_pool_backward_kernel(Plan plan, const T* xz, const float* conv_w, const flo
 #pragma unroll
         for (int i = 0; i < U; ++i) {
             const int t = u - 3 + i;
-            if (live && t >= t0 && t < t1) store(dxz + w.token[t] * 2 * E + e, where(w.real(t), dx[i]));
+            const Spot spot(w, t);
+            if (live && t >= t0 && t < t1) store(row_of(dxz, spot.slot, 2 * int(E)), where(spot.real(), dx[i]));
         }
     }
 
@@ -508,7 +562,7 @@ __device__ float mixed(const Plan& w, const T* xz, const float* s0, const float*
     for (int k = 0; k < 2 && m.D; ++k) {
         float a = m.conv_b[k * w.E + e];
         for (int j = 0; j < 4; ++j)
-            a = fmaf(m.conv_w[(k * w.E + e) * 4 + 3 - j], x_at<1>(w, xz, e, k ? t + j : t - j)[0], a);
+            a = fmaf(m.conv_w[(k * w.E + e) * 4 + 3 - j], x_at<1>(w, xz + e, k ? t + j : t - j)[0], a);
         v = fmaf(m.D[k * w.E + e], a * sigmoid<T>(a), v);
     }
     return v / 2;
@@ -608,43 +662,43 @@ __global__ void expand_gate_backward_rows_kernel(Plan plan, Cut cut, const T* xz
 template <class T, int V, int U> struct Rows {
     const Plan w;
     const Mixer m;
-    const T* xz;                            // of the image
-    const float *s0, *s1;                   // of the image, [P][E]
-    const int64_t e;
+    const int E, e, shadow;                 // idle threads shadow the first: what they load is valid, and dropped
     const bool live;
+    const float inverse;                    // 1 / E
+    const T* xz;                            // of the image, at the thread's channels
+    const float *s0, *s1;
     BlockSum sum;
     Conv<V> conv;
     Vec<V> skip[2], norm_w, norm_b, expanded;
     int have = -1;                          // the group that expanded, s0 + s1, belongs to
     Window<T, V, U> window;
 
-    __device__ Rows(const Plan& plan, int64_t b, const Mixer& m, const T* xz, const float* s, float* shared)
-        : w(plan.image(b)), m(m), xz(xz + b * plan.S * 2 * plan.E), s0(s + b * plan.P * plan.E),
-          s1(s0 + plan.B * plan.P * plan.E), e(threadIdx.x * V), live(e < plan.E), sum{shared} {
-        if (m.D) conv.load_from(m.conv_w, m.conv_b, w.E, e);
+    __device__ Rows(const Plan& plan, int64_t b, const Mixer& m, const T* all_xz, const float* s, float* shared)
+        : w(plan.image(b)), m(m), E(int(plan.E)), e(threadIdx.x * V), shadow(e < E ? e : 0), live(e < E),
+          inverse(1.0f / E), xz(all_xz + b * plan.S * 2 * E + shadow), s0(s + b * plan.P * E + shadow),
+          s1(s0 + plan.B * plan.P * E), sum{shared} {
+        if (m.D) conv.load_from(m.conv_w, m.conv_b, E, e);
         skip[0] = skip[1] = norm_w = norm_b = expanded = fill<V>(0);
-        if (live && m.D) skip[0] = load<V>(m.D + e), skip[1] = load<V>(m.D + w.E + e);
-        if (live && m.norm_w) norm_w = load<V>(m.norm_w + e);
-        if (live && m.norm_b) norm_b = load<V>(m.norm_b + e);
+        if (m.D) skip[0] = load<V>(m.D + shadow), skip[1] = load<V>(m.D + E + shadow);
+        if (m.norm_w) norm_w = load<V>(m.norm_w + shadow);
+        if (m.norm_b) norm_b = load<V>(m.norm_b + shadow);
     }
 
-    // v of the n <= U positions from t on; zero for padding and idle lanes
-    __device__ void mix(Vec<V> (&v)[U], int t, int n) {
-        if (m.D) window.move_to(t, w, xz, e);
+    // v of U positions from t on, those of the given groups; zero for group -1 and idle threads
+    __device__ void mix(Vec<V> (&v)[U], int t, const int (&group)[U]) {
+        if (m.D) window.move_to(t, w, xz);
 #pragma unroll
         for (int i = 0; i < U; ++i) {
-            v[i] = fill<V>(0);
-            if (!live || i >= n || !w.real(t + i)) continue;
-            if (w.group[t + i] != have) {
-                have = w.group[t + i];
-                expanded = load<V>(s0 + have * w.E + e) + load<V>(s1 + have * w.E + e);
+            if (group[i] >= 0 && group[i] != have) {
+                have = group[i];
+                expanded = load<V>(row_of(s0, have, E)) + load<V>(row_of(s1, have, E));
             }
             v[i] = expanded;
             if (m.D) {
                 v[i] = fma(skip[0], silu<T>(conv(0, window.x + i + 3)), v[i]);
                 v[i] = fma(skip[1], silu<T>(conv(1, window.x + i + 3)), v[i]);
             }
-            v[i] = 0.5f * v[i];
+            v[i] = where(live && group[i] >= 0, 0.5f * v[i]);
         }
     }
 
@@ -656,18 +710,14 @@ template <class T, int V, int U> struct Rows {
             for (int i = 0; i < U; ++i) x[i] = total(v[i]);
             sum(x);
 #pragma unroll
-            for (int i = 0; i < U; ++i) if (live) v[i] = v[i] - x[i] / w.E;
-        }
-        if (m.norm_w) {
-#pragma unroll
-            for (int i = 0; i < U; ++i) x[i] = total(v[i] * v[i]);
-            sum(x);
+            for (int i = 0; i < U; ++i) v[i] = where(live, v[i] - x[i] * inverse);
         }
 #pragma unroll
-        for (int i = 0; i < U; ++i) {
-            scale[i] = m.norm_w ? rsqrtf(x[i] / w.E + EPS) : 1;
-            v[i] = scale[i] * v[i];
-        }
+        for (int i = 0; i < U; ++i) x[i] = total(v[i] * v[i]), scale[i] = 1;
+        if (!m.norm_w) return;
+        sum(x);
+#pragma unroll
+        for (int i = 0; i < U; ++i) scale[i] = rsqrtf(x[i] * inverse + EPS), v[i] = scale[i] * v[i];
     }
     __device__ Vec<V> affine(const Vec<V>& hat) const { return m.norm_w ? fma(hat, norm_w, norm_b) : hat; }
 };
@@ -676,27 +726,27 @@ template <class T, int V, int U, int THREADS>
 __global__ void __launch_bounds__(THREADS)
 expand_gate_kernel(Plan plan, const T* xz, const float* s, Mixer m, T* y, int run) {
     DYNAMIC_SHARED(shared);
-    const int64_t runs = (plan.S + run - 1) / run, b = blockIdx.x / runs, E = plan.E;
+    const int64_t runs = (plan.S + run - 1) / run, b = blockIdx.x / runs;
     const int t0 = int(blockIdx.x % runs * run), t1 = int(min(plan.S, int64_t(t0) + run));
     Rows<T, V, U> rows(plan, b, m, xz, s, shared);
-    y += b * plan.S * E;
+    const int E = rows.E;
+    y += b * plan.S * E + rows.e;
     for (int t = t0; t < t1; t += U) {
-        const int n = min(U, t1 - t);
         Vec<V> v[U], z[U];
+        int slot[U], group[U];
         float scale[U];
 #pragma unroll
         for (int i = 0; i < U; ++i) {                                   // z sets out before the barriers
-            const bool real = rows.live && i < n && rows.w.real(t + i);
-            z[i] = real ? load<V>(rows.xz + rows.w.token[t + i] * 2 * E + E + rows.e) : fill<V>(0);
+            const Spot spot(rows.w, t + i);
+            slot[i] = spot.slot, group[i] = t + i < t1 ? spot.group : -1;
+            z[i] = load<V>(row_of(rows.xz + E, slot[i], 2 * E));
         }
-        rows.mix(v, t, n);
+        rows.mix(v, t, group);
         rows.normalise(v, scale);
 #pragma unroll
-        for (int i = 0; i < U; ++i) {
-            if (!rows.live || i >= n) continue;
-            const bool real = rows.w.real(t + i);
-            store(y + rows.w.token[t + i] * E + rows.e, real ? rows.affine(v[i]) * silu<T>(z[i]) : fill<V>(0));
-        }
+        for (int i = 0; i < U; ++i)
+            if (rows.live && t + i < t1)
+                store(row_of(y, slot[i], E), where(group[i] >= 0, rows.affine(v[i]) * silu<T>(z[i])));
     }
 }
 
@@ -708,32 +758,35 @@ expand_gate_backward_kernel(Plan plan, Cut cut, const T* xz, const float* s, Mix
                             float* ds, float* parts) {
     DYNAMIC_SHARED(shared);
     const Work work = ::work(plan, cut, blockIdx.x);
-    const int64_t b = work.b, E = plan.E;
+    const int64_t b = work.b;
     Rows<T, V, U> rows(plan, b, m, xz, s, shared);
     const Plan& w = rows.w;
-    const int64_t e = rows.e;
+    const int E = rows.E;
     dxz += b * w.S * 2 * E, dy += b * w.S * E, g += b * w.S * E, y += y ? b * w.S * E : 0;
-    ds += (blockIdx.x % cut.slices * w.B + b) * w.P * E;                // with slices, ds is scratch [slice][B][P][E]
+    ds += (blockIdx.x % cut.slices * w.B + b) * w.P * E + rows.e;       // with slices, ds is scratch [slice][B][P][E]
     zero_padding<V>(w, work.share, cut.units * cut.slices, y, dxz, g);
+    dxz += E + rows.e, dy += rows.shadow, g += rows.e, y += y ? rows.e : 0;
 
     Vec<V> dnorm_w = fill<V>(0), dnorm_b = fill<V>(0), sum = fill<V>(0);
     int group = work.g0;
     auto write = [&]() {
-        if (rows.live) store(ds + group * E + e, sum);
+        if (rows.live) store(row_of(ds, group, E), sum);
         sum = fill<V>(0);
     };
     for (int at = work.m0, n; at < work.m1; at += n) {
-        const int t = w.member[at];
-        for (n = 1; n < U && at + n < work.m1 && w.member[at + n] == t + n;) ++n;
+        const int t = __ldg(w.member + at);
+        n = w.template neighbours<U>(at, work.m1);
         Vec<V> v[U], z[U], dout[U];
+        int slot[U], group_of[U];
         float scale[U], means[2 * U];
 #pragma unroll
         for (int i = 0; i < U; ++i) {
-            const bool real = rows.live && i < n;
-            z[i] = real ? load<V>(rows.xz + w.token[t + i] * 2 * E + E + e) : fill<V>(0);
-            dout[i] = real ? load<V>(dy + w.token[t + i] * E + e) : fill<V>(0);
+            const Spot spot(w, t + i);
+            slot[i] = spot.slot, group_of[i] = i < n ? spot.group : -1;
+            z[i] = load_if<V>(rows.live && i < n, rows.xz + E, slot[i], 2 * E);
+            dout[i] = load_if<V>(rows.live && i < n, dy, slot[i], E);
         }
-        rows.mix(v, t, n);
+        rows.mix(v, t, group_of);
         rows.normalise(v, scale);
 #pragma unroll
         for (int i = 0; i < U; ++i) {                                   // all but dv is known before the last sums
@@ -741,9 +794,8 @@ expand_gate_backward_kernel(Plan plan, Cut cut, const T* xz, const float* s, Mix
             silu_and_slope<T>(z[i], gate, slope);
             const Vec<V> normed = rows.affine(v[i]);
             if (rows.live && i < n) {
-                const int64_t row = w.token[t + i];
-                store(dxz + row * 2 * E + E + e, dout[i] * normed * slope);
-                if (y) store(y + row * E + e, normed * gate);
+                store(row_of(dxz, slot[i], 2 * E), dout[i] * normed * slope);
+                if (y) store(row_of(y, slot[i], E), normed * gate);
             }
             dout[i] = dout[i] * gate;
             dnorm_w = fma(dout[i], v[i], dnorm_w), dnorm_b = dnorm_b + dout[i];
@@ -754,17 +806,19 @@ expand_gate_backward_kernel(Plan plan, Cut cut, const T* xz, const float* s, Mix
 #pragma unroll
         for (int i = 0; i < U; ++i) {
             if (!rows.live || i >= n) continue;
-            const float dmean = m.norm_b ? means[i] / E : 0, dscale = m.norm_w ? means[U + i] / E : 0;
+            const float dmean = m.norm_b ? means[i] * rows.inverse : 0;
+            const float dscale = m.norm_w ? means[U + i] * rows.inverse : 0;
             const Vec<V> dv = scale[i] * fma(fill<V>(-dscale), v[i], dout[i] - dmean), half = 0.5f * dv;
-            store(g + w.token[t + i] * E + e, half);
-            for (const int next = w.group[t + i]; group < next; ++group) write();
+            store(row_of(g, slot[i], E), half);
+#pragma unroll 1
+            for (; group < group_of[i]; ++group) write();
             sum = sum + half;
         }
     }
     for (; group < work.g1; ++group) write();
     if (rows.live && m.norm_w) {
-        store(parts + blockIdx.x * 2 * E + e, dnorm_w);
-        store(parts + blockIdx.x * 2 * E + E + e, dnorm_b);
+        parts += int64_t(blockIdx.x) * 2 * E + rows.e;
+        store(parts, dnorm_w), store(parts + E, dnorm_b);
     }
 }
 
@@ -788,7 +842,7 @@ template <class T, int V>
 __global__ void add_norm_kernel(int64_t n, int D, const T* hidden, const float* residual, const float* weight,
                                 const float* bias, T* u, float* out) {
     const int64_t row = int64_t(blockIdx.x) * WALKERS + threadIdx.y;
-    if (row >= n) return;                                               // a whole warp at a time, and no barrier follows
+    if (row >= n) return;                                               // a whole warp, and no barrier follows
     auto r = [&](int i) { return out ? load<V>(out + row * D + i) : sum_at<V>(hidden, residual, row * D + i); };
     if (out)
         for (int i = threadIdx.x * V; i < D; i += 32 * V)
@@ -805,8 +859,9 @@ __global__ void add_norm_kernel(int64_t n, int D, const T* hidden, const float* 
 // Columns c0 .. c1-1 of the parameter gradients are summed in shared memory, one copy per warp, and written as the
 // block's row of partial sums [dweight D | dbias D].
 template <class T, int V>
-__global__ void add_norm_backward_kernel(int64_t n, int D, const float* r, const float* weight, bool centred, const T* du,
-                                         const float* dout, float* dr, T* dhidden, float* parts, int rows, int c0, int c1) {
+__global__ void add_norm_backward_kernel(int64_t n, int D, const float* r, const float* weight, bool centred,
+                                         const T* du, const float* dout, float* dr, T* dhidden, float* parts, int rows,
+                                         int c0, int c1) {
     DYNAMIC_SHARED(shared);                                             // [warp][2][c1 - c0]
     const int lane = threadIdx.x, width = c1 - c0;
     float *dweight = shared + threadIdx.y * 2 * width, *dbias = dweight + width;
@@ -886,7 +941,8 @@ struct Channel {
 
     __device__ Channel(const Scan& q) {
         const int64_t tiles = (q.E + SCAN_THREADS - 1) / SCAN_THREADS, rest = blockIdx.x / tiles;
-        e = blockIdx.x % tiles * SCAN_THREADS + threadIdx.x, kb = rest % (q.K * q.B), k = kb / q.B, c = rest / (q.K * q.B);
+        e = blockIdx.x % tiles * SCAN_THREADS + threadIdx.x;
+        kb = rest % (q.K * q.B), k = kb / q.B, c = rest / (q.K * q.B);
         live = e < q.E, first = c * q.chunk, last = min(q.P, first + q.chunk);
         bias = live && q.dt_bias ? q.dt_bias[k * q.E + e] : 0;
         for (int n = 0; n < STATES; ++n)
@@ -965,7 +1021,7 @@ scan_kernel(Scan q, float* s, const float* ds, bool shared_ds, float* state, flo
     if (LOCAL && my.live) decay[slot * q.E + my.e] = sum;
 }
 
-// Phase 2: from what every chunk adds to what every chunk begins with. For the adjoint, from the last chunk to the first.
+// Phase 2: from what every chunk adds to what every chunk begins with. The adjoint goes from the last to the first.
 __global__ void carry_kernel(Scan q, float* state, const float* decay, bool reversed) {
     const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, e = i % q.E, n = i / q.E % STATES;
     const int64_t kb = i / q.E / STATES, k = kb / q.B;
@@ -981,8 +1037,8 @@ __global__ void carry_kernel(Scan q, float* state, const float* decay, bool reve
     }
 }
 
-// v[i], i < 32, in each of 32 lanes -> in lane i, as v[0], the sum of v[i] over the lanes. Each exchange halves the number
-// of values: 31 shuffles, where 32 separate sums would take 160.
+// v[i], i < 32, in each of 32 lanes -> in lane i, as v[0], the sum of v[i] over the lanes. Each exchange halves the
+// number of values: 31 shuffles, where 32 separate sums would take 160.
 template <int HALF = 16> __device__ void transpose_sum(float (&v)[32]) {
     const bool upper = threadIdx.x & HALF;
 #pragma unroll
@@ -1014,8 +1070,10 @@ scan_backward_kernel(Scan q, const float* ds, bool shared_ds, float* dx, float* 
         R[n] = state && my.live ? adjoint[(slot * STATES + n) * q.E + my.e] : 0;
         dA[n] = 0;
     }
-    auto keep = [&](int64_t i, int n) -> float& { return checkpoint[((i / SEGMENT * KB + my.kb) * STATES + n) * q.E + my.e]; };
-    auto read = [&](int64_t i) {                                        // x, dt and ds of a segment; zero beyond the end
+    auto keep = [&](int64_t i, int n) -> float& {
+        return checkpoint[((i / SEGMENT * KB + my.kb) * STATES + n) * q.E + my.e];
+    };
+    auto read = [&](int64_t i) {                                        // x, dt, ds of a segment; zero beyond the end
 #pragma unroll
         for (int j = 0; j < SEGMENT; ++j) {
             const bool here = my.live && i + j < my.last;
@@ -1133,7 +1191,8 @@ template <int X> using Int = std::integral_constant<int, X>;
 int sum_parts(const float* parts, int64_t rows, Outputs outputs, cudaStream_t stream) {
     int64_t columns = 0;
     for (Output& o : outputs.o) columns += o.columns;
-    return launch(sum_parts_kernel, ceil_div(columns, 32), dim3(32, SUM_ROWS), SUM_ROWS * 32 * sizeof(float), stream, outputs, parts, rows, columns);
+    return launch(sum_parts_kernel, ceil_div(columns, 32), dim3(32, SUM_ROWS), SUM_ROWS * 32 * sizeof(float), stream,
+                  outputs, parts, rows, columns);
 }
 
 // Sizes at which an H100 or H200 (132 SMs) is full. Constants, not queries: the same bits on every chip.
@@ -1175,7 +1234,8 @@ int choose_conv_pool(const Plan& plan, const T* xz, const float* conv_w, const f
     const int64_t rung = rungs[0] ? rungs[0] : 5;
     const bool wide = plan.E % 4 == 0 && aligned(xz, conv_w, p, argmax);
     auto run = [&](auto V, auto U, auto FIRST, auto LAST) {
-        return launch_conv_pool<T, V(), U(), FIRST(), LAST(), MAX>(plan, xz, conv_w, conv_b, p, argmax, rung > 4, stream);
+        return launch_conv_pool<T, V(), U(), FIRST(), LAST(), MAX>(plan, xz, conv_w, conv_b, p, argmax, rung > 4,
+                                                                   stream);
     };
     if constexpr (std::is_same_v<T, float>) {
         if (rung == 1) {
@@ -1240,8 +1300,8 @@ int add_norm(int64_t dtype, int64_t rows, int64_t D, const void* hidden, const f
     return with_type(dtype, [&](auto t) {
         using T = decltype(t);
         const bool wide = D % 4 == 0 && aligned(hidden, residual, weight, bias, u, out);
-        return launch(wide ? add_norm_kernel<T, 4> : add_norm_kernel<T, 1>, ceil_div(rows, WALKERS), dim3(32, WALKERS), 0,
-                      cudaStream_t(stream), rows, int(D), (const T*)hidden, residual, weight, bias, (T*)u, out);
+        return launch(wide ? add_norm_kernel<T, 4> : add_norm_kernel<T, 1>, ceil_div(rows, WALKERS), dim3(32, WALKERS),
+                      0, cudaStream_t(stream), rows, int(D), (const T*)hidden, residual, weight, bias, (T*)u, out);
     });
 }
 
@@ -1273,14 +1333,14 @@ int conv_pool(int64_t dtype, int64_t B, int64_t S, int64_t P, int64_t E, int64_t
     if (B == 0) return cudaSuccess;
     return with_type(dtype, [&](auto t) {
         using T = decltype(t);
-        return (max ? choose_conv_pool<T, true> : choose_conv_pool<T, false>)(plan, (const T*)xz, conv_w, conv_b, p, argmax,
-                                                                              cudaStream_t(stream));
+        const auto choose = max ? choose_conv_pool<T, true> : choose_conv_pool<T, false>;
+        return choose(plan, (const T*)xz, conv_w, conv_b, p, argmax, cudaStream_t(stream));
     });
 }
 
-int selective_scan(int64_t K, int64_t B, int64_t P, int64_t E, int64_t N, const float* x, const float* dt, const float* A,
-                   const float* Bm, const float* Cm, int64_t ld, const float* D, const float* dt_bias, float* s,
-                   void* stream_) {
+int selective_scan(int64_t K, int64_t B, int64_t P, int64_t E, int64_t N, const float* x, const float* dt,
+                   const float* A, const float* Bm, const float* Cm, int64_t ld, const float* D, const float* dt_bias,
+                   float* s, void* stream_) {
     Scan q{K, B, P, E, N, ld, x, dt, A, Bm, Cm, D, dt_bias, P, 1, 0};
     const cudaStream_t stream = cudaStream_t(stream_);
     if (B == 0) return cudaSuccess;
@@ -1292,8 +1352,8 @@ int selective_scan(int64_t K, int64_t B, int64_t P, int64_t E, int64_t N, const 
     for (; q.first < N; q.first += STATES) {
         if (q.chunks > 1)
             TRY(carry_states(q, false, nullptr, false, scratch.data, scratch.data + states, nullptr, blocks, stream));
-        TRY(launch(scan_kernel<false, false>, blocks, dim3(SCAN_THREADS), SCAN_SHARED, stream, q, s, nullptr, false, scratch.data,
-                   nullptr, nullptr));
+        TRY(launch(scan_kernel<false, false>, blocks, dim3(SCAN_THREADS), SCAN_SHARED, stream, q, s, nullptr, false,
+                   scratch.data, nullptr, nullptr));
     }
     return cudaSuccess;
 }
@@ -1315,8 +1375,8 @@ int selective_scan_backward(int64_t K, int64_t B, int64_t P, int64_t E, int64_t 
     float *state = carry.data, *R = state ? state + states : nullptr;
     for (; q.first < N; q.first += STATES) {
         if (q.chunks > 1) TRY(carry_states(q, true, ds, shared_ds != 0, state, R + states, R, blocks, stream));
-        TRY(launch(scan_backward_kernel, blocks, dim3(SCAN_THREADS), SCAN_BACKWARD_SHARED, stream, q, ds, shared_ds != 0, dx, ddt, state, R,
-                   checkpoint.data, parts.data, bc_parts.data));
+        TRY(launch(scan_backward_kernel, blocks, dim3(SCAN_THREADS), SCAN_BACKWARD_SHARED, stream, q, ds,
+                   shared_ds != 0, dx, ddt, state, R, checkpoint.data, parts.data, bc_parts.data));
         const int64_t width = std::min<int64_t>(STATES, N - q.first);
         TRY(sum_parts(parts.data, rows, {{{dA + q.first, KE * STATES, STATES, width, N}, {q.first ? nullptr : dD, KE},
                                           {ddt_bias, KE, 1, 1, 1, q.first > 0}}}, stream));
@@ -1336,12 +1396,12 @@ int expand_gate(int64_t dtype, int64_t B, int64_t S, int64_t P, int64_t E, int64
         using T = decltype(t);
         auto fast = [&](auto V, auto U, auto THREADS) {
             const int run = int(clamp(ceil_div(B * S, 132 * 10), 8, 64)), threads = int(ceil_div(E, V * 32) * 32);
-            return launch(expand_gate_kernel<T, V(), U(), THREADS()>, B * ceil_div(S, run), dim3(threads), BlockSum::BYTES,
-                          stream, plan, (const T*)xz, s, m, (T*)y, run);
+            return launch(expand_gate_kernel<T, V(), U(), THREADS()>, B * ceil_div(S, run), dim3(threads),
+                          BlockSum::BYTES, stream, plan, (const T*)xz, s, m, (T*)y, run);
         };
         auto plain = [&] {
-            return launch(expand_gate_rows_kernel<T>, B * S, dim3(256), BlockSum::BYTES, stream, plan, (const T*)xz, s, m,
-                          (T*)y);
+            return launch(expand_gate_rows_kernel<T>, B * S, dim3(256), BlockSum::BYTES, stream, plan, (const T*)xz, s,
+                          m, (T*)y);
         };
         return choose_rows(plan, E % 4 == 0 && aligned(xz, s, conv_w, D, norm_w, norm_b, y), fast, plain);
     });
@@ -1358,11 +1418,12 @@ int expand_gate_backward(int64_t dtype, int64_t B, int64_t S, int64_t P, int64_t
     return with_type(dtype, [&](auto t) {
         using T = decltype(t);
         auto run = [&](Cut cut, auto kernel, int threads) {
-            const int64_t blocks = B * cut.units * cut.slices, n = B * P * E, sliced = cut.slices > 1 ? n * cut.slices : 0;
+            const int64_t blocks = B * cut.units * cut.slices, n = B * P * E;
+            const int64_t sliced = cut.slices > 1 ? n * cut.slices : 0;
             const Scratch parts(norm_w ? blocks * 2 * E : 0, stream), slices(sliced, stream);
             if ((norm_w && blocks && !parts.data) || (sliced && !slices.data)) return int(cudaErrorMemoryAllocation);
-            TRY(launch(kernel, blocks, dim3(threads), BlockSum::BYTES, stream, plan, cut, (const T*)xz, s, m, (const T*)dy,
-                       (T*)y, (T*)dxz, (T*)g, sliced ? slices.data : ds, parts.data));
+            TRY(launch(kernel, blocks, dim3(threads), BlockSum::BYTES, stream, plan, cut, (const T*)xz, s, m,
+                       (const T*)dy, (T*)y, (T*)dxz, (T*)g, sliced ? slices.data : ds, parts.data));
             if (sliced) TRY(sum_parts(slices.data, cut.slices, {{{ds, n}}}, stream));
             return norm_w ? sum_parts(parts.data, blocks, {{{dnorm_w, E}, {dnorm_b, E}}}, stream) : int(cudaSuccess);
         };
@@ -1375,15 +1436,16 @@ int expand_gate_backward(int64_t dtype, int64_t B, int64_t S, int64_t P, int64_t
             if (cut.slices > 1) cut = {1, 1, P};
             return run(cut, expand_gate_backward_rows_kernel<T>, 256);
         };
-        return choose_rows(plan, E % 4 == 0 && aligned(xz, s, conv_w, D, norm_w, norm_b, dy, y, dxz, g, ds), fast, plain);
+        const bool wide = E % 4 == 0 && aligned(xz, s, conv_w, D, norm_w, norm_b, dy, y, dxz, g, ds);
+        return choose_rows(plan, wide, fast, plain);
     });
 }
 
-int conv_pool_backward(int64_t dtype, int64_t B, int64_t S, int64_t P, int64_t E, int64_t Bt, int64_t max, const void* xz,
-                       const float* conv_w, const float* conv_b, const float* D, const int32_t* token,
+int conv_pool_backward(int64_t dtype, int64_t B, int64_t S, int64_t P, int64_t E, int64_t Bt, int64_t max,
+                       const void* xz, const float* conv_w, const float* conv_b, const float* D, const int32_t* token,
                        const int32_t* group, const float* weight, const int32_t* member, const int32_t* start,
-                       const int32_t* argmax, const float* dp, const void* g, void* dxz, float* dconv_w, float* dconv_b,
-                       float* dD, void* stream_) {
+                       const int32_t* argmax, const float* dp, const void* g, void* dxz, float* dconv_w,
+                       float* dconv_b, float* dD, void* stream_) {
     const Plan plan{B, S, P, E, Bt, token, group, weight, member, start};
     const cudaStream_t stream = cudaStream_t(stream_);
     const bool wide = E % 2 == 0 && rungs[0] != 1 && aligned(xz, conv_w, D, argmax, dp, g, dxz);

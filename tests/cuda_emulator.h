@@ -1,12 +1,14 @@
 // Just enough of CUDA to run the kernels of scan_cuda.cu on a CPU, under the sanitizers, without a GPU or its compiler:
 //     g++ -std=c++17 -fsanitize=address,undefined -DFASTVIM_EMULATE -include tests/cuda_emulator.h -x c++ scan_cuda.cu
 //
-// Blocks run one after another. The threads of a block are fibers: each runs until a barrier or a shuffle, where it waits
-// for the others. Shared memory is filled with NaN at the start of every block. What it finds:
-//     a barrier or shuffle that not all threads reach, or that they reach in different places of the source     stops
-//     reads and writes outside arrays, unaligned vectors, overflow of integers                         the sanitizers stop
-//     a missing barrier        results depend on the order of the threads: compare the bits of emulator_order(0), (1), (2)
-//     shared or scratch memory read before it is written                                                      NaN results
+// Blocks run one after another. The threads of a block are fibers: each runs until a barrier or a shuffle, where it
+// waits for the others; a warp runs until all of it waits at a barrier, before the next warp does anything.
+// Shared and scratch memory begin full of NaN. What it finds:
+//     a barrier or shuffle that not all threads reach, or in different lines of the source    it stops
+//     accesses outside arrays, unaligned vectors, overflow of integers                        the sanitizers stop it
+//     a missing barrier                                                                       other results in other
+//         orders of the threads: compare the bits after emulator_order(0), (1) and (2)
+//     memory read before it is written                                                        NaN results
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -36,14 +38,16 @@ struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-#define VECTOR struct __attribute__((may_alias))         // read and written in place of the numbers that they hold
-VECTOR ushort1 { uint16_t x; };
-VECTOR uint1 { uint32_t x; };
-VECTOR alignas(8) uint2 { uint32_t x, y; };
-VECTOR alignas(16) uint4 { uint32_t x, y, z, w; };
+// may_alias: they are read and written in place of the numbers that they hold
+struct __attribute__((may_alias)) ushort1 { uint16_t x; };
+struct __attribute__((may_alias)) uint1 { uint32_t x; };
+struct __attribute__((may_alias, aligned(8))) uint2 { uint32_t x, y; };
+struct __attribute__((may_alias, aligned(16))) uint4 { uint32_t x, y, z, w; };
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9
+};
 inline const char* cudaGetErrorString(cudaError_t error) { return error ? "an emulated CUDA error" : "no error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaFreeAsync(void* p, cudaStream_t) { return free(p), cudaSuccess; }
@@ -81,11 +85,17 @@ inline __half __float2half_rn(float x) {
     return {uint16_t(sign | std::min(round_bits(size, 13) - (112u << 10), 0x7c00u))};
 }
 
+using std::max;
 using std::min;
+template <class X> X __ldg(const X* p) { return *p; }
+inline void __stwb(unsigned short* p, unsigned short x) { *reinterpret_cast<ushort1*>(p) = {x}; }
+inline void __stwb(unsigned* p, unsigned x) { *reinterpret_cast<uint1*>(p) = {x}; }
+inline void __stwb(uint2* p, uint2 x) { *p = x; }
+inline void __stwb(uint4* p, uint4 x) { *p = x; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return std::fabs(b) > 8.507059e37f && !std::isinf(b) ? 0 * a : a / b; }
-inline float __tanhf(float x) { return float_of(round_bits(std::tanh(x), 13) << 13); }      // as coarse as the hardware's
+inline float __tanhf(float x) { return float_of(round_bits(std::tanh(x), 13) << 13); }      // as coarse as a GPU's
 
 // ---- threads
 
@@ -182,26 +192,28 @@ inline void run_block(size_t n) {
     for (size_t i = 0; i < n; ++i) {
         if (i == machine.fibers.size()) machine.fibers.push_back(new Fiber);
         Fiber* f = machine.fibers[i];
-        f->thread = dim3(i % machine.threads.x, i / machine.threads.x % machine.threads.y, i / machine.threads.x / machine.threads.y);
+        const dim3 size = machine.threads;
+        f->thread = dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
         f->state = RUNNING, f->begun = false, f->shuffles = 0, f->fake_stack = nullptr;
         ASAN_UNPOISON_MEMORY_REGION(f->stack, STACK);
         f->context = blank;
         f->context.uc_stack.ss_sp = f->stack, f->context.uc_stack.ss_size = STACK, f->context.uc_link = nullptr;
         makecontext(&f->context, main_of_thread, 0);
     }
-    const std::vector<int64_t> order = sequence(n);
+    const std::vector<int64_t> warps = sequence((n + 31) / 32), lanes = sequence(32);
+    const auto& all = machine.fibers;
     for (size_t done = 0; done < n;) {
-        for (int64_t i : order)
-            while (machine.fibers[i]->state == RUNNING) enter(machine.fibers[i]);
-        for (size_t warp = 0; warp < n; warp += 32) {
-            if (warp + 32 > n && machine.fibers[warp]->state == AT_SHUFFLE) fail("a shuffle in a partial warp", machine.fibers[warp]);
-            release(warp, std::min(warp + 32, n), AT_SHUFFLE, "a shuffle with missing threads");
+        for (size_t warp : warps) {             // one warp as far as it gets
+            const size_t first = warp * 32, last = std::min(first + 32, n);
+            while (std::any_of(all.begin() + first, all.begin() + last, [](Fiber* f) { return f->state == RUNNING; })) {
+                for (size_t lane : lanes)
+                    if (first + lane < last && all[first + lane]->state == RUNNING) enter(all[first + lane]);
+                if (last - first < 32 && all[first]->state == AT_SHUFFLE) fail("a shuffle in half a warp", all[first]);
+                release(first, last, AT_SHUFFLE, "a shuffle with missing threads");
+            }
         }
-        done = 0;
-        bool any_runs = false;
-        for (size_t i = 0; i < n; ++i)
-            done += machine.fibers[i]->state == DONE, any_runs |= machine.fibers[i]->state == RUNNING;
-        if (!any_runs) release(0, n, AT_BARRIER, "a barrier that not all threads reach");
+        release(0, n, AT_BARRIER, "a barrier that not all threads reach");
+        done = std::count_if(all.begin(), all.begin() + n, [](Fiber* f) { return f->state == DONE; });
     }
 }
 
@@ -209,7 +221,8 @@ inline void barrier(int line) { leave(AT_BARRIER, line); }
 
 inline float shuffle_xor(float x, int lanes, int line) {
     Fiber* me = machine.now;
-    const unsigned turn = me->shuffles++ % 2, index = me->thread.x + machine.threads.x * (me->thread.y + machine.threads.y * me->thread.z);
+    const dim3 size = machine.threads, at = me->thread;
+    const unsigned turn = me->shuffles++ % 2, index = at.x + size.x * (at.y + size.y * at.z);
     me->given[turn] = x;
     leave(AT_SHUFFLE, line);
     return machine.fibers[index ^ lanes]->given[turn];

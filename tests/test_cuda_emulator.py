@@ -3,8 +3,8 @@
     pytest tests/test_cuda_emulator.py
 
 Without a GPU, g++ compiles scan_cuda.cu under the address and undefined-behaviour sanitizers, and a second process, in
-which the sanitizers' libraries are loaded first, runs every case in three orders of the threads and asks for equal bits.
-What that cannot show (speed, and what nvcc makes of the code) is left to the real compiler below, and to a real GPU.
+which the sanitizers' libraries are loaded first, runs every case in three orders of the threads and asks for equal
+bits. What that cannot show (speed, and what nvcc makes of the code) is left to the compiler below, and to a GPU.
 """
 import contextlib
 import ctypes
@@ -39,8 +39,8 @@ class Emulated:
     def __call__(self, name, inputs, outputs):
         arguments, outputs = (*inputs, *outputs), [t for t in outputs if t is not None]
         initial = [t.clone() for t in outputs]
-        converted = [ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(a.data_ptr() if a is not None else None)
-                     for a in arguments]
+        converted = [ctypes.c_int64(a) if isinstance(a, int) else
+                     ctypes.c_void_p(a.data_ptr() if a is not None else None) for a in arguments]
         results = []
         for order in range(3):
             for t, like in zip(outputs, initial):
@@ -204,7 +204,8 @@ def call(ops, name, inputs, outputs):
     return [t.cpu() if t is not None else None for t in outputs]
 
 
-def check_block(ops, walk, B, E, dtype, rungs=(0,), expand_rungs=(0,), maximum=False, skip=True, norm="layer", with_y=True):
+def check_block(ops, walk, B, E, dtype, rungs=(0,), expand_rungs=(0,), maximum=False, skip=True, norm="layer",
+                with_y=True):
     """conv_pool and expand_gate, forward and backward."""
     torch.manual_seed(0)
     walk = WALKS[walk]() if isinstance(walk, str) else walk()
@@ -236,7 +237,7 @@ def check_block(ops, walk, B, E, dtype, rungs=(0,), expand_rungs=(0,), maximum=F
     for number in rungs:
         with rung(ops, CONV_POOL, number):
             argmax = out(2, B, P, E, dtype=torch.int32) if maximum else None
-            p, argmax = call(ops, "conv_pool", (*sizes, int(maximum), xz, conv_w, conv_b, token, group, weight, member, start),
+            p, argmax = call(ops, "conv_pool", (*sizes, int(maximum), xz, conv_w, conv_b, *walk[:5]),
                              (out(2, B, P, E), argmax))
         if not maximum:
             assert_near(p, pool_reference(c, walk), tol, f"p, rung {number}")
@@ -248,7 +249,8 @@ def check_block(ops, walk, B, E, dtype, rungs=(0,), expand_rungs=(0,), maximum=F
                     continue
                 assert_near(p[:, b, q], c[:, b, mine].max(1).values, tol, f"max, rung {number}")
                 assert torch.isin(argmax[:, b, q], mine.int()).all()
-                assert_near(c[:, b].gather(1, argmax[:, b, q, None].long())[:, 0], c[:, b, mine].max(1).values, tol, "argmax")
+                chosen = c[:, b].gather(1, argmax[:, b, q, None].long())[:, 0]
+                assert_near(chosen, c[:, b, mine].max(1).values, tol, "argmax")
 
     # backward: dx and the convolution's parameters
     x_, w_, b_, D_ = map(leaf, (clean[..., :E], conv_w, conv_b, D))
@@ -265,8 +267,8 @@ def check_block(ops, walk, B, E, dtype, rungs=(0,), expand_rungs=(0,), maximum=F
     for number in rungs:
         with rung(ops, CONV_POOL, number):
             dxz = torch.full_like(xz, 7)                        # the other half must stay as it is
-            results = call(ops, "conv_pool_backward", (*sizes, int(maximum), xz, conv_w, conv_b, D, token, group, weight, member,
-                                                       start, argmax, dp, g),
+            results = call(ops, "conv_pool_backward",
+                           (*sizes, int(maximum), xz, conv_w, conv_b, D, *walk[:5], argmax, dp, g),
                            (dxz, out(2, E, 4), out(2, E), out(2, E) if skip else None))
         assert (results[0][..., E:] == 7).all(), "the z half of dxz is not conv_pool_backward's"
         assert (results[0][..., :E][~slot_real.expand(B, S, E)] == 0).all(), "padding has a gradient"
@@ -292,8 +294,8 @@ def check_block(ops, walk, B, E, dtype, rungs=(0,), expand_rungs=(0,), maximum=F
             assert_near(y, y_.detach(), tol, f"y, rung {number}")
             results = call(
                 ops, "expand_gate_backward", (*sizes, xz, s, *parameters, token, group, member, start, dy),
-                (out(B, S, E, dtype=dtype) if with_y else None, torch.full_like(xz, 7),
-                 out(B, S, E, dtype=dtype), out(B, P, E), out(E) if norm else None, out(E) if norm == "layer" else None))
+                (out(B, S, E, dtype=dtype) if with_y else None, torch.full_like(xz, 7), out(B, S, E, dtype=dtype),
+                 out(B, P, E), out(E) if norm else None, out(E) if norm == "layer" else None))
         if with_y:
             assert_near(results[0], y_.detach(), tol, f"y recomputed, rung {number}")
         assert (results[1][..., :E] == 7).all(), "the x half of dxz is not expand_gate_backward's"
@@ -349,7 +351,8 @@ def check_norm(ops, rows, D, dtype, bias=False, hidden=True, residual=True, dout
     total = (0 if h is None else h.double()) + (0 if r is None else r.double())
     expected = norm_reference(total, weight.double(), None if b is None else b.double())
     r_out = r.to(ops.device, copy=True) if alias else out(rows, D)              # the sum may replace the residual
-    u, new = call(ops, "add_norm", (code, rows, D, h, r_out if alias else r, weight, b), (out(rows, D, dtype=dtype), r_out))
+    u, new = call(ops, "add_norm", (code, rows, D, h, r_out if alias else r, weight, b),
+                  (out(rows, D, dtype=dtype), r_out))
     assert_near(u, expected, tol, "u")
     assert_near(new, total, 1e-6, "residual")
     u, _ = call(ops, "add_norm", (code, rows, D, h, r, weight, b), (out(rows, D, dtype=dtype), None))
@@ -392,7 +395,8 @@ def check_ties_and_nan(ops):
     s[0, 0, 0, 2] = torch.inf
     for number in range(5):
         with rung(ops, EXPAND_GATE, number):
-            y, = call(ops, "expand_gate", (0, 1, S, P, E, 1, xz * 0, s, conv_w, conv_b, None, torch.ones(E), None, token, group),
+            y, = call(ops, "expand_gate",
+                      (0, 1, S, P, E, 1, xz * 0, s, conv_w, conv_b, None, torch.ones(E), None, token, group),
                       (out(1, S, E),))
             assert y[0, token[0, :12].long(), 2].isnan().all(), "inf / inf"
 
@@ -401,19 +405,21 @@ def check_nothing(ops):
     """An empty batch: empty outputs, zero gradients of the parameters."""
     E, P, S, N = 8, 2, 6, 4
     token, group, weight, member, start, P = runs(2, 3)
-    e, f = torch.empty(0), [out(2, E, 4), out(2, E), out(2, E)]
-    results = call(ops, "conv_pool_backward", (0, 0, S, P, E, 1, 0, e, random(2, E, 4), random(2, E), random(2, E), token, group, weight,
-                                               member, start, None, e, e), (out(0), *f))
+    e, sizes, conv = torch.empty(0), (0, 0, S, P, E, 1), (random(2, E, 4), random(2, E))
+    walk, nothing = (token, group, weight, member, start), out(0)
+    A, norm = random(2, E, N), (random(E), random(E))
+    results = call(ops, "conv_pool_backward", (*sizes, 0, e, *conv, random(2, E), *walk, None, e, e),
+                   (nothing, out(2, E, 4), out(2, E), out(2, E)))
     results += call(ops, "selective_scan_backward",
-                    (2, 0, P, E, N, e, e, random(2, E, N), e, e, N, random(2, E), random(2, E), e, 1),
-                    (out(0), out(0), out(2, E, N), out(0), out(0), out(2, E), out(2, E)))
-    results += call(ops, "expand_gate_backward", (0, 0, S, P, E, 1, e, e, random(2, E, 4), random(2, E), None, random(E), random(E),
-                                                  token, group, member, start, e), (out(0), out(0), out(0), out(0), out(E), out(E)))
-    results += call(ops, "add_norm_backward", (0, 0, E, e, random(E), 1, e, None), (out(0), out(0), out(E), out(E)))
+                    (2, 0, P, E, N, e, e, A, e, e, N, random(2, E), random(2, E), e, 1),
+                    (nothing, nothing, out(2, E, N), nothing, nothing, out(2, E), out(2, E)))
+    results += call(ops, "expand_gate_backward", (*sizes, e, e, *conv, None, *norm, token, group, member, start, e),
+                    (nothing, nothing, nothing, nothing, out(E), out(E)))
+    results += call(ops, "add_norm_backward", (0, 0, E, e, random(E), 1, e, None), (nothing, nothing, out(E), out(E)))
     assert all((r == 0).all() for r in results)
-    call(ops, "conv_pool", (0, 0, S, P, E, 1, 0, e, random(2, E, 4), random(2, E), token, group, weight, member, start), (e, None))
-    call(ops, "selective_scan", (2, 0, P, E, N, e, e, random(2, E, N), e, e, N, None, None), (e,))
-    call(ops, "expand_gate", (0, 0, S, P, E, 1, e, e, random(2, E, 4), random(2, E), None, None, None, token, group), (e,))
+    call(ops, "conv_pool", (*sizes, 0, e, *conv, *walk), (e, None))
+    call(ops, "selective_scan", (2, 0, P, E, N, e, e, A, e, e, N, None, None), (e,))
+    call(ops, "expand_gate", (*sizes, e, e, *conv, None, None, None, token, group), (e,))
     call(ops, "add_norm", (0, 0, E, e, None, random(E), None), (e, None))
 
 
@@ -466,7 +472,8 @@ CASES = make_cases()
 # ---- building, and the second process
 
 EMULATED_FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-DFASTVIM_EMULATE",
-                  "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-include", str(EMULATOR), "-x", "c++"]
+                  "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-include", str(EMULATOR), "-x",
+                  "c++"]
 
 
 def run(*command, **more):
@@ -476,7 +483,7 @@ def run(*command, **more):
 
 
 class Worker:
-    """A Python with the sanitizers loaded, that runs one case after another. If a case kills it, the next one starts anew."""
+    """A Python with the sanitizers loaded, that runs one case after another. If one kills it, the next starts anew."""
 
     def __init__(self, library, folder):
         self.library, self.log, self.process = library, folder / "log", None
@@ -548,10 +555,9 @@ int main(int, char** argv) {{
 }}"""
 
 
-BARRIER = "{} __syncthreads(); x[t] = shared[127 - t];"
 NOTICED = {
     "barrier": ("shared[t] = t; if (t > 3) __syncthreads(); x[t] = 0;", "a barrier that not all threads reach"),
-    "two places": ("shared[t] = t; if (t > 3) __syncthreads();\n else __syncthreads(); x[t] = 0;", "a barrier that not all"),
+    "two places": ("shared[t] = t; if (t > 3) __syncthreads();\n else __syncthreads(); x[t] = 0;", "a barrier that"),
     "shuffle": ("x[t] = t; if (t != 40) x[t] = __shfl_xor_sync(~0u, x[t], 1);", "a shuffle with missing threads"),
     "shared memory": ("shared[t + 1] = t; x[t] = 0;", "heap-buffer-overflow"),
     "global memory": ("x[t - 1] = 0;", "heap-buffer-overflow"),
@@ -583,7 +589,8 @@ def test_the_emulator_runs_threads_in_several_orders(execute):
 
 
 def test_the_emulator_runs_correct_kernels_and_poisons_shared_memory(execute):
-    done = execute(kernel("shared[t] = t; __syncthreads(); x[t] = shared[127 - t] + __shfl_xor_sync(~0u, float(t), 3);"))
+    body = "shared[t] = t; __syncthreads(); x[t] = shared[127 - t] + __shfl_xor_sync(~0u, float(t), 3);"
+    done = execute(kernel(body))
     assert done.returncode == 0
     assert [float(v) for v in done.stdout.split()] == [127 - t + (t ^ 3) for t in range(128)]
 
@@ -615,8 +622,9 @@ def extension(tmp_path_factory):
     run("g++", "-O1", "-std=c++20", "-fPIC", "-Wall", "-DTORCH_EXTENSION_NAME=scan_cuda",
         *itertools.chain(*(("-isystem", i) for i in includes)), "-c", BINDING, "-o", folder / "binding.o")
     libraries = ("-lc10", "-lc10_cuda", "-ltorch_cpu", "-ltorch_cuda", "-ltorch", "-ltorch_python", "-lcudart")
-    run("g++", "-shared", folder / "kernels.o", folder / "binding.o", f"-L{torch_root / 'lib'}", f"-L{toolkit / 'lib64'}",
-        f"-L{toolkit / 'lib'}", *libraries, "-o", folder / "scan_cuda.so")
+    folders = (torch_root / "lib", toolkit / "lib64", toolkit / "lib")
+    run("g++", "-shared", folder / "kernels.o", folder / "binding.o", *(f"-L{f}" for f in folders), *libraries,
+        "-o", folder / "scan_cuda.so")
     return folder / "scan_cuda.so"
 
 
