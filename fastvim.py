@@ -500,14 +500,14 @@ def project(p, w):
     return dt, B, C, low
 
 
-def ssm(xz, w, plan, ops):
+def ssm(xz, w, plan, ops, *scratch):
     """Everything between in_proj and out_proj, by the operations of the backend ops: xz (B L 2E) -> y (B L E), and
-    what a hand-written backward function wants to see again."""
+    what a hand-written backward function wants to see again. scratch: for kernels, memory for y."""
     p, kept = ops.conv_pool(xz, w, plan)                                    # (K B P E) (K B L E)
     dt, B, C, _ = project(p, w)
     D = w.D if w.skip_before_expand else None
     s = ops.selective_scan(p, dt, -torch.exp(w.A_log), B, C, D, w.dt_bias)  # (K B P E)
-    return ops.expand_gate(xz, kept, s, w, plan), p, kept, s
+    return ops.expand_gate(xz, kept, s, w, plan, *scratch), p, kept, s
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -676,11 +676,11 @@ class Block(nn.Module):
         self.norm = NORMS[cfg.block_norm](cfg.embed_dim)
         self.mixer = Mixer(cfg)
 
-    def forward(self, hidden, residual, plan, drop_path=0.0, backend=None):
+    def forward(self, hidden, residual, plan, drop_path=0.0, backend=None, scratch=None):
         backend = backend or self.mixer.backend(hidden.device)
         hidden = stochastic_depth(hidden, drop_path, self.training)
         if backend.kernels:
-            return backend.kernels.block(self.mixer, hidden, residual, self.norm, plan)      # (B L D) (B L D)
+            return backend.kernels.block(self.mixer, hidden, residual, self.norm, plan, scratch)     # (B L D) twice
         u, residual = backend.add_norm(hidden, residual, self.norm.weight, getattr(self.norm, "bias", None))
         return self.mixer(u, plan, backend), residual                       # (B L D) (B L D)
 
@@ -849,10 +849,10 @@ class FastVim(nn.Module):
         backends = [block.mixer.backend(x.device) for block in self.layers]
         plans = [self._plan(row, layout) for row in self.cfg.rows]          # once a batch, not once a layer
         walks = [plan.walk(x.device) for plan in plans] if any(b.kernels for b in backends) else None
-        hidden, residual = x, None
+        hidden, residual, scratch = x, None, {}
         for i, (block, backend) in enumerate(zip(self.layers, backends)):
             plan = (walks if backend.kernels else plans)[i % len(plans)]
-            args = hidden, residual, plan, self.drop_path_rates[i], backend
+            args = hidden, residual, plan, self.drop_path_rates[i], backend, scratch
             if self.grad_checkpointing and self.training:
                 hidden, residual = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
             else:
@@ -879,8 +879,8 @@ class FastVim(nn.Module):
             pass
         hidden = stochastic_depth(hidden, self.drop_path_rates[-1], self.training)
         backend = self.layers[-1].mixer.backend(x.device)
-        last_norm = add_norm if backend.kernels else backend.add_norm       # kernels do not differentiate by themselves
-        x, _ = last_norm(hidden, residual, self.norm_f.weight, getattr(self.norm_f, "bias", None))
+        differentiate = backend.kernels and (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        x, _ = (add_norm if differentiate else backend.add_norm)(hidden, residual, self.norm_f.weight, getattr(self.norm_f, "bias", None))
         return x, layout.slots
 
     def forward(self, x, keep=None, channels=None):
