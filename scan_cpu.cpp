@@ -22,7 +22,7 @@
 //      on each side. c = silu(conv(x)) is never stored: it is computed again wherever it is needed.
 //   3. Work is cut into chunks that depend on the sizes alone. Each chunk sums its share of the parameter gradients by
 //      itself, the shares are added in order: the same bits on any number of threads, without atomics.
-//   4. The price is exp: 9 instructions, a sigmoid 13. The rest is arranged around them.
+//   4. The price is exp: 8 instructions, a sigmoid 11. The rest is arranged around them.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -738,7 +738,7 @@ extern "C" void conv_pool_backward(i64 dtype, i64 B, i64 S, i64 P, i64 E, i64 Bt
 // A vector of channels walks over stretches of STEP steps, and over each stretch GROUP states at a time: the states are
 // registers, any N will do, and the exps of all steps are ready to run because delta was computed before. (With 16
 // states in registers and one step after the other, every exp waits for the softplus of its step: 8.8 G exp/s instead
-// of 11.2, backwards 2.8 instead of 4.5.) GROUP = 1 would be 10.6 and 3.8: states side by side hide each other's
+// of 11.5, backwards 2.8 instead of 4.5.) GROUP = 1 would be 10.6 and 3.9: states side by side hide each other's
 // latencies and share loads and stores.
 constexpr i64 STEP = 16;
 constexpr int GROUP = 4;
@@ -964,12 +964,13 @@ extern "C" void selective_scan_backward(i64 K, i64 B, i64 P, i64 E, i64 N, const
 
 constexpr i64 ROWS_A_TASK = 32;
 
-struct Stats { float mean, scale; };            // RMSNorm's mean counts as 0
+struct Stats { float mean, scale; };
 
-INLINE Stats statistics(i64 D, const float* r, bool layer) {
-    Sum sum, square;
-    if (layer) channels(D, EACH { sum.add(load<decltype(lane)>(r + at.e)); });
+// From the sum of a row, or, for RMSNorm, whose mean counts as 0, of its squares
+INLINE Stats statistics(i64 D, const float* r, bool layer, const Sum& sum) {
+    if (!layer) return {0, 1 / std::sqrt(sum.total() / D + 1e-5f)};
     const float mean = sum.total() / D;
+    Sum square;
     channels(D, EACH {
         auto d = load<decltype(lane)>(r + at.e) - mean;
         square.add(d * d);
@@ -986,12 +987,15 @@ extern "C" void add_norm(i64 dtype, i64 rows, i64 D, const void* hidden, const f
             for (i64 i = task * ROWS_A_TASK; i < std::min((task + 1) * ROWS_A_TASK, rows); i++) {
                 const T* add = hidden ? (const T*)hidden + i * D : nullptr;
                 float* r = out ? out + i * D : own;
+                Sum sum;
                 channels(D, EACH {
                     using V = decltype(lane);
                     V v = residual ? load<V>(residual + i * D + at.e) : load<V>(add + at.e);
-                    store(r + at.e, residual && hidden ? v + load<V>(add + at.e) : v);
+                    if (residual && hidden) v += load<V>(add + at.e);
+                    store(r + at.e, v);
+                    sum.add(bias ? v : v * v);
                 });
-                const Stats s = statistics(D, r, bias);
+                const Stats s = statistics(D, r, bias, sum);
                 channels(D, EACH {
                     using V = decltype(lane);
                     V n = (load<V>(r + at.e) - s.mean) * s.scale * load<V>(weight + at.e);
@@ -1012,8 +1016,12 @@ extern "C" void add_norm_backward(i64 dtype, i64 rows, i64 D, const float* r, co
             for (i64 i = task * ROWS_A_TASK; i < std::min((task + 1) * ROWS_A_TASK, rows); i++) {
                 const float* row = r + i * D;
                 const T* du_ = (const T*)du + i * D;
-                const Stats s = statistics(D, row, has_bias);
-                Sum sum1, sum2;
+                Sum sum, sum1, sum2;
+                channels(D, EACH {
+                    auto v = load<decltype(lane)>(row + at.e);
+                    sum.add(has_bias ? v : v * v);
+                });
+                const Stats s = statistics(D, row, has_bias, sum);
                 channels(D, EACH {
                     using V = decltype(lane);
                     V xhat = (load<V>(row + at.e) - s.mean) * s.scale, d = load<V>(du_ + at.e);

@@ -141,11 +141,15 @@ inline Machine machine;
 // The two halves of a switch. The sanitizer is told which stack comes next, and left out of the jump.
 #define SWITCHES __attribute__((noinline, no_sanitize("address", "undefined")))
 
+[[noreturn]] SWITCHES inline void jump(void** here) {       // alone: GCC forgets a setjmp beside it
+    __builtin_longjmp(here, 1);
+}
+
 SWITCHES inline void enter(Fiber* f) {      // from the scheduler into a thread
     machine.now = f;
     __sanitizer_start_switch_fiber(&machine.fake_stack, f->stack, STACK);
     if (__builtin_setjmp(machine.here) == 0) {
-        if (f->begun) __builtin_longjmp(f->here, 1);
+        if (f->begun) jump(f->here);
         f->begun = true;
         setcontext(&f->context);
     }
@@ -155,7 +159,7 @@ SWITCHES inline void enter(Fiber* f) {      // from the scheduler into a thread
 SWITCHES inline void leave(State state, int line) {         // from a thread into the scheduler
     machine.now->state = state, machine.now->line = line;
     __sanitizer_start_switch_fiber(state == DONE ? nullptr : &machine.now->fake_stack, machine.bottom, machine.size);
-    if (__builtin_setjmp(machine.now->here) == 0) __builtin_longjmp(machine.here, 1);
+    if (__builtin_setjmp(machine.now->here) == 0) jump(machine.here);
     __sanitizer_finish_switch_fiber(machine.now->fake_stack, nullptr, nullptr);
 }
 
