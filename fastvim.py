@@ -651,7 +651,8 @@ class Mixer(nn.Module):
             pool=cfg.pool, skip_before_expand=cfg.skip_before_expand)
 
     def backend(self, device):
-        """Kernels run a block as one operation, which neither calls in_proj and out_proj nor sees what hangs on them."""
+        """The backend for this mixer. Kernels run a block as one operation: they neither call in_proj and out_proj nor
+        see what hangs on them."""
         ends = self.in_proj, self.out_proj
         plain = all(type(m) is nn.Linear and not m._forward_hooks and not m._forward_pre_hooks for m in ends)
         return pick_backend(device, activation_dtype(device, self.in_proj.weight),
@@ -880,7 +881,8 @@ class FastVim(nn.Module):
         hidden = stochastic_depth(hidden, self.drop_path_rates[-1], self.training)
         backend = self.layers[-1].mixer.backend(x.device)
         differentiate = backend.kernels and (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        x, _ = (add_norm if differentiate else backend.add_norm)(hidden, residual, self.norm_f.weight, getattr(self.norm_f, "bias", None))
+        last_norm = add_norm if differentiate else backend.add_norm         # kernels do not differentiate by themselves
+        x, _ = last_norm(hidden, residual, self.norm_f.weight, getattr(self.norm_f, "bias", None))
         return x, layout.slots
 
     def forward(self, x, keep=None, channels=None):
