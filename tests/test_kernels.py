@@ -117,6 +117,8 @@ def compare(backend, dtype, grid, E, **options):
     d_hidden = torch.randn(*xz.shape[:2], E, generator=torch.Generator().manual_seed(1)).to(dtype).double()
     expected, names = reference(plan, xz, w, d_hidden)
     values = by_kernels(backend, plan, xz.to(dtype), cast(w, torch.float32), d_hidden.to(dtype), names)
+    if dtype != torch.float32 and w.pool == "max":              # which of two maxima that round to the same value gets
+        values, expected = values[:3], expected[:3]             # the gradient is open; float32 checks the gradients
     error = relative_error(values, [e.detach() for e in expected])
     assert error < TOLERANCE[dtype], error
 
@@ -341,8 +343,9 @@ def test_inference_mode_gives_the_same_and_tables_made_there_serve_training(back
     model = tiny(torch.float32, img_size=(40, 24))
     x = images(model)
     with torch.inference_mode():
-        y = model(x)
-    assert model(x).equal(y)
+        y, again = model(x), model(x)
+    assert y.equal(again)                                       # scratch memory is shared by blocks, not by calls
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-6)
     model(x).sum().backward()
 
 
@@ -404,7 +407,7 @@ def test_compile_and_export(name):
 
 @pytest.mark.filterwarnings("ignore")
 def test_compile_to_code():
-    """The default compiler, inductor, which generates and compiles C++: slow, so one small model and the cpu backend."""
+    """The default compiler, inductor, generates and compiles C++: slow, so one small model and the cpu backend."""
     model = tiny(torch.float32, depth=1, img_size=16)
     x = images(model)
     with fastvim.use_backend("cpu"):
