@@ -22,7 +22,7 @@
 //      on each side. c = silu(conv(x)) is never stored: it is computed again wherever it is needed.
 //   3. Work is cut into chunks that depend on the sizes alone. Each chunk sums its share of the parameter gradients by
 //      itself, the shares are added in order: the same bits on any number of threads, without atomics.
-//   4. The price is exp: 8 instructions, a sigmoid 11. The rest is arranged around them.
+//   4. The price is exp: 8 instructions, a sigmoid 12. The rest is arranged around them.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
