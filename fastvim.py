@@ -762,11 +762,14 @@ class FastVim(nn.Module):
 
     def _position_embedding(self, h, w):
         """pos_embed for a grid of h x w tokens (1 h*w D) and, if it has a row of its own, for the class token."""
-        pos, own = self.pos_embed, self.cfg.class_token and not self.cfg.per_channel
-        return resize_pos_embed(pos, self.grid_size, (h, w), self._class_slot(*self.grid_size) if own else None)
+        return resize_pos_embed(self.pos_embed, self.grid_size, (h, w), self._class_row())
 
-    def _tokens(self, x, keep, channels):
-        """Image -> tokens (B S D) as they lie, and their Layout."""
+    def _class_row(self):
+        """The row of pos_embed that belongs to the class token, or None."""
+        return self._class_slot(*self.grid_size) if self.cfg.class_token and not self.cfg.per_channel else None
+
+    def _tokens(self, x, keep, channels, checked=False):
+        """Image -> tokens (B S D) as they lie, and their Layout. checked: keep is known to be sorted and right."""
         cfg = self.cfg
         if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
             what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -787,8 +790,8 @@ class FastVim(nn.Module):
         x = rearrange(x, f"b d {' '.join(sizes)} -> b ({cfg.storage}) d")   # (B L D)
         slots, at, padded = None, self._class_slot(**sizes), False
         if keep is not None:
-            slots = self._check_keep(keep, x)                               # (B S)
-            padded = bool((slots == PADDING).any())
+            slots = keep if checked else self._check_keep(keep, x)          # (B S)
+            padded = not checked and bool((slots == PADDING).any())
             x = x.gather(1, slots.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))       # (B S D)
             at = slots.shape[1] // 2
         if cfg.class_token:
@@ -847,18 +850,8 @@ class FastVim(nn.Module):
 
     def _blocks(self, x, layout):
         """Runs the blocks; yields each one's output and the residual that it has yet to be added to, both (B S D)."""
-        backends = [block.mixer.backend(x.device) for block in self.layers]
         plans = [self._plan(row, layout) for row in self.cfg.rows]          # once a batch, not once a layer
-        walks = [plan.walk(x.device) for plan in plans] if any(b.kernels for b in backends) else None
-        hidden, residual, scratch = x, None, {}
-        for i, (block, backend) in enumerate(zip(self.layers, backends)):
-            plan = (walks if backend.kernels else plans)[i % len(plans)]
-            args = hidden, residual, plan, self.drop_path_rates[i], backend, scratch
-            if self.grad_checkpointing and self.training:
-                hidden, residual = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
-            else:
-                hidden, residual = block(*args)
-            yield hidden, residual
+        return run_blocks(self.layers, x, plans, self.drop_path_rates, self.grad_checkpointing and self.training)
 
     # -- public
 
@@ -872,18 +865,14 @@ class FastVim(nn.Module):
         Raises TypeError or ValueError on a wrong dtype, shape, channel or token id."""
         return self._features(x, keep, channels)[0]
 
-    def _features(self, x, keep, channels):
+    def _features(self, x, keep, channels, checked=False):
         if self.cfg.out_indices is not None:
             raise ValueError("a model with out_indices has no final norm or head: use forward_intermediates")
-        x, layout = self._tokens(x, keep, channels)
+        x, layout = self._tokens(x, keep, channels, checked)
         for hidden, residual in self._blocks(x, layout):
             pass
         hidden = stochastic_depth(hidden, self.drop_path_rates[-1], self.training)
-        backend = self.layers[-1].mixer.backend(x.device)
-        differentiate = backend.kernels and (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        last_norm = add_norm if differentiate else backend.add_norm         # kernels do not differentiate by themselves
-        x, _ = last_norm(hidden, residual, self.norm_f.weight, getattr(self.norm_f, "bias", None))
-        return x, layout.slots
+        return last_norm(self.layers[-1], hidden, residual, self.norm_f), layout.slots
 
     def forward(self, x, keep=None, channels=None):
         """Images (B C H W) -> logits (B num_classes). The readout is the class token, or the mean over tokens."""
@@ -922,6 +911,28 @@ class FastVim(nn.Module):
         return [maps[i] for i in indices]
 
 
+def run_blocks(blocks, x, plans, drop_path_rates, recompute=False):
+    """x (B S D) through blocks, of which the i-th follows plans[i % len(plans)]; yields each one's output and the
+    residual that it has yet to be added to, both (B S D). recompute: gradient checkpointing."""
+    backends = [block.mixer.backend(x.device) for block in blocks]
+    walks = [plan.walk(x.device) for plan in plans] if any(b.kernels for b in backends) else None
+    hidden, residual, scratch = x, None, {}
+    for i, (block, backend) in enumerate(zip(blocks, backends)):
+        plan = (walks if backend.kernels else plans)[i % len(plans)]
+        args = hidden, residual, plan, drop_path_rates[i], backend, scratch
+        hidden, residual = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False) if recompute else (
+            block(*args))
+        yield hidden, residual
+
+
+def last_norm(block, hidden, residual, norm):
+    """What comes out of the last block -> normed (B S D)."""
+    backend = block.mixer.backend(hidden.device)
+    differentiate = backend.kernels and (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    by = add_norm if differentiate else backend.add_norm                    # kernels do not differentiate by themselves
+    return by(hidden, residual, norm.weight, getattr(norm, "bias", None))[0]
+
+
 def resize_pos_embed(pos, old, new, class_row=None):
     """pos (1 rows D) of a grid old (h, w) -> (1 h*w D) of the grid new, bicubic; and the class token's row or None."""
     own = None
@@ -935,14 +946,136 @@ def resize_pos_embed(pos, old, new, class_row=None):
     return pos, own
 
 
+def sincos_pos_embed(h, w, dim, class_token=False):
+    """Fixed 2-D position embeddings (1 h*w dim): sines and cosines of the column in the first half, of the row in the
+    second, of wavelengths from 2 pi to 10,000 times that; before them a row of zeros for a class token."""
+    frequency = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))     # (dim / 4)
+    row, column = (p.flatten()[:, None] * frequency for p in torch.meshgrid(
+        torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64), indexing="ij"))
+    table = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1)                 # (h*w dim)
+    return F.pad(table, (0, 0, int(class_token), 0))[None].float()
+
+
+class MAEOutput(NamedTuple):
+    loss: Tensor                                # scalar: mean square error per pixel, over the removed patches
+    pred: Tensor                                # (B L p*p*C) what the decoder paints into each patch, see patchify
+    mask: Tensor                                # (B L) float32, 1 where the patch was removed
+
+
+class MaskedAutoencoder(FastVim):
+    """Masked autoencoding (section 4.3; He et al., Masked Autoencoders Are Scalable Vision Learners): the encoder, a
+    FastVim (then called FastMaskVim) or a Vim, sees a random quarter of the patches; a shallow Vim paints the others.
+
+    MaskedAutoencoder(mask_ratio=0.75, decoder_embed_dim=512, decoder_depth=2, norm_pix_loss=True, ...): the others are
+    fields of Config. norm_pix_loss: the target is each patch, less its mean, over its standard deviation.
+    Raises ValueError on a mask ratio that keeps or removes nothing, a width that is no multiple of 4."""
+
+    def __init__(self, mask_ratio=0.75, decoder_embed_dim=512, decoder_depth=2, norm_pix_loss=True, **fields):
+        if fields.setdefault("num_classes", 0) or fields.get("out_indices") is not None:
+            raise ValueError("a masked autoencoder has neither classes nor taps: leave num_classes and out_indices out")
+        super().__init__(**fields)
+        cfg, (h, w) = self.cfg, self.grid_size
+        if cfg.per_channel:
+            raise ValueError(f"a masked autoencoder removes whole patches: schedule={cfg.schedule!r} has a token per "
+                             "channel")
+        for name, width in dict(embed_dim=cfg.embed_dim, decoder_embed_dim=decoder_embed_dim).items():
+            if type(width) is not int or width < 4 or width % 4:
+                raise ValueError(f"{name}={width!r} must be a multiple of 4, for sin-cos position embeddings")
+        self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
+        self._count(h * w)                      # raises early
+        D = decoder_embed_dim
+        self.pos_embed = nn.Parameter(torch.empty_like(self.pos_embed), requires_grad=False)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, D))
+        self.decoder_embed = nn.Linear(cfg.embed_dim, D)
+        self.decoder_pos_embed = nn.Parameter(torch.empty(1, h * w + cfg.class_token, D), requires_grad=False)
+        decoder = Config(schedule="vim", embed_dim=D, depth=decoder_depth, d_state=cfg.d_state)
+        self.decoder_blocks = nn.ModuleList(Block(decoder) for _ in range(decoder_depth))
+        self.decoder_norm = NORMS["rmsnorm"](D)
+        self.decoder_pred = nn.Linear(D, cfg.patch_size ** 2 * cfg.in_chans)
+        init_weights(self)
+
+    def _class_row(self):
+        return 0 if self.cfg.class_token else None              # as released; load_checkpoint knows
+
+    def _count(self, L):
+        """How many of L patches are kept."""
+        ratio = self.mask_ratio
+        number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+        kept = int(L * (1 - ratio) + 1e-6) if number and 0 < ratio < 1 else 0
+        if not 1 <= kept < L:
+            raise ValueError(f"mask_ratio={ratio!r} must be between 0 and 1, keep at least one of the image's {L} "
+                             "patches and remove at least one")
+        return kept
+
+    def patchify(self, x):
+        """Images (B C H W) -> patches (B L p*p*C): pixels by row, column, channel."""
+        p = self.cfg.patch_size
+        if not isinstance(x, Tensor) or x.ndim != 4 or min(x.shape[2:]) < p or x.shape[2] % p or x.shape[3] % p:
+            what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"images must be (B, C, H, W), of whole patches of {p} x {p} pixels, not {what}")
+        return rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+
+    def unpatchify(self, patches, h):
+        """The inverse, for a grid of h rows: patches (B L p*p*C) -> images (B C H W)."""
+        p = self.cfg.patch_size
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=p, q=p)
+
+    def target(self, x):
+        """What the decoder is to paint -> (B L p*p*C), and each patch's mean and standard deviation (B L 1)."""
+        patches = at_least_float32(self.patchify(x))
+        mean, std = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+        return (patches - mean) / std if self.norm_pix_loss else patches, mean, std
+
+    def random_masking(self, noise):
+        """noise (B L): the patches of the smallest are kept -> keep (B S) their ids, ascending so that the scan follows
+        the image, and mask (B L) float32, 1 for the removed ones."""
+        keep = noise.argsort(1)[:, :self._count(noise.shape[1])].sort(1).values
+        return keep, torch.ones(noise.shape, device=noise.device).scatter(1, keep, 0.0)
+
+    def decode(self, tokens, keep, grid):
+        """The encoder's tokens (B S D), of patches keep (B S) of a grid (h, w) -> what belongs there (B L p*p*C)."""
+        B, L, row = len(keep), math.prod(grid), self._class_row()
+        pos, class_pos = resize_pos_embed(self.decoder_pos_embed, self.grid_size, grid, row)
+        tokens, own = self.decoder_embed(tokens), []                                         # (B S d)
+        if self.cfg.class_token:                # from the middle of the kept tokens to the end of all
+            at = keep.shape[1] // 2
+            own = [tokens[:, at:at + 1] + class_pos]
+            tokens = torch.cat([tokens[:, :at], tokens[:, at + 1:]], 1)
+        x = self.mask_token.to(tokens).expand(B, L, -1)
+        x = x.scatter(1, keep[..., None].expand(tokens.shape), tokens) + pos                 # (B L d)
+        x = torch.cat([x, *own], 1)
+        plan = make_plan(("l", ""), "l", dict(l=x.shape[1]))
+        depth, recompute = len(self.decoder_blocks), self.grad_checkpointing and self.training
+        for hidden, residual in run_blocks(self.decoder_blocks, x, [plan], [0.0] * depth, recompute):
+            pass
+        x = last_norm(self.decoder_blocks[-1], hidden, residual, self.decoder_norm)
+        return self.decoder_pred(x[:, :L])
+
+    def forward(self, x, noise=None):
+        """Images (B C H W), of whole patches -> MAEOutput. noise (B L): decides what is removed; default uniform."""
+        target, _, _ = self.target(x)                                                        # (B L p*p*C)
+        h, w = (n // self.cfg.patch_size for n in x.shape[2:])
+        if noise is None:
+            noise = torch.rand(len(x), h * w, device=x.device)
+        if noise.shape != target.shape[:2]:
+            raise ValueError(f"noise must be a number per patch, {tuple(target.shape[:2])}, not {tuple(noise.shape)}")
+        keep, mask = self.random_masking(noise)                                              # (B S) (B L)
+        tokens, _ = self._features(x, keep, None, checked=True)                              # (B S D)
+        pred = self.decode(tokens, keep, (h, w))                                             # (B L p*p*C)
+        error = (at_least_float32(pred) - target).square().mean(-1)                          # (B L)
+        return MAEOutput((error * mask).sum() / mask.sum(), pred, mask)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Initialisation, all of it, as in the released code
 
-# patch_embed.proj         image: LeCun normal, bias 0; per channel: PyTorch's default
-# pos_embed, cls_token     truncated normal 0.02
+# patch_embed.proj         image: LeCun normal, bias 0; per channel: PyTorch's default; autoencoder: Xavier uniform
+# pos_embed                truncated normal 0.02; autoencoder: sines and cosines, fixed
+# cls_token, mask_token    truncated normal 0.02
 # channel_embed            normal 0.02
 # head                     truncated normal 0.02, bias 0
-# out_proj                 Kaiming uniform (a = sqrt 5) / sqrt(depth), so that the residual stream keeps its scale
+# out_proj                 Kaiming uniform (a = sqrt 5) / sqrt(depth), so that the residual stream keeps its scale; the
+#                          encoder's depth in the decoder, too
 # A_log                    log(1 .. N): the real part of S4D
 # D                        1
 # dt_proj                  weight U(-R^-1/2, R^-1/2), bias softplus^-1(dt) with dt log-uniform in [1e-3, 1e-1]
@@ -954,12 +1087,15 @@ def resize_pos_embed(pos, old, new, class_row=None):
 @torch.no_grad()
 def init_weights(model):
     """Initialises a FastVim in place, from torch's global generator."""
+    autoencoder = hasattr(model, "mask_token")
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module.bias is not None and not name.endswith(".dt_proj"):
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.Conv2d):
             std = math.prod(module.weight.shape[1:]) ** -0.5 / 0.87962566103423978      # of a normal cut at 2 sigma
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+            if autoencoder:
+                nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
             nn.init.zeros_(module.bias)
         if isinstance(module, Mixer):
             R, (E, N) = module.dt_proj.in_features, module.A_log.shape
@@ -971,9 +1107,12 @@ def init_weights(model):
                 nn.init.ones_(D)
             nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
             module.out_proj.weight /= math.sqrt(model.cfg.depth)
-    for name in ("pos_embed", "cls_token"):
-        if getattr(model, name) is not None:
+    for name in ("pos_embed", "cls_token", "mask_token"):
+        if getattr(model, name, None) is not None:
             nn.init.trunc_normal_(getattr(model, name), std=0.02)
+    if autoencoder:
+        for pos in (model.pos_embed, model.decoder_pos_embed):
+            pos.copy_(sincos_pos_embed(*model.grid_size, pos.shape[2], model.cfg.class_token))
     if model.cfg.per_channel:
         nn.init.normal_(model.patch_embed.channel_embed.weight, std=0.02)
     if isinstance(getattr(model, "head", None), nn.Linear):
@@ -989,15 +1128,16 @@ def list_models():
     return [f"{family}_{size}" for family in FAMILIES for size in SIZES]
 
 
-def create_model(name, **overrides):
+def create_model(name, autoencoder=False, **overrides):
     """A freshly initialised model by name, for example "fastvim_tiny", with any field of Config overridden.
 
+    autoencoder: the MaskedAutoencoder of that encoder, such as "fastmaskvim_base", which has options of its own.
     Raises ValueError for an unknown name, option or combination, naming the choices."""
     family, _, size = str(name).rpartition("_")
     if family not in FAMILIES or size not in SIZES:
         raise ValueError(f"unknown model {name!r}; choose a family from {', '.join(FAMILIES)} and a size from "
                          f"{', '.join(SIZES)}, for example fastvim_tiny")
-    return FastVim(**{**SIZES[size], **FAMILIES[family], **overrides})
+    return (MaskedAutoencoder if autoencoder else FastVim)(**{**SIZES[size], **FAMILIES[family], **overrides})
 
 
 class _Inert:
@@ -1065,24 +1205,54 @@ def model_weights(content):
     return tensors, source or "the weights"
 
 
-def load_checkpoint(model, path):
+def _fit_positions(model, tensors, released_pos_rows):
+    """Moves and resizes tensors["pos_embed"] to where the model expects it; returns what was done, in words."""
+    pos, row = tensors.get("pos_embed"), model._class_row()     # row: that of the class token, in the model
+    if pos is None or pos.ndim != 3 or len(pos) != 1:
+        return ""
+    side = math.isqrt(max(0, pos.shape[1] - (row is not None)))
+    same = pos.shape == model.pos_embed.shape
+    old = model.grid_size if same else (side, side)
+    if math.prod(old) + (row is not None) != pos.shape[1]:
+        return ""                                               # no square grid: it will be listed as of another shape
+    was, note = row, ""
+    if row is not None and not isinstance(model, MaskedAutoencoder):
+        was = 0 if "mask_token" in tensors and not released_pos_rows else model._class_slot(*old)
+    if same and was == row:
+        return ""
+    pos, own = resize_pos_embed(pos, old, model.grid_size, was)
+    tensors["pos_embed"] = pos if row is None else torch.cat([pos[:, :row], own, pos[:, row:]], 1)
+    if was != row and "mask_token" in tensors and not released_pos_rows:
+        note += f", position row of the class token moved from 0 to {row}"
+    if not same:
+        note += f", position embeddings resized from {side} x {side} to {' x '.join(map(str, model.grid_size))}"
+    return note
+
+
+def load_checkpoint(model, path, encoder_only=False, released_pos_rows=False):
     """Loads the weights at `path` (a file, or what read_checkpoint made of it) strictly into a model; returns one line
     that says what was taken.
 
-    Position embeddings of another, square grid are resized. Raises ValueError, listing the keys that differ, if the
-    file belongs to another model, which is then left as it was; FileNotFoundError or ValueError as read_checkpoint."""
+    Position embeddings of another, square grid are resized.
+    encoder_only: the file's head, or its autoencoder's decoder, is dropped, and the model keeps its own head.
+    released_pos_rows: an autoencoder's pos_embed has the class token's row first, a classifier's where the token lies.
+        The released code hands the rows over as they are, so that half of a Vim's patches get their neighbour's.
+    Raises ValueError, listing the keys that differ, if the file belongs to another model, which is then left as it was;
+    FileNotFoundError or ValueError as read_checkpoint."""
     tensors, source = model_weights(path if isinstance(path, dict) else read_checkpoint(path))
     own, note = model.state_dict(), f"loaded {source}"
-    pos = tensors.get("pos_embed")
-    if isinstance(model, FastVim) and pos is not None and pos.shape != own["pos_embed"].shape:
-        row = model.cfg.class_token and not model.cfg.per_channel           # whether the class token has a row
-        side = math.isqrt(max(0, pos.shape[1] - row)) if pos.ndim == 3 and len(pos) == 1 else 0
-        if side and side * side + row == pos.shape[1]:
-            patches, class_pos = resize_pos_embed(pos, (side, side), model.grid_size,
-                                                  model._class_slot(side, side) if row else None)
-            at = model._class_slot(*model.grid_size)
-            tensors["pos_embed"] = torch.cat([patches[:, :at], class_pos, patches[:, at:]], 1) if row else patches
-            note += f", position embeddings resized from {side} x {side} to {' x '.join(map(str, model.grid_size))}"
+    if isinstance(model, FastVim):
+        if not any(name.startswith("layers.") for name in tensors):
+            raise ValueError(f"the checkpoint holds no encoder: of its {len(tensors)} weights none is called layers.*; "
+                             f"they are {', '.join(sorted(tensors)[:4])}{', ...' * (len(tensors) > 4)}")
+        note += _fit_positions(model, tensors, released_pos_rows)
+    if encoder_only:
+        parts = collections.Counter(k.partition(".")[0] for k in tensors if k.startswith(("head.", "decoder_", "mask_")))
+        tensors = {k: v for k, v in tensors.items() if k.partition(".")[0] not in parts}
+        fresh = {k: v for k, v in own.items() if k.startswith("head.")}
+        note += (f"; {len(tensors)} weights of the encoder taken, {sum(parts.values())} dropped "
+                 f"({', '.join(parts) or 'none'}), {len(fresh)} of the head as initialised")
+        tensors |= fresh
     differ = {"missing in the file": sorted(own.keys() - tensors.keys()),
               "unknown to the model": sorted(tensors.keys() - own.keys()),
               "of another shape": [f"{k} {tuple(tensors[k].shape)}, in the model {tuple(own[k].shape)}"
