@@ -3,6 +3,7 @@ Classification: FastVim, Vim and baselines on ImageNet-1k, as in section 4.1 of 
 
     python train_imagenet.py --size t                             without --data: handwritten digits, minutes on a CPU
     torchrun --nproc-per-node 8 train_imagenet.py --size s --data IMAGENET_DIR --batch-size 128
+    python train_imagenet.py --size s --data DIR --init FastVim_small.ckpt --lr 1e-4        fine-tuning on other classes
     python train_imagenet.py --size s --data IMAGENET_DIR --eval FastVim_small.ckpt         released weights, or our own
     python train_imagenet.py --predict cat.jpg dog.png --eval runs/imagenet/best.pt
 
@@ -34,7 +35,7 @@ import training
 # The recipe of the paper: 300 epochs of AdamW (0.9, 0.999) at an effective batch of 1024. Its text says lr 1e-3; the
 # released configuration computes 2e-3 at that batch (--lr 2e-3).
 RECIPE = dict(epochs=300.0, warmup=5.0, batch_size=128, weight_decay=0.05, ema=0.9999, mixup=0.8, cutmix=1.0,
-              smoothing=0.1, auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25, crop_pct=0.875)
+              smoothing=0.1, auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25, crop_scale=0.08, crop_pct=0.875)
 LR, LR_BATCH, LR_WARMUP, LR_END = 1e-3, 1024, 1e-6, 1e-5
 IMG_SIZE = 224
 DROP_PATH = dict(tiny=0.05, small=0.05, base=0.4, large=0.4, huge=0.4)     # T, S and B: paper; L and H: as B
@@ -46,59 +47,86 @@ DIGITS = dict(epochs=5.0, warmup=1.0, batch_size=32, ema=0.98, mixup=0.0, cutmix
 SIZES = {size[0]: size for size in fastvim.SIZES}
 
 
-def get_args(argv=None):
-    """The command line -> (args, parser). The recipe is that of ImageNet, or of the digits without --data."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description="Train, evaluate or use an image "
-                                     "classifier. Without --data: on the handwritten digits that come with "
-                                     "scikit-learn, by a recipe scaled to them.")
-    whole, positive, share = training.number(int, 1), training.number(float, 0), training.number(float, 0, 1)
-    add = parser.add_argument_group("what to do").add_argument
-    add("--data", metavar="DIR", help="ImageNet's layout: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (or .png)")
-    add("--eval", metavar="CKPT", help="only evaluate this checkpoint, ours or a released one")
-    add("--predict", metavar="IMAGE", nargs="+", help="print the five likeliest classes of each image, by --eval CKPT "
-        "(default: OUT/best.pt)")
+WHOLE, POSITIVE, SHARE = training.number(int, 1), training.number(float, 0), training.number(float, 0, 1)
+
+
+def add_model_arguments(parser):
+    """The options of MODEL_FLAGS, and --drop-path."""
+    parser.set_defaults(vit_pool=False, vit_conv=False, probe=False)
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=SIZES, help="FastVim-T, S, B, L or H (default t)")
     add("--model", metavar="NAME", help="another one: vim_small, ... (python fastvim.py lists them), or any of timm's")
-    add("--img-size", type=whole, help="pixels (default 224)")
-    add("--patch-size", type=whole, help="pixels (default: the size's own, 16 or 14)")
-    add("--depth", type=whole, help="blocks (default: the size's own)")
-    add("--drop-path", type=share, help="stochastic depth at the last block (default: 0.05 for T and S, 0.4 above, "
-        "0 for models of timm)")
+    add("--img-size", type=WHOLE, help="pixels (default 224)")
+    add("--patch-size", type=WHOLE, help="pixels (default: the size's own, 16 or 14)")
+    add("--depth", type=WHOLE, help="blocks (default: the size's own)")
+    add("--drop-path", type=SHARE, help="stochastic depth at the last block (default: the recipe's)")
     add = parser.add_argument_group("the paper's ablations").add_argument
     add("--schedule", choices=["fastvim", "pool_col", "pool_row", "vim"], help="which axis is pooled in which layer")
     add("--pool", choices=fastvim.POOLS, help="how a row becomes one token (default mean)")
-    add("--pool-scale", type=float, help="factor of mean pooling (default 1)")
+    add("--pool-scale", type=float, help="factor of mean pooling (default 1; 0.25 after masked pretraining)")
     add("--class-token", action=argparse.BooleanOptionalAction, help="read out a class token instead of the mean")
     add("--block-norm", choices=fastvim.NORMS, help="norm before the mixer (default rmsnorm)")
     add("--ssm-norm", choices=[*fastvim.NORMS, "none"], help="norm after the scan (default layernorm)")
     add("--no-conv", action="store_true", help="leave out the convolution")
     add("--skip-before-expand", action="store_true", help="decompress after the D skip instead of before it")
+    return add
+
+
+def add_image_arguments(parser):
+    """The options of build_data, but --data."""
+    add = parser.add_argument_group("augmentation and schedule").add_argument
+    add("--warmup", type=POSITIVE, help="epochs of linear warmup")
+    add("--auto-augment", metavar="POLICY", help="timm's policy string, or none")
+    add("--reprob", type=SHARE, help="probability of random erasing")
+    add("--crop-scale", type=training.number(float, 0.01, 1.01), help="smallest share of an image that a crop keeps")
+    add("--crop-pct", type=training.number(float, 0.1), help="evaluation: center crop's share of the resized image")
+    return add
+
+
+def add_label_arguments(add):
+    add("--mixup", type=POSITIVE, help="alpha of mixup, 0 for none")
+    add("--cutmix", type=POSITIVE, help="alpha of cutmix, 0 for none")
+    add("--smoothing", type=SHARE, help="label smoothing")
+
+
+def get_args(argv=None):
+    """The command line -> (args, parser). The recipe is that of ImageNet, or of the digits without --data."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description="Train, evaluate or use an image "
+                                     "classifier. Without --data: on the handwritten digits that come with "
+                                     "scikit-learn, by a recipe scaled to them.")
+    add = parser.add_argument_group("what to do").add_argument
+    add("--data", metavar="DIR", help="ImageNet's layout: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (or .png)")
+    add("--init", metavar="CKPT", help="start from the encoder of this checkpoint, ours or a released one, with a "
+        "fresh head")
+    add("--eval", metavar="CKPT", help="only evaluate this checkpoint, ours or a released one")
+    add("--predict", metavar="IMAGE", nargs="+", help="print the five likeliest classes of each image, by --eval CKPT "
+        "(default: OUT/best.pt)")
+    add = add_model_arguments(parser)
     add("--vit-pool", action="store_true", help="alternate pooling in a ViT of timm")
     add("--vit-conv", action="store_true", help="a convolution before its attention, too")
-    add = parser.add_argument_group("augmentation and schedule").add_argument
-    add("--warmup", type=positive, help="epochs of linear warmup")
-    add("--mixup", type=positive, help="alpha of mixup, 0 for none")
-    add("--cutmix", type=positive, help="alpha of cutmix, 0 for none")
-    add("--smoothing", type=share, help="label smoothing")
-    add("--auto-augment", metavar="POLICY", help="timm's policy string, or none")
-    add("--reprob", type=share, help="probability of random erasing")
-    add("--crop-pct", type=training.number(float, 0.1), help="evaluation: center crop's share of the resized image")
+    add_label_arguments(add_image_arguments(parser))
     training.add_training_arguments(parser, lr=LR, recipe_batch=LR_BATCH, out="runs/imagenet")
     parser.set_defaults(**RECIPE)
     first = parser.parse_known_args(argv)[0]
     if not (first.data or first.eval or first.predict):
         parser.set_defaults(**DIGITS, out="runs/digits")
+        if first.init:                                                      # which says its sizes itself
+            parser.set_defaults(img_size=None, patch_size=None)
     args = parser.parse_args(argv)
     if args.vit_conv and not args.vit_pool:
         parser.error("--vit-conv goes with --vit-pool")
-    if (args.mixup or args.cutmix) and args.batch_size % 2:
-        parser.error(f"--batch-size {args.batch_size}: mixup and cutmix pair images, so it has to be even")
+    check_pairs(args, parser)
     return args, parser
 
 
-def build_model(args, num_classes):
-    """The model that args ask for. ValueError for an unknown name or an option that the model does not have."""
+def check_pairs(args, parser):
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        parser.error(f"--batch-size {args.batch_size}: mixup and cutmix pair images, so it has to be even")
+
+
+def build_model(args, num_classes, **more):
+    """The model that args ask for; more: options for create_model. ValueError for an unknown name or an option that the
+    model does not have."""
     name = model_name(args)
     options = dict(img_size=args.img_size or IMG_SIZE, patch_size=args.patch_size, depth=args.depth)
     ours = dict(schedule=args.schedule, pool=args.pool, pool_scale=args.pool_scale, class_token=args.class_token,
@@ -111,7 +139,8 @@ def build_model(args, num_classes):
         if given.get("ssm_norm") == "none":
             given["ssm_norm"] = None
         rate = DROP_PATH[name.rpartition("_")[2]] if args.drop_path is None else args.drop_path
-        return fastvim.create_model(name, num_classes=num_classes, drop_path_rate=rate, **given)
+        model = fastvim.create_model(name, num_classes=num_classes, drop_path_rate=rate, **given, **more)
+        return linear_probe(model, num_classes) if args.probe else model
     timm = data.extra("timm")
     if not timm.is_model(name):
         raise ValueError(f"--model {name}: neither a model of timm nor one of ours: a family, "
@@ -129,6 +158,16 @@ def build_model(args, num_classes):
         for i, block in enumerate(model.blocks):
             block.attn = PooledAttention(block.attn, model.num_prefix_tokens, model.patch_embed.grid_size, i % 2,
                                          args.vit_conv)
+    return model
+
+
+def linear_probe(model, num_classes):
+    """A frozen model under a classifier that learns (Table 11): normalised features, without learnt scale or shift."""
+    model.requires_grad_(False)
+    linear = nn.Linear(model.cfg.embed_dim, num_classes)
+    nn.init.trunc_normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    model.head = nn.Sequential(nn.BatchNorm1d(model.cfg.embed_dim, affine=False, eps=1e-6), linear)
     return model
 
 
@@ -160,7 +199,17 @@ class PooledAttention(nn.Module):
 
 
 MODEL_FLAGS = ("size", "model", "img_size", "patch_size", "depth", "schedule", "pool", "pool_scale", "class_token",
-               "block_norm", "ssm_norm", "no_conv", "skip_before_expand", "vit_pool", "vit_conv")
+               "block_norm", "ssm_norm", "no_conv", "skip_before_expand", "vit_pool", "vit_conv", "probe")
+
+
+def adopt(args, content):
+    """Fills in what the command line leaves open of the model with what a checkpoint of ours says. -> its args or {}"""
+    saved = content.get("args")
+    if not isinstance(saved, dict) or not {"size", "model", "data"} <= saved.keys():
+        return {}
+    vars(args).update({flag: saved[flag] for flag in MODEL_FLAGS
+                       if vars(args)[flag] in (None, False) and flag in saved})
+    return saved
 
 
 def restore(args, ctx, path):
@@ -168,16 +217,13 @@ def restore(args, ctx, path):
 
     Our checkpoints say which model they hold: args gets what the command line leaves open. Released ones do not."""
     content = fastvim.read_checkpoint(path)
-    saved = content.get("args")
-    ours = isinstance(saved, dict) and {*MODEL_FLAGS, "classes", "data"} <= saved.keys()
-    if ours:
-        vars(args).update({flag: saved[flag] for flag in MODEL_FLAGS if vars(args)[flag] in (None, False)})
-    head = fastvim.model_weights(content)[0].get("head.weight")
-    if not ours and head is None:
+    saved = adopt(args, content)
+    classes, head = saved.get("classes"), fastvim.model_weights(content)[0].get("head.weight")
+    if classes is None and head is None:
         raise ValueError(f"{path} says neither its classes nor holds a head.weight to count them")
-    model = build_model(args, len(saved["classes"]) if ours else len(head)).to(ctx.device).eval()
+    model = build_model(args, len(head) if classes is None else len(classes)).to(ctx.device).eval()
     ctx.print(f"{path}: {fastvim.load_checkpoint(model, content)} into {model_name(args)}")
-    return model, saved["classes"] if ours else None, ours and saved["data"] is None
+    return model, classes, classes is not None and saved["data"] is None
 
 
 def model_name(args):
@@ -191,8 +237,8 @@ def build_data(args, train, classes=None):
         return data.Digits(train, size)
     policy = None if args.auto_augment == "none" else args.auto_augment
     try:
-        transform = (data.image_transform(size, True, auto_augment=policy, reprob=args.reprob) if train else
-                     data.image_transform(size, False, crop_pct=args.crop_pct))
+        transform = data.image_transform(size, train, auto_augment=policy if train else None, reprob=args.reprob,
+                                         scale=(args.crop_scale, 1.0), crop_pct=args.crop_pct)
     except (AssertionError, KeyError, NotImplementedError) as error:
         raise ValueError(f"--auto-augment {policy}: timm does not know it; the paper's is {RECIPE['auto_augment']}"
                          ) from error
@@ -205,12 +251,30 @@ def loader_of(args, ctx, dataset, train):
                             world_size=ctx.world_size)
 
 
-def train(args, ctx):
+def starting_point(args):
+    """What --init names, or, if the run goes on, its own checkpoint: {} or the content of a file, which says what the
+    command line leaves open of the model; and whether its weights are to be taken."""
+    resumed = training.checkpoint_to_resume(args) if args.init else None
+    content = fastvim.read_checkpoint(resumed or args.init) if args.init else {}
+    adopt(args, content)
+    return content, bool(args.init and not resumed)
+
+
+def adamw(model, args):
+    return torch.optim.AdamW(training.parameter_groups(model, args.weight_decay), lr=args.lr)
+
+
+def train(args, ctx, optimizer_of=adamw, lr_start=LR_WARMUP, lr_end=LR_END, released_pos_rows=False):
+    """One run. optimizer_of(model, args): what updates the model."""
+    content, fresh = starting_point(args)
     train_set = build_data(args, True)
     args.classes = train_set.classes                                        # kept in the checkpoint, for --predict
     val_set = build_data(args, False, train_set.classes)
     loader, val_loader = loader_of(args, ctx, train_set, True), loader_of(args, ctx, val_set, False)
-    model = build_model(args, len(train_set.classes)).to(ctx.device)
+    model = build_model(args, len(train_set.classes))
+    if fresh:
+        ctx.print(f"{args.init}: {fastvim.load_checkpoint(model, content, True, released_pos_rows)}")
+    model = model.to(ctx.device)
     ctx.print(f"{model_name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters, "
               f"{len(train_set.classes)} classes, {len(train_set):,} training and {len(val_set):,} validation images")
     mixup = None
@@ -225,18 +289,17 @@ def train(args, ctx):
             return F.cross_entropy(model(images), labels)
         return F.cross_entropy(model(images), labels, label_smoothing=args.smoothing)
 
-    def evaluate(model):
+    def evaluate(model, epoch):
         metrics = training.evaluate_classifier(model, val_loader, ctx, args.amp)
         if args.data:
             bad = torch.tensor(float(train_set.bad_count + val_set.bad_count), device=ctx.device)
             metrics["unreadable"] = ctx.sum(bad).item()
         return metrics
 
-    optimizer = torch.optim.AdamW(training.parameter_groups(model, args.weight_decay), lr=args.lr)
     total, per_epoch = training.run_length(args, loader)
-    training.fit(args, ctx, model, loader, loss_fn, optimizer, metric="top1", harmless=("data", "eval", "predict"),
-                 lr=lambda step: training.cosine(step, total, args.lr, warmup=round(args.warmup * per_epoch),
-                                                 start=LR_WARMUP, end=LR_END), evaluate=evaluate)
+    training.fit(args, ctx, model, loader, loss_fn, optimizer_of(model, args), metric="top1", evaluate=evaluate,
+                 harmless=("data", "eval", "predict", "init"), lr=lambda step: training.cosine(
+                     step, total, args.lr, warmup=round(args.warmup * per_epoch), start=lr_start, end=lr_end))
 
 
 def evaluate(args, ctx):
@@ -285,8 +348,7 @@ def main():
             evaluate(args, ctx)
         else:
             if args.data is None:
-                ctx.print("no --data: training on the built-in handwritten digits, enlarged to "
-                          f"{args.img_size} px, by a recipe scaled to them")
+                ctx.print("no --data: training on the built-in handwritten digits, by a recipe scaled to them")
             train(args, ctx)
         ctx.close()
 

@@ -10,7 +10,7 @@ Training: one loop for every experiment, and what the scripts share around it.
     total, per_epoch = run_length(args, loader)           # in optimizer steps, as everything here
     fit(args, ctx, model, loader, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), optimizer,
         lr=lambda step: cosine(step, total, args.lr, warmup=5 * per_epoch, start=1e-6, end=1e-5),
-        evaluate=lambda model: evaluate_classifier(model, val_loader, ctx, args.amp), metric="top1")
+        evaluate=lambda model, epoch: evaluate_classifier(model, val_loader, ctx, args.amp), metric="top1")
 
 1. A run is a function of its arguments and the step. Learning rate, weight decay and all random numbers follow from
    the step, the order of the data from the epoch. So a checkpoint is weights, sums and counters, and a run resumed
@@ -461,8 +461,8 @@ def fit(args, ctx, model, loader, loss_fn, optimizer, lr, *, weight_decay=None, 
     loss_fn(model, batch) -> scalar mean loss. The batch, any nesting of tensors, is on the device. Call model(...),
         none of its methods: with several processes it is wrapped.
     lr(step), weight_decay(step): schedules; without the latter the optimizer's weight decays stay.
-    evaluate(model) -> {name: number}, called on every process, with the moving average when --ema is on; `metric`
-        names the one that decides which epoch becomes OUT/best.pt.
+    evaluate(model, epoch) -> {name: number}, called on every process after `epoch` epochs, with the moving average when
+        --ema is on; `metric` names the number that decides which epoch becomes OUT/best.pt.
     harmless: names in `args` that a resumed run may change (paths, for example).
 
     Raises NonFiniteError; SystemExit for a refused start or full memory (status 1) and, after a checkpoint, for SIGTERM
@@ -574,7 +574,7 @@ def fit(args, ctx, model, loader, loss_fn, optimizer, lr, *, weight_decay=None, 
                 target = ema.module if ema else model
                 target.eval()
                 with torch.no_grad():                     # inference_mode would spoil tensors the model caches
-                    metrics = {key: float(value) for key, value in (evaluate(target) or {}).items()}
+                    metrics = {key: float(value) for key, value in (evaluate(target, epoch + 1) or {}).items()}
             line = {"epoch": epoch + 1, "step": end, "lr": lr(end - 1), "seconds": running["seconds"],
                     **{key: running[key] / running["steps"] for key in ("loss", "grad_norm")}, "metrics": metrics,
                     "img_per_s": running["steps"] * effective / running["seconds"],

@@ -116,7 +116,7 @@ def toy(*argv, loss_fn=cross_entropy, on_step=lambda step: None, on_evaluate=lam
         seen.append(0)
         return loss_fn(model, batch)
 
-    def evaluate(model):
+    def evaluate(model, epoch):
         on_evaluate(len(seen))
         batches = [(INPUTS[i:i + 20], LABELS[i:i + 20]) for i in (0, 20, 40)]
         return evaluate_classifier(model, batches[ctx.rank::ctx.world_size], ctx)
@@ -310,7 +310,7 @@ def test_accumulation_equals_the_larger_batch(tmp_path):
 
 def test_best_is_by_the_metric_and_on_the_average(tmp_path):
     values, models = iter([3.0, 1.0, 2.0]), []
-    toy("--out", tmp_path, evaluate=lambda model: models.append(model) or {"score": next(values)}, metric="score",
+    toy("--out", tmp_path, evaluate=lambda model, epoch: models.append(model) or {"score": next(values)}, metric="score",
         lower_is_better=True)
     state = load(tmp_path / "best.pt")
     assert state["best"] == 1.0 and state["epoch"] == 2 and load(tmp_path / "last.pt")["best"] == 1.0
