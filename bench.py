@@ -1,7 +1,7 @@
 """
 A benchmark that tells the truth: every figure is measured here and now, beside its peers.
 
-    python bench.py                     the figures model, block, sizes, training; tables, JSON, plots in runs/bench
+    python bench.py                     the figures from model to masked; tables, JSON, plots in runs/bench
     python bench.py model --px 224      one of them, at some image sizes
     python bench.py --quick             models of two blocks, tiny images: tries the command, its figures mean nothing
 
@@ -9,6 +9,7 @@ A benchmark that tells the truth: every figure is measured here and now, beside 
     block       where the time of one block goes, beside what memory and matrix products of the machine allow
     sizes       FastVim-T, -S, -B; without the post-SSM norm; max pooling; ChannelVim and FastChannelVim
     training    forward and backward pass of FastVim-T, Vim-T and DeiT-T (16-bit: autocast)
+    masked      the same of FastMaskVim-T and -B that see a quarter of the patches, or all; the share of the indexing
     loop        what the training loop costs beside bare forward, backward and AdamW
     data        images per second of the ImageNet training pipeline, and where the time goes
 
@@ -22,6 +23,7 @@ import copy
 import datetime
 import functools
 import json
+import math
 import multiprocessing
 import pathlib
 import platform
@@ -136,6 +138,7 @@ class Spec(NamedTuple):
     batch: int
     dtype: str                                  # of the model; "autocast": float32, under bfloat16 autocast
     train: bool = False
+    kept: float = 1.0                           # share of the patches that the encoder is shown
 
 
 def build(spec, device):
@@ -156,7 +159,11 @@ def build(spec, device):
     def run(mark=lambda stage: None, small=False):
         with torch.inference_mode(not spec.train), fastvim.use_backend(backend), torch.autocast(
                 device, torch.bfloat16, spec.dtype == "autocast"):
-            y = model(x[:1, :, :32, :32] if small else x)
+            arguments = {}
+            if spec.kept < 1 and not small:                                 # other patches in every call
+                noise = torch.rand(spec.batch, math.prod(model.grid_size), device=device)
+                arguments["keep"] = noise.argsort(1)[:, :int(spec.kept * noise.shape[1])]
+            y = model(x[:1, :, :32, :32] if small else x, **arguments)
             if spec.train:
                 F.cross_entropy(y, torch.zeros_like(y[:, 0], dtype=torch.int64)).backward()
                 model.zero_grad(set_to_none=True)
@@ -308,7 +315,7 @@ def sizes(args):
 
 def groups(figure, args):
     """Lists of the Specs that are measured together."""
-    train, small, chosen = figure == "training", dict(depth=2) if args.quick else {}, sizes(args)
+    train, small, chosen = figure in ("training", "masked"), dict(depth=2) if args.quick else {}, sizes(args)
     kernels, absent = args.device, peers(args.device)
     best = "python" if absent[kernels] else kernels
     if figure == "sizes":
@@ -322,13 +329,19 @@ def groups(figure, args):
                 (f"ChannelVim-S/{p}", "channelvim_small", best, dict(patch_size=p)),
                 (f"FastChannelVim-S/{p}", "fastchannelvim_small", best, dict(patch_size=p)),
                 (f"FastChannelVim-S/{p}, max pooling", "fastchannelvim_small", best, dict(patch_size=p, pool="max"))]))
+    elif figure == "masked":
+        px, batch = chosen[0]
+        plan = [([(px, max(1, batch // shrink))], [
+            (f"FastMaskVim-{size[0].upper()}, {what}", f"fastmaskvim_{size}", best, {}, share)
+            for what, share in (("25 % kept", 0.25), ("all patches", 1.0))])
+            for size, shrink in (("tiny", 1), ("base", 2))]
     else:
         ours = [b for b in absent if b not in args.without and (not train or b in (kernels, "python"))]
         models = [("FastVim-T", "fastvim_tiny", backend, {}) for backend in ours]
         plan = [([s for s in chosen if not train or s[0] <= 512 and s[1] > 1],
                  models + [("Vim-T", "vim_tiny", best, {}), ("DeiT-T", "deit", "", {})])]
-    return [[Spec(label, name, backend, {**fields, **small}, px, batch, dtype, train)
-             for label, name, backend, fields in models] for where, models in plan for px, batch in where
+    return [[Spec(label, name, backend, {**fields, **small}, px, batch, dtype, train, *kept)
+             for label, name, backend, fields, *kept in models] for where, models in plan for px, batch in where
             for dtype in (("float32", "autocast") if train else args.dtypes)]
 
 
@@ -374,7 +387,9 @@ def throughput(figure, args):
                 group[i][column] = specs[i].batch / value(seconds)
             group[i]["peak MB"] = memory
         rates = {(s.name, s.backend): row["images/s"] for s, row in zip(specs, group) if "images/s" in row}
-        for (name, _), row in zip([s[1:3] for s in specs] * (figure != "sizes"), group):
+        for row in group if figure == "masked" and all("images/s" in row for row in group) else ():
+            row["time / all"] = group[-1]["images/s"] / row["images/s"]
+        for (name, _), row in zip([s[1:3] for s in specs] * (figure in ("model", "training")), group):
             for column, other in (("x DeiT", ("deit", "")), ("x python", (name, "python"))):
                 if "images/s" in row and other in rates:
                     row[column] = row["images/s"] / rates[other]
@@ -440,6 +455,34 @@ def dissection(args):
             row["x first"] = row["SSM part"] / first["SSM part"]
         rows += group
     return rows
+
+
+def indexing(args):
+    """What it costs that kept patches lie anywhere: the blocks of FastVim-T, forward and backward, on 14 rows of 4
+    tokens that are the whole grid, and on the same number left, in other places each time, of 14 rows of 16."""
+    (px, batch), small = sizes(args)[0], dict(depth=2) if args.quick else {}
+    model = fastvim.create_model("fastvim_tiny", **small).to(args.device)
+    x = torch.randn(batch, 56, model.cfg.embed_dim, device=args.device, requires_grad=True)
+    row, rates = ("h w", "w"), [0.0] * len(model.layers)
+
+    def run(mark, width):
+        slots = None
+        if width > 4:
+            slots = torch.rand(batch, 14, width, device=args.device).argsort(2)[..., :4].sort(2).values
+            slots = (slots + width * torch.arange(14, device=args.device)[:, None]).flatten(1)      # (B 56)
+        plan = fastvim.make_plan(row, "h w", dict(h=14, w=width), slots)
+        for hidden, residual in fastvim.run_blocks(model.layers, x, [plan], rates):
+            pass
+        (hidden + residual).sum().backward()
+        model.zero_grad(set_to_none=True)
+        mark("all")
+    calls = {width: functools.partial(run, width=width) for width in (4, 16)}
+    race(calls, args)                                                       # warm-up
+    times = race(calls, args)
+    return [dict(px=px, batch=batch, dtype="float32", model=what, backend=fastvim.pick_backend(args.device).name,
+                 seconds=[t["all"] for t in times[width]], **{"ms/step": 1e3 * median(times[width])},
+                 **{"time / grid": median(times[width]) / median(times[4])})
+            for what, width in (("56 tokens: a grid", 4), ("56 tokens: indexed", 16))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -518,6 +561,8 @@ def figures(names, args):
     result["agreement"] = check(args)
     for figure in names:
         rows = result[figure] = dissection(args) if figure == "block" else throughput(figure, args)
+        if figure == "masked":
+            rows += indexing(args)
         (args.out / "bench.json").write_text(json.dumps(result, indent=1))
         print(f"\n{figure}: {result['machine']['name']}, {torch.get_num_threads()} threads\n")
         composed = [row for row in rows if "block" in row and "composition" in row["backend"]]
@@ -604,7 +649,7 @@ def pipeline(args):
 
 
 def main():
-    every, number = ["model", "block", "sizes", "training"], training.number
+    every, number = ["model", "block", "sizes", "training", "masked"], training.number
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", nargs="*", choices=[*every, "loop", "data", "all"], default="all")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two repeats")

@@ -1213,7 +1213,7 @@ def _fit_positions(model, tensors, released_pos_rows):
     side = math.isqrt(max(0, pos.shape[1] - (row is not None)))
     same = pos.shape == model.pos_embed.shape
     old = model.grid_size if same else (side, side)
-    if math.prod(old) + (row is not None) != pos.shape[1]:
+    if not side and not same or math.prod(old) + (row is not None) != pos.shape[1]:
         return ""                                               # no square grid: it will be listed as of another shape
     was, note = row, ""
     if row is not None and not isinstance(model, MaskedAutoencoder):

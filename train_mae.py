@@ -261,7 +261,7 @@ def no_decay(name, param):
 
 
 def classify(args, ctx):
-    if args.init and not pathlib.Path(args.init).is_file():
+    if args.init and not pathlib.Path(args.init).is_file() and not training.checkpoint_to_resume(args):
         raise FileNotFoundError(f"no checkpoint at {args.init}: run `python train_mae.py pretrain` first, name one with "
                                 "--init, or start from nothing with --scratch")
     content, _ = train_imagenet.starting_point(args)

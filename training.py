@@ -492,6 +492,9 @@ def fit(args, ctx, model, loader, loss_fn, optimizer, lr, *, weight_decay=None, 
         if ema:
             ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
         progress = {key: checkpoint[key] for key in progress}
+        if progress["step"] < total:                      # that run may have ended by --steps within an epoch
+            progress["epoch"] = min(progress["epoch"], progress["step"] // per_epoch)
+            progress["history"] = progress["history"][:progress["epoch"]]
         del checkpoint                                    # a second copy of everything
         if path.resolve().parent != out.resolve():
             progress["best"] = None                       # the new folder gets a best.pt of its own

@@ -46,17 +46,18 @@ def run(*arguments, **environment):
 
 
 def test_command(tmp_path):
-    result = run("model", "block", "training", "--quick", "--px", "32", "--device", "cpu", "--no-compile", "--markdown",
-                 "--out", str(tmp_path))
+    result = run("model", "block", "training", "masked", "--quick", "--px", "32", "--device", "cpu", "--no-compile",
+                 "--markdown", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"bench.json", "model.png", "block.png"}
     report = json.loads((tmp_path / "bench.json").read_text())
     assert {row["dtype"] for row in report["model"]} == {"float32", "bfloat16"}
-    for row in report["model"] + report["training"] + report["block"]:
+    for row in report["model"] + report["training"] + report["block"] + report["masked"]:
         assert len(row.get("seconds", ())) == 2 or row["note"].startswith("absent"), row
     for row in report["model"]:
         if "seconds" in row:
             assert row["slowest"] <= row["images/s"] <= row["fastest"]
+    assert len(report["masked"]) == 10 and sum("time / all" in row for row in report["masked"]) == 8
     assert "| px" in result.stdout and "SDPA" in result.stdout
 
 

@@ -8,7 +8,6 @@ import pathlib
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import fastvim
 
@@ -30,6 +29,8 @@ MODELS = {
     "fastchannelvim_spatial_first_max": dict(schedule="fastchannelvim_spatial", pool="max"),
     "fastchannelvim_2d_max": dict(schedule="fastchannelvim_2d", pool="max"),
 }
+AUTOENCODERS = {"fastmaskvim_mae_released": dict(schedule="fastvim", released_masking=True),
+                "vim_mae": dict(schedule="vim", class_token=True)}
 SCANS = ["scan_short", "scan_long"]
 
 
@@ -91,27 +92,28 @@ def compare_scan(name):
     return *errors(pairs), max(abs(a.norm() / b.norm() - 1).item() for a, b in pairs)
 
 
-def test_masked_encoder_agrees_with_the_released_one():
-    """Masked autoencoding: the encoder sees the quarter of the tokens with the smallest noise. The decoder, Vim blocks
-    over all tokens, is put together here; its prediction agrees only if the encoder's tokens do."""
-    meta, weights, io = read("fastmaskvim_mae_released")
-    encoder = fastvim.FastVim(img_size=64, patch_size=8, depth=4, embed_dim=32, num_classes=0, released_masking=True)
-    encoder.load_state_dict({k: v for k, v in weights.items() if k in encoder.state_dict()}, strict=True)
-    keep = io["io/noise"].argsort(1)[:, :16].sort(1).values                                  # (B 16)
-    mask = torch.ones(2, 64).scatter(1, keep, 0.0)                                           # 1: removed
+def compare_autoencoder(name):
+    """The same for an autoencoder: loss and prediction; the mask has to be equal."""
+    meta, weights, io = read(name)
+    model = fastvim.MaskedAutoencoder(img_size=meta["img_size"], patch_size=meta["patch_size"], depth=meta["depth"],
+                                      embed_dim=meta["embed_dim"], decoder_embed_dim=meta["decoder_embed_dim"],
+                                      **AUTOENCODERS[name])
+    for pos in ("pos_embed", "decoder_pos_embed"):                           # sines and cosines are ours already
+        torch.testing.assert_close(model.get_parameter(pos).data, weights[pos], atol=1e-6, rtol=0)
+    fastvim.load_checkpoint(model, weights)
+    loss, pred, mask = model(io["io/x"], io["io/noise"])
+    loss.backward()
     assert mask.equal(io["io/mask"])
-    tokens = F.linear(encoder.forward_features(io["io/x"], keep=keep), weights["decoder_embed.weight"],
-                      weights["decoder_embed.bias"])
-    tokens = weights["mask_token"].expand(2, 64, -1).scatter(1, keep[..., None].expand(tokens.shape), tokens)
-    hidden, residual = tokens + weights["decoder_pos_embed"], None
-    cfg = fastvim.Config(schedule="vim", embed_dim=24, depth=2)
-    for i in range(2):
-        block, prefix = fastvim.Block(cfg), f"decoder_blocks.{i}."
-        block.load_state_dict({k[len(prefix):]: v for k, v in weights.items() if k.startswith(prefix)}, strict=True)
-        hidden, residual = block(hidden, residual, fastvim.make_plan(("h w", ""), "h w", dict(h=8, w=8)))
-    u, _ = fastvim.add_norm(hidden, residual, weights["decoder_norm.weight"], None)
-    pred = F.linear(u, weights["decoder_pred.weight"], weights["decoder_pred.bias"])         # (B L 8*8*3)
-    torch.testing.assert_close(pred, io["io/pred"], atol=2e-5, rtol=1e-4)
+    norms = {k: p.grad.norm().item() for k, p in model.named_parameters() if p.grad is not None}
+    assert norms.keys() == meta["grad_norms"].keys()
+    return *errors([(loss, io["io/loss"]), (pred, io["io/pred"])]), max(
+        abs(norms[k] - v) / v for k, v in meta["grad_norms"].items())
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_autoencoder_agrees_with_the_released_one(name):
+    _, error, gradient = compare_autoencoder(name)
+    assert error <= 1 and gradient <= 1e-3
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -128,6 +130,7 @@ def test_scan_agrees_with_the_released_one(name):
 
 if __name__ == "__main__":
     print(f"{'golden file':36} {'max error':>10} {'error / tolerance':>18} {'gradient norms, relative':>26}")
-    for name in [*MODELS, *SCANS]:
-        absolute, error, gradient = (compare_scan if name in SCANS else compare)(name)
+    compared = {name: compare for name in MODELS} | dict.fromkeys(AUTOENCODERS, compare_autoencoder)
+    for name, how in {**compared, **dict.fromkeys(SCANS, compare_scan)}.items():
+        absolute, error, gradient = how(name)
         print(f"{name:36} {absolute:10.1e} {error:18.4f} {gradient:26.1e}")

@@ -1,0 +1,331 @@
+"""The masked autoencoding script from its command line: recipes, learning-rate groups, stages, pictures, errors."""
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+for module in ("timm", "torchvision", "sklearn", "PIL"):
+    pytest.importorskip(module)
+
+import data
+import fastvim
+import train_imagenet
+import train_mae
+import training
+from PIL import Image
+
+SMALL = ["--depth", "4", "--device", "cpu", "--threads", "1"]
+PRETRAIN = ["pretrain", *SMALL, "--decoder-dim", "16", "--decoder-depth", "1", "--steps", "4", "--eval-every", "1"]
+
+
+def run(*argv, script=train_mae):
+    """The script in this process."""
+    sys.argv, old = [f"{script.__name__}.py", *map(str, argv)], sys.argv
+    try:
+        script.main()
+    finally:
+        sys.argv = old
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("mae")
+    run(*PRETRAIN, "--out", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes, dark and bright, in ImageNet's layout."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, n in (("train", 12), ("val", 4)):
+        for label, name in enumerate(("dark", "light")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 100, (40, 48, 3)) + 150 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
+FOLDER = ["--img-size", 32, "--patch-size", 8, "--depth", 2, "--batch-size", 8, "--workers", 0, "--device", "cpu"]
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def recipe(*argv, **expected):
+    args = train_mae.get_args([*argv, "--data", "x"])[0]
+    actual = {k: vars(args)[k] for k in expected}
+    assert actual == pytest.approx(expected), actual
+    return args
+
+
+def test_recipes_of_the_paper():
+    """recipes.md, section 2. Learning rates are MAE's base rates x effective batch / 256."""
+    recipe("pretrain", "--size", "b", recipe_lr=2.4e-3, recipe_batch=4096, epochs=1600, warmup=40, weight_decay=0.05,
+           drop_path=0, crop_scale=0.2, reprob=0, mask_ratio=0.75, decoder_depth=2, decoder_dim=512, clip=0, ema=0)
+    recipe("finetune", "--size", "b", recipe_lr=2e-3, recipe_batch=1024, epochs=100, warmup=5, weight_decay=0.05,
+           drop_path=0.3, layer_decay=0.65, decay_blocks=2, mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, clip=0,
+           crop_pct=0.875, crop_scale=0.08, ema=0)
+    for size in (["--size", "l"], ["--size", "h"], ["--model", "vim_large"]):
+        recipe("finetune", *size, recipe_lr=4e-3, epochs=50, layer_decay=0.75, warmup=5, drop_path=0.3)
+    recipe("finetune", "--size", "h", "--img-size", "448", clip=3.0, crop_pct=1.0, epochs=50)
+    recipe("finetune", "--size", "h", "--img-size", "448", "--clip", "1", clip=1.0, crop_pct=1.0)
+    recipe("linear", "--size", "l", recipe_lr=1.6, recipe_batch=4096, epochs=90, warmup=10, weight_decay=0, drop_path=0,
+           mixup=0, cutmix=0, smoothing=0, reprob=0, crop_scale=0.08)
+    assert train_mae.get_args(["finetune", "--data", "x"])[0].auto_augment == "rand-m9-mstd0.5-inc1"
+    for stage in ("pretrain", "linear"):
+        assert train_mae.get_args([stage, "--data", "x"])[0].auto_augment == "none"
+    args = train_mae.get_args(["pretrain", "--size", "h", "--data", "x"])[0]
+    assert args.patch_size is None and fastvim.SIZES["huge"]["patch_size"] == 14
+    assert train_mae.get_args(["pretrain"])[0].out == "runs/digits_mae"
+    assert train_mae.get_args(["finetune"])[0].init == "runs/digits_mae/last.pt"
+
+
+def test_layer_decay_against_a_list_written_by_hand():
+    """Depth 4, n = 5: decay ** ceil((n - i) / 2)."""
+    model = fastvim.FastVim(img_size=32, embed_dim=16, depth=4, d_state=4, schedule="vim", class_token=True)
+    by_hand = {2: {"pos_embed": 3, "cls_token": 3, "patch_embed": 3, "layers.0": 2, "layers.1": 2, "layers.2": 1,
+                   "layers.3": 1, "norm_f": 0, "head": 0},
+               1: {"pos_embed": 5, "cls_token": 5, "patch_embed": 5, "layers.0": 4, "layers.1": 3, "layers.2": 2,
+                   "layers.3": 1, "norm_f": 0, "head": 0}}
+    for blocks, powers in by_hand.items():
+        for name, _ in model.named_parameters():
+            part = ".".join(name.split(".")[:2]) if name.startswith("layers") else name.split(".")[0]
+            assert train_mae.layer_scale(name, 4, 0.65, blocks) == pytest.approx(0.65 ** powers[part]), name
+
+
+def test_groups_of_the_optimizers(pretrained, tmp_path, monkeypatch):
+    """What fit() is given: learning-rate shares, weight decay, betas, what is trained at all."""
+    seen = []
+    monkeypatch.setattr(training, "fit", lambda args, ctx, model, loader, loss, optimizer, **kw: seen.append(
+        (args, model, optimizer, kw)))
+
+    def groups():
+        args, model, optimizer, more = seen.pop()
+        names = {id(p): k for k, p in model.named_parameters()}
+        return args, model, optimizer, more, {names[id(p)]: (g["lr_scale"], g["weight_decay"])
+                                              for g in optimizer.param_groups for p in g["params"]}
+    run(*PRETRAIN, "--out", tmp_path)
+    _, model, optimizer, more, found = groups()
+    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+    assert set(found.values()) == {(1.0, 0.05)}
+    assert found.keys() == {k for k, _ in model.named_parameters()} - {"pos_embed", "decoder_pos_embed"}
+    assert more["lr"](0) == 0 and more["metric"] == "loss" and more["lower_is_better"]
+
+    run("finetune", "--init", pretrained / "last.pt", "--out", tmp_path, "--layer-decay", 0.5, "--device", "cpu")
+    args, model, optimizer, more, found = groups()
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999) and args.pool_scale == 0.25 == model.cfg.pool_scale
+    assert found["pos_embed"] == (0.125, 0.0) and found["head.weight"] == (1.0, 0.05) and found["head.bias"] == (1.0, 0)
+    assert found["layers.0.mixer.A_log"] == (0.25, 0.05) and found["layers.3.mixer.D"] == (0.5, 0.0)
+    assert found.keys() == {k for k, _ in model.named_parameters()}
+    assert more["lr"](0) == 0 and more["lr"](10 ** 9) != 0
+
+    run("linear", "--init", pretrained / "last.pt", "--out", tmp_path, "--device", "cpu")
+    args, model, optimizer, more, found = groups()
+    assert isinstance(optimizer, torch.optim.SGD) and optimizer.param_groups[0]["momentum"] == 0.9
+    assert found.keys() == {"head.1.weight", "head.1.bias"} and {v for v in found.values()} == {(1.0, 0.0)}
+    assert isinstance(model.head[0], torch.nn.BatchNorm1d) and not model.head[0].affine and model.head[0].eps == 1e-6
+    assert model.cfg.pool_scale == 0.25 and 0.005 < model.head[1].weight.std() < 0.015
+
+
+@pytest.mark.parametrize("flags, scale", [
+    (["--mask-ratio", 0.5], 0.5), (["--mask-divisor", "count"], 1.0), (["--pool", "max"], 1.0),
+    (["--model", "vim_tiny"], 1.0), (["--model", "fastmaskvim_tiny"], 0.25)])
+def test_the_scale_follows_from_the_pretraining(flags, scale, tmp_path):
+    run(*PRETRAIN[:-4], "--steps", 1, *flags, "--out", tmp_path / "mae")
+    run("finetune", "--init", tmp_path / "mae/last.pt", "--steps", 1, "--out", tmp_path / "a", "--device", "cpu")
+    args = train_imagenet.get_args(["--device", "cpu", "--eval", str(tmp_path / "a/last.pt")])[0]
+    ctx = training.setup(args, training=False)
+    assert train_imagenet.restore(args, ctx, args.eval)[0].cfg.pool_scale == scale
+    if scale != 1:
+        run("finetune", "--init", tmp_path / "mae/last.pt", "--steps", 1, "--out", tmp_path / "b", "--device", "cpu",
+            "--pool-scale", 1)
+        assert torch.load(tmp_path / "b/last.pt", weights_only=True)["args"]["pool_scale"] == 1
+
+
+# ---- three stages ----------------------------------------------------------------------------------------------------
+
+
+def test_pretraining_writes_losses_pictures_and_its_decoder(pretrained):
+    metrics = log(pretrained)[-1]["metrics"]
+    assert metrics["images"] == 360 and 0.8 < metrics["patch_mean"] < 0.9 and metrics["loss"] > 0
+    held = weights(pretrained / "last.pt")
+    assert "decoder_blocks.0.mixer.in_proj.weight" in held and "mask_token" in held
+    picture = Image.open(pretrained / "reconstruction-0001.png")
+    assert picture.size == (4 * 128 + 3 * 4, 16 + 8 * 132)
+    tile = np.asarray(picture)[16:16 + 128, :128, 0].reshape(32, 4, 32, 4)          # the first image, 4 x enlarged
+    original = data.Digits(False, 32)[0][0][0] * data.DIGITS_STD + data.DIGITS_MEAN
+    assert np.abs(tile[:, 0, :, 0] - 255 * original.numpy()).max() <= 1
+
+
+def test_the_picture_shows_what_its_columns_say(tmp_path):
+    """A model whose prediction is known: patches, visible or removed, in their places."""
+    class Known(fastvim.MaskedAutoencoder):
+        def forward(self, x, noise):
+            target = self.target(x)[0]
+            mask = self.random_masking(noise)[1]
+            return fastvim.MAEOutput(None, target if self.perfect else torch.zeros_like(target), mask)
+
+    model = Known(img_size=32, patch_size=8, embed_dim=16, depth=1, decoder_embed_dim=16)
+    x = torch.stack([data.Digits(False, 32)[i][0] for i in range(2)])
+    columns = {}
+    for model.perfect in (True, False):
+        train_mae.paint(model, x, tmp_path / "p.png", digits=True)
+        sheet = np.asarray(Image.open(tmp_path / "p.png")).astype(int)
+        columns[model.perfect] = [np.stack([sheet[16 + 132 * j:144 + 132 * j, 132 * i:132 * i + 128] for j in range(2)])
+                                  for i in range(4)]
+    original, visible, means, painted = columns[True]
+    assert np.abs(original - painted).max() <= 1 and not np.abs(original - means).max() <= 1
+    assert np.abs(columns[False][3] - means).max() <= 1                     # zero, un-normalised, is the mean
+    gray = (visible == round(255 * data.DIGITS_MEAN)).all(-1)
+    gray = gray.reshape(2, 4, 32, 4, 32).all((2, 4))                        # (2 4 4) the removed patches
+    assert gray.sum((1, 2)).tolist() == [12, 12]
+    shown = np.repeat(np.repeat(~gray, 32, 1), 32, 2)
+    assert (visible[shown] == original[shown]).all() and (means[shown] == original[shown]).all()
+
+
+@pytest.mark.parametrize("flags", ["--model vim_tiny", "--mask-divisor count", "--released-masking", "--pixel-loss",
+                                   "--amp --clip 1 --accum 2", "--schedule pool_col --class-token", "--pool max"])
+def test_every_variant_pretrains_and_hands_over(flags, folder, tmp_path):
+    run("pretrain", "--data", folder, *FOLDER, "--decoder-dim", 16, "--steps", 1, "--out", tmp_path / "mae",
+        *flags.split())
+    for stage in ("finetune", "linear"):
+        run(stage, "--data", folder, "--init", tmp_path / "mae/last.pt", "--steps", 1, "--batch-size", 8, "--workers",
+            0, "--device", "cpu", "--out", tmp_path / stage)
+        run("--data", folder, "--eval", tmp_path / stage / "last.pt", "--device", "cpu", "--workers", 0,
+            script=train_imagenet)
+
+
+def test_stages_on_the_digits_keep_what_they_should(pretrained, tmp_path, capsys):
+    encoder = weights(pretrained / "last.pt")
+    run("finetune", "--init", pretrained / "last.pt", "--steps", 1, "--lr", 0, "--out", tmp_path / "f", "--device",
+        "cpu")
+    said = capsys.readouterr().out
+    dropped = sum(k.startswith(("decoder", "mask")) for k in encoder)
+    assert f"{len(encoder) - dropped} weights of the encoder taken, {dropped} dropped (mask_token" in said
+    tuned = weights(tmp_path / "f/last.pt")
+    assert all(tuned[k].equal(encoder[k]) for k in tuned if not k.startswith("head"))       # lr 0: nothing moved
+    run("linear", "--init", pretrained / "last.pt", "--steps", 3, "--out", tmp_path / "l", "--device", "cpu")
+    probe = weights(tmp_path / "l/last.pt")
+    assert all(probe[k].equal(encoder[k]) for k in probe if not k.startswith("head"))       # frozen
+    assert probe["head.0.running_var"].ne(1).any() and probe["head.1.bias"].any()
+    run("linear", "--init", tmp_path / "f/last.pt", "--steps", 1, "--out", tmp_path / "fl", "--device", "cpu")
+    assert "2 dropped (head)" in capsys.readouterr().out                    # of a classifier: its head
+
+
+def test_a_larger_image_with_positions_resized(pretrained, tmp_path, capsys):
+    run("finetune", "--init", pretrained / "last.pt", "--img-size", 48, "--steps", 1, "--out", tmp_path, "--device",
+        "cpu")
+    assert "position embeddings resized from 8 x 8 to 12 x 12" in capsys.readouterr().out
+    assert weights(tmp_path / "last.pt")["pos_embed"].shape == (1, 144, 192)
+
+
+def test_448_pixels_and_patch_14(folder, tmp_path):
+    """The path of the paper's best result, in small: pretrained at 224 px by patches of 14, fine-tuned at 448 px."""
+    flags = ["--data", folder, "--batch-size", 2, "--workers", 0, "--device", "cpu", "--steps", 1]
+    run("pretrain", *flags, "--patch-size", 14, "--depth", 1, "--decoder-depth", 1, "--decoder-dim", 16, "--out",
+        tmp_path / "mae")
+    assert weights(tmp_path / "mae/last.pt")["pos_embed"].shape == (1, 256, 192)
+    run("finetune", *flags, "--init", tmp_path / "mae/last.pt", "--img-size", 448, "--out", tmp_path / "f")
+    content = torch.load(tmp_path / "f/last.pt", weights_only=True)
+    assert content["model"]["pos_embed"].shape == (1, 1024, 192) and content["args"]["clip"] == 3.0
+
+
+def test_pretraining_killed_and_resumed_or_continued(tmp_path, capsys):
+    """Exact resume, decoder included; --init continues from the weights alone."""
+    flags = [*PRETRAIN[:-4], "--eval-every", 100]
+    run(*flags, "--steps", 4, "--out", tmp_path / "whole")
+    run(*flags, "--steps", 2, "--out", tmp_path / "parts")
+    run(*flags, "--steps", 4, "--out", tmp_path / "parts", "--resume", "--resume-changed")
+    a, b = weights(tmp_path / "whole/last.pt"), weights(tmp_path / "parts/last.pt")
+    assert all(a[k].equal(b[k]) for k in a)
+    assert "at step 2 of 4" in capsys.readouterr().out
+    run(*flags, "--steps", 1, "--lr", 0, "--init", tmp_path / "parts/last.pt", "--out", tmp_path / "more")
+    more = weights(tmp_path / "more/last.pt")
+    assert all(more[k].equal(b[k]) for k in b)
+
+
+def test_a_fine_tuning_is_resumed_though_the_pretraining_is_gone(pretrained, tmp_path):
+    source = tmp_path / "mae.pt"
+    source.write_bytes((pretrained / "last.pt").read_bytes())
+    flags = ["finetune", "--init", source, "--device", "cpu", "--threads", 1, "--out", tmp_path / "f"]
+    run(*flags, "--steps", 2)
+    source.unlink()
+    run(*flags, "--steps", 3, "--resume", "--resume-changed")
+    assert torch.load(tmp_path / "f/last.pt", weights_only=True)["step"] == 3
+
+
+def test_images_are_painted_and_bad_ones_counted(pretrained, folder, tmp_path, capsys):
+    Image.new("L", (8, 8), 128).save(tmp_path / "digit.png")
+    (tmp_path / "bad.png").write_text("no image")
+    with pytest.raises(SystemExit) as end:
+        run("pretrain", "--reconstruct", tmp_path / "digit.png", tmp_path / "bad.png", "--init", pretrained / "last.pt",
+            "--out", tmp_path / "o", "--device", "cpu")
+    assert end.value.code == 1 and "bad.png: cannot be read" in capsys.readouterr().out
+    assert Image.open(tmp_path / "o/reconstruct.png").size == (524, 148)
+    run("pretrain", "--data", folder, *FOLDER, "--decoder-dim", 16, "--steps", 1, "--out", tmp_path / "mae")
+    Image.new("RGB", (7, 40)).save(tmp_path / "narrow.png")
+    with pytest.raises(SystemExit):
+        run("pretrain", "--reconstruct", tmp_path / "narrow.png", "--out", tmp_path / "mae", "--device", "cpu")
+    assert "7 x 40 pixels are less than one patch of 8" in capsys.readouterr().out
+    run("pretrain", "--reconstruct", folder / "val/dark/0.png", "--out", tmp_path / "mae", "--device", "cpu")
+    assert (tmp_path / "mae/reconstruct.png").exists()
+
+
+def test_pretraining_without_a_validation_folder(folder, tmp_path):
+    (tmp_path / "train").symlink_to(folder / "train")
+    run("pretrain", "--data", tmp_path, *FOLDER, "--decoder-dim", 16, "--steps", 1, "--out", tmp_path / "mae")
+    assert log(tmp_path / "mae")[-1]["metrics"] == {}
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("pretrain --mask-ratio 0", "mask_ratio=0.0"), ("pretrain --mask-ratio 1", "mask_ratio=1.0"),
+    ("pretrain --mask-ratio 0.99", "keep at least one"), ("pretrain --img-size 3", "at least one patch"),
+    ("pretrain --decoder-dim 30", "multiple of 4"), ("pretrain --model resnet10t", "none of ours"),
+    ("pretrain --data /nowhere", "/nowhere"), ("finetune --init nofile.pt", "run `python train_mae.py pretrain` first"),
+    ("pretrain --init nofile.pt", "nofile.pt"), ("pretrain --reconstruct x.png --init nofile.pt", "nofile.pt")])
+def test_impossible_requests_end_in_one_clear_line(flags, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        run(*flags.split(), "--out", tmp_path, "--device", "cpu")
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("", "STAGE"), ("probe", "invalid choice"), ("finetune --scratch --init x", "choose one"),
+    ("linear --layer-decay 0.5", "unrecognized"), ("pretrain --mixup 0.8", "unrecognized"),
+    ("finetune --batch-size 3 --mixup 1", "even"), ("finetune --decay-blocks 0", "at least 1")])
+def test_flags_that_cannot_be_are_named(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        run(*flags.split())
+    assert message in capsys.readouterr().err
+
+
+def test_checkpoints_that_do_not_fit(pretrained, tmp_path):
+    flags = ["finetune", "--out", tmp_path / "f", "--device", "cpu", "--init"]
+    content = torch.load(pretrained / "last.pt", weights_only=True)
+    decoder = {k: v for k, v in content["model"].items() if k.startswith("decoder")}
+    torch.save({"model": decoder}, tmp_path / "decoder.pt")
+    with pytest.raises(SystemExit, match="holds no encoder"):
+        run(*flags, tmp_path / "decoder.pt")
+    with pytest.raises(SystemExit, match=r"patch_embed.proj.weight \(192, 3, 4, 4\), in the model \(192, 3, 8, 8\)"):
+        run(*flags, pretrained / "last.pt", "--patch-size", 8)
+    with pytest.raises(SystemExit, match=r"of another shape.*\(192"):
+        run(*flags, pretrained / "last.pt", "--size", "s")
+    (tmp_path / "text.pt").write_text("nothing")
+    with pytest.raises(SystemExit, match="no readable|not a readable checkpoint"):
+        run(*flags, tmp_path / "text.pt")
+    assert not pathlib.Path(tmp_path / "f").exists()
