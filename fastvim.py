@@ -1247,7 +1247,8 @@ def load_checkpoint(model, path, encoder_only=False, released_pos_rows=False):
                              f"they are {', '.join(sorted(tensors)[:4])}{', ...' * (len(tensors) > 4)}")
         note += _fit_positions(model, tensors, released_pos_rows)
     if encoder_only:
-        parts = collections.Counter(k.partition(".")[0] for k in tensors if k.startswith(("head.", "decoder_", "mask_")))
+        parts = collections.Counter(k.partition(".")[0] for k in tensors
+                                    if k.startswith(("head.", "decoder_", "mask_token")))
         tensors = {k: v for k, v in tensors.items() if k.partition(".")[0] not in parts}
         fresh = {k: v for k, v in own.items() if k.startswith("head.")}
         note += (f"; {len(tensors)} weights of the encoder taken, {sum(parts.values())} dropped "

@@ -264,16 +264,15 @@ def adamw(model, args):
     return torch.optim.AdamW(training.parameter_groups(model, args.weight_decay), lr=args.lr)
 
 
-def train(args, ctx, optimizer_of=adamw, lr_start=LR_WARMUP, lr_end=LR_END, released_pos_rows=False):
-    """One run. optimizer_of(model, args): what updates the model."""
-    content, fresh = starting_point(args)
+def train(args, ctx, start, optimizer_of=adamw, lr_start=LR_WARMUP, lr_end=LR_END, released_pos_rows=False):
+    """One run. start: of starting_point; optimizer_of(model, args): what updates the model."""
     train_set = build_data(args, True)
     args.classes = train_set.classes                                        # kept in the checkpoint, for --predict
     val_set = build_data(args, False, train_set.classes)
     loader, val_loader = loader_of(args, ctx, train_set, True), loader_of(args, ctx, val_set, False)
     model = build_model(args, len(train_set.classes))
-    if fresh:
-        ctx.print(f"{args.init}: {fastvim.load_checkpoint(model, content, True, released_pos_rows)}")
+    if start[1]:
+        ctx.print(f"{args.init}: {fastvim.load_checkpoint(model, start[0], True, released_pos_rows)}")
     model = model.to(ctx.device)
     ctx.print(f"{model_name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters, "
               f"{len(train_set.classes)} classes, {len(train_set):,} training and {len(val_set):,} validation images")
@@ -349,7 +348,7 @@ def main():
         else:
             if args.data is None:
                 ctx.print("no --data: training on the built-in handwritten digits, by a recipe scaled to them")
-            train(args, ctx)
+            train(args, ctx, starting_point(args))
         ctx.close()
 
 

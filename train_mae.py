@@ -15,19 +15,18 @@ shown; then a classifier is fine-tuned from its encoder, or a linear one trained
 Every stage takes what it needs to know of the model from the checkpoint it starts from (--init); released checkpoints
 do not say, so name --size, or --model vim_base. What the paper reports (ImageNet-1k top-1):
 
-    fine-tuned   FastMaskVim-B 83.0, L 84.9, H 86.1, H at 448 px 86.7     Vim-B 83.3, L 85.1   (pretrain --model vim_base)
-    linear       FastMaskVim-L 60.2, without the scale factor 0.02        Vim-L 45.6           (linear --pool-scale 1)
-    L without the scale factor 84.6                                                            (finetune --pool-scale 1)
-    L with decay every block 83.9                                                              (finetune --decay-blocks 1)
-    B pretrained with the mean over kept tokens 82.8                              (pretrain --mask-divisor count)
-    FastMaskVim-B, fine-tuned for 10, 50, 100 epochs: 74.3, 81.0, 83.0
-    FastMaskVim-B, pretraining loss near epoch 50, 100, 400, 1600: 0.454, 0.444, 0.438, 0.422
+    fine-tuned    FastMaskVim-B 83.0, L 84.9, H 86.1, H at 448 px 86.7; Vim-B 83.3, L 85.1 (pretrain --model vim_base)
+                  B after epoch 10, 50, 100: 74.3, 81.0, 83.0
+    linear        FastMaskVim-L 60.2; Vim-L 45.6; FastMaskVim-L without the scale factor 0.02 (linear --pool-scale 1)
+    pretraining   B's loss near epoch 50, 100, 400, 1600: 0.454, 0.444, 0.438, 0.422
+    ablations     L 84.6 without the scale factor (finetune --pool-scale 1), 83.9 with a decay of the learning rate at
+                  every block (finetune --decay-blocks 1); B 82.8 with means over the kept tokens (pretrain
+                  --mask-divisor count)
 """
 import argparse
 import math
 import pathlib
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
@@ -59,7 +58,8 @@ DIGITS = dict(
 
 
 def get_args(argv=None):
-    """The command line -> (args, parser of its stage)."""
+    """The command line, completed by what the checkpoint says that it starts from -> args, the parser of its stage, and
+    train_imagenet.starting_point. Raises FileNotFoundError or ValueError if there is no such checkpoint."""
     top = argparse.ArgumentParser(description="Masked autoencoding. Without --data: on the handwritten digits that "
                                   "come with scikit-learn, by recipes scaled to them.")
     stages, parsers = top.add_subparsers(dest="stage", required=True, metavar="STAGE"), {}
@@ -67,7 +67,7 @@ def get_args(argv=None):
                                 ("finetune", FINETUNE, "train a classifier that starts from the encoder"),
                                 ("linear", LINEAR, "train a linear classifier on the frozen encoder")):
         parser = parsers[stage] = stages.add_parser(stage, help=text, description=text.capitalize() + ".",
-                                                    usage=f"%(prog)s [options]")
+                                                    usage="%(prog)s [options]")
         add = parser.add_argument_group("what to do").add_argument
         add("--data", metavar="DIR", help="ImageNet's layout: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (or .png)")
         add("--init", metavar="CKPT", help="start from this checkpoint, ours or a released one" + (
@@ -80,8 +80,8 @@ def get_args(argv=None):
         add = train_imagenet.add_model_arguments(parser)
         if stage == "pretrain":
             add("--mask-ratio", type=float, default=0.75, help="share of the patches that is removed (default 0.75)")
-            add("--mask-divisor", choices=["axis", "count"], default="axis", help="a row's sum over its length, or over "
-                "its kept tokens (default axis)")
+            add("--mask-divisor", choices=["axis", "count"], default="axis", help="what divides a row's sum: its "
+                "length, or how many tokens it kept (default axis)")
             add("--released-masking", action="store_true", help="mix rows backwards, as the released code does")
             add("--decoder-depth", type=train_imagenet.WHOLE, default=2, help="Vim blocks (default 2)")
             add("--decoder-dim", type=train_imagenet.WHOLE, default=512, help="their width (default 512)")
@@ -100,21 +100,36 @@ def get_args(argv=None):
                                         out="runs/mae" + f"_{stage}" * (stage != "pretrain"))
         parser.set_defaults(**recipe, probe=stage == "linear")
     first, _ = top.parse_known_args(argv)
-    parser = parsers[first.stage]
-    if first.stage == "finetune" and (first.size in ("l", "h") or str(first.model).endswith(("_large", "_huge"))):
-        parser.set_defaults(**FINETUNE_LARGE)
-    if first.stage == "finetune" and (first.img_size or 0) >= 448:
-        parser.set_defaults(**FINETUNE_448)
-    if not (first.data or first.stage == "pretrain" and first.reconstruct):
+    parser, paints = parsers[first.stage], first.stage == "pretrain" and first.reconstruct
+    if not (first.data or paints):
         parser.set_defaults(**DIGITS[first.stage])
     args = top.parse_args(argv)
     if args.stage != "pretrain":
-        if args.scratch and args.init:
-            parser.error("--scratch starts from random weights, --init from a checkpoint: choose one")
-        args.init = args.init or (None if args.scratch else "runs/mae/last.pt" if args.data else
-                                  DIGITS["pretrain"]["out"] + "/last.pt")
         train_imagenet.check_pairs(args, parser)
-    return args, parser
+    if paints:
+        args.init = args.init or f"{args.out}/last.pt"
+    elif args.stage != "pretrain" and args.scratch:
+        if args.init:
+            parser.error("--scratch starts from random weights, --init from a checkpoint: choose one")
+    elif args.stage != "pretrain":
+        args.init = args.init or ("runs/mae" if args.data else DIGITS["pretrain"]["out"]) + "/last.pt"
+    if args.init and not pathlib.Path(args.init).is_file() and (paints or not training.checkpoint_to_resume(args)):
+        raise FileNotFoundError(f"no checkpoint at {args.init}: run `python train_mae.py pretrain` first, or name one "
+                                "with --init" + ", or --scratch for none" * (args.stage != "pretrain"))
+    start = (fastvim.read_checkpoint(args.init), True) if paints else train_imagenet.starting_point(args)
+    if args.stage == "finetune" and args.data:                              # now the size is known
+        if train_imagenet.model_name(args).endswith(("_large", "_huge")):
+            parser.set_defaults(**FINETUNE_LARGE)
+        if (args.img_size or 0) >= 448:
+            parser.set_defaults(**FINETUNE_448)
+    init, args = args.init, top.parse_args(argv)
+    args.init = init
+    train_imagenet.adopt(args, start[0])
+    if args.data is None and not paints:
+        vars(args).update({k: v for k, v in DIGITS_MODEL.items() if vars(args)[k] is None})
+    if args.stage != "pretrain" and args.pool_scale is None:
+        args.pool_scale = pool_scale(args, start[0])
+    return args, parser, start
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -131,18 +146,18 @@ def build_autoencoder(args):
         norm_pix_loss=not args.pixel_loss)
 
 
-def pretrain(args, ctx):
-    content, fresh = train_imagenet.starting_point(args)
-    digits_sizes(args)
+def pretrain(args, ctx, start):
     train_set, val_set = train_imagenet.build_data(args, True), None
     if args.data is None or (pathlib.Path(args.data) / "val").is_dir():
         val_set = train_imagenet.build_data(args, False)
     loader = train_imagenet.loader_of(args, ctx, train_set, True)
     model = build_autoencoder(args)
-    if fresh:
-        ctx.print(f"{args.init}: {fastvim.load_checkpoint(model, content)}")
+    if start[1]:
+        ctx.print(f"{args.init}: {fastvim.load_checkpoint(model, start[0])}")
     model = model.to(ctx.device)
-    kept = model._count(math.prod(model.grid_size))
+    kept, val_loader = model._count(math.prod(model.grid_size)), None
+    if val_set is not None:
+        val_loader = train_imagenet.loader_of(args, ctx, val_set, False)
     ctx.print(f"autoencoder of {train_imagenet.model_name(args)}: {sum(p.numel() for p in model.parameters()):,} "
               f"parameters, {kept} of {math.prod(model.grid_size)} patches kept, {len(train_set):,} images")
 
@@ -153,7 +168,7 @@ def pretrain(args, ctx):
             shown = [item[0] for i in range(0, len(val_set), max(1, len(val_set) // 8)) if (item := val_set[i])][:8]
             paint(model, torch.stack(shown).to(ctx.device), f"{args.out}/reconstruction-{epoch:04}.png",
                   args.data is None)
-        return masked_loss(model, train_imagenet.loader_of(args, ctx, val_set, False), ctx, args.amp)
+        return masked_loss(model, val_loader, ctx, args.amp)
 
     optimizer = torch.optim.AdamW(training.parameter_groups(model, args.weight_decay, lambda name, param: False),
                                   lr=args.lr, betas=(0.9, 0.95))
@@ -161,12 +176,6 @@ def pretrain(args, ctx):
     training.fit(args, ctx, model, loader, lambda model, batch: model(batch[0]).loss, optimizer, evaluate=evaluate,
                  metric="loss", lower_is_better=True, harmless=("data", "init", "reconstruct"),
                  lr=lambda step: training.cosine(step, total, args.lr, warmup=round(args.warmup * per_epoch)))
-
-
-def digits_sizes(args):
-    """The digits' sizes, where neither command line nor checkpoint has said others."""
-    if args.data is None:
-        vars(args).update({k: v for k, v in DIGITS_MODEL.items() if vars(args)[k] is None})
 
 
 def masked_loss(model, loader, ctx, amp=False):
@@ -187,16 +196,16 @@ def masked_loss(model, loader, ctx, amp=False):
 
 @torch.no_grad()
 def paint(model, images, path, digits):
-    """A PNG, a row for each of the normalised images (B 3 H W): the image, what the model sees of it, the removed patches
-    painted evenly in their mean, and by the model. With norm_pix_loss it predicts neither a patch's mean nor its contrast:
-    both are then the true ones, so that the third column is what to compare the fourth with."""
+    """A PNG, a row for each of the normalised images (B 3 H W): the image, what the model sees of it, the removed
+    patches painted evenly in their mean, and by the model. With norm_pix_loss it predicts neither a patch's mean nor
+    its contrast: both are then the true ones, so that the third column is what to compare the fourth with."""
     h = images.shape[2] // model.cfg.patch_size
     patches, (target, mean, std) = model.patchify(images), model.target(images)              # (B L p*p*C)
     noise = torch.rand(target.shape[:2], generator=torch.Generator().manual_seed(0)).to(images.device)
     _, pred, mask = model(images, noise)
     pred, removed = pred.float() * std + mean if model.norm_pix_loss else pred.float(), mask[..., None] > 0
-    columns = [("original", patches), ("visible", patches.masked_fill(removed, 0)),
-               ("patch means", torch.where(removed, mean, patches)), ("reconstruction", torch.where(removed, pred, patches))]
+    columns = [("original", patches)] + [(name, torch.where(removed, v, patches)) for name, v in (
+        ("visible", torch.zeros_like(mean)), ("patch means", mean), ("reconstruction", pred))]
     shift, scale = (data.DIGITS_MEAN, data.DIGITS_STD) if digits else (
         torch.tensor(v, device=images.device)[:, None, None] for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
     pixels = torch.stack([model.unpatchify(v.expand_as(patches), h) for _, v in columns])    # (4 B 3 H W)
@@ -212,14 +221,12 @@ def paint(model, images, path, digits):
     training.write_whole(pathlib.Path(path), lambda file: sheet.save(file, format="png"), required=False)
 
 
-def reconstruct(args, ctx):
+def reconstruct(args, ctx, content):
     """Paints the files of --reconstruct; returns the number of those that cannot be."""
-    path = args.init or f"{args.out}/last.pt"
-    content = fastvim.read_checkpoint(path)
     saved = train_imagenet.adopt(args, content)
     vars(args).update({k: saved[k] for k in ("decoder_depth", "decoder_dim", "pixel_loss") if k in saved})
     model = build_autoencoder(args).to(ctx.device).eval()
-    ctx.print(f"{path}: {fastvim.load_checkpoint(model, content)}")
+    ctx.print(f"{args.init}: {fastvim.load_checkpoint(model, content)}")
     digits, size, images, bad = saved and saved["data"] is None, args.img_size or train_imagenet.IMG_SIZE, [], 0
     transform = data.digit_transform(size) if digits else data.image_transform(size, False, crop_pct=args.crop_pct)
     for file in args.reconstruct:
@@ -245,9 +252,8 @@ def reconstruct(args, ctx):
 
 
 def layer_scale(name, depth, decay, blocks=2):
-    """The share of the learning rate that a parameter gets: decay once for every `blocks` blocks between it and the head.
-
-    With blocks=1 as in MAE's code for ViTs; Mambas of a size have twice as many blocks (section 8)."""
+    """A parameter's share of the learning rate: decay, once for every `blocks` blocks between it and the head. MAE's
+    code has blocks=1; a Mamba has twice as many blocks as a ViT of its size (section 8, key detail 1)."""
     layer = depth + 1                                                       # head and final norm
     if name.startswith(("patch_embed.", "pos_embed", "cls_token")):
         layer = 0
@@ -260,15 +266,7 @@ def no_decay(name, param):
     return param.ndim <= 1 or name in ("pos_embed", "cls_token")
 
 
-def classify(args, ctx):
-    if args.init and not pathlib.Path(args.init).is_file() and not training.checkpoint_to_resume(args):
-        raise FileNotFoundError(f"no checkpoint at {args.init}: run `python train_mae.py pretrain` first, name one with "
-                                "--init, or start from nothing with --scratch")
-    content, _ = train_imagenet.starting_point(args)
-    digits_sizes(args)
-    if args.pool_scale is None and args.init:
-        args.pool_scale = pool_scale(args, content)
-
+def classify(args, ctx, start):
     def optimizer_of(model, args):
         if args.stage == "linear":
             return torch.optim.SGD(training.parameter_groups(model, 0.0), lr=args.lr, momentum=0.9)
@@ -276,31 +274,32 @@ def classify(args, ctx):
             model, args.weight_decay, no_decay,
             lambda name, param: layer_scale(name, model.cfg.depth, args.layer_decay, args.decay_blocks)), lr=args.lr)
 
-    train_imagenet.train(args, ctx, optimizer_of, 0.0, LR_END[args.stage], args.released_pos_rows)
+    train_imagenet.train(args, ctx, start, optimizer_of, 0.0, LR_END[args.stage], args.released_pos_rows)
 
 
 def pool_scale(args, content):
     """Section 8, key detail 2: in pretraining a row's sum had 1 - mask_ratio of its tokens and was divided by all."""
     saved, family = content.get("args") or {}, train_imagenet.model_name(args).rpartition("_")[0]
-    pools = fastvim.SCHEDULES[args.schedule or fastvim.FAMILIES[family]["schedule"]][0][1]
-    if "pool_scale" in saved and "mask_ratio" not in saved or args.pool not in (None, "mean") or not pools or (
-            saved.get("mask_divisor") == "count"):
+    schedule = args.schedule or fastvim.FAMILIES.get(family, {}).get("schedule", "vim")
+    if not content or "mask_token" not in fastvim.model_weights(content)[0] or saved.get("mask_divisor") == "count" or (
+            not fastvim.SCHEDULES[schedule][0][1] or args.pool not in (None, "mean")):
         return None
     return 1 - saved.get("mask_ratio", 0.75)
 
 
 def main():
-    args, parser = get_args()
+    with training.plain_errors("train_mae.py", None):
+        args, parser, start = get_args()
     with training.plain_errors(parser.prog, args, data.BadDataError):
         only_paint = args.stage == "pretrain" and args.reconstruct
         ctx = training.setup(args, training=not only_paint)
         if only_paint:
-            if reconstruct(args, ctx):
+            if reconstruct(args, ctx, start[0]):
                 raise SystemExit(1)
         elif args.stage == "pretrain":
-            pretrain(args, ctx)
+            pretrain(args, ctx, start)
         else:
-            classify(args, ctx)
+            classify(args, ctx, start)
         ctx.close()
 
 

@@ -65,7 +65,7 @@ FOLDER = ["--img-size", 32, "--patch-size", 8, "--depth", 2, "--batch-size", 8, 
 
 
 def recipe(*argv, **expected):
-    args = train_mae.get_args([*argv, "--data", "x"])[0]
+    args = train_mae.get_args([*argv, "--data", "x", *["--scratch"] * (argv[0] != "pretrain")])[0]
     actual = {k: vars(args)[k] for k in expected}
     assert actual == pytest.approx(expected), actual
     return args
@@ -84,13 +84,24 @@ def test_recipes_of_the_paper():
     recipe("finetune", "--size", "h", "--img-size", "448", "--clip", "1", clip=1.0, crop_pct=1.0)
     recipe("linear", "--size", "l", recipe_lr=1.6, recipe_batch=4096, epochs=90, warmup=10, weight_decay=0, drop_path=0,
            mixup=0, cutmix=0, smoothing=0, reprob=0, crop_scale=0.08)
-    assert train_mae.get_args(["finetune", "--data", "x"])[0].auto_augment == "rand-m9-mstd0.5-inc1"
-    for stage in ("pretrain", "linear"):
-        assert train_mae.get_args([stage, "--data", "x"])[0].auto_augment == "none"
-    args = train_mae.get_args(["pretrain", "--size", "h", "--data", "x"])[0]
-    assert args.patch_size is None and fastvim.SIZES["huge"]["patch_size"] == 14
+    for stage, policy in dict(pretrain="none", linear="none", finetune="rand-m9-mstd0.5-inc1").items():
+        assert recipe(stage).auto_augment == policy
+    assert recipe("pretrain", "--size", "h").patch_size is None and fastvim.SIZES["huge"]["patch_size"] == 14
     assert train_mae.get_args(["pretrain"])[0].out == "runs/digits_mae"
-    assert train_mae.get_args(["finetune"])[0].init == "runs/digits_mae/last.pt"
+    with pytest.raises(FileNotFoundError, match="runs/digits_mae/last.pt"):
+        train_mae.get_args(["finetune", "--init", "/nowhere/runs/digits_mae/last.pt"])
+
+
+def test_the_recipe_follows_the_size_of_the_checkpoint(tmp_path):
+    """Without --size on the command line: that of the pretraining decides."""
+    saved = dict(size="l", model=None, data="x", img_size=None, mask_ratio=0.6)
+    torch.save({"args": saved, "model": {"mask_token": torch.zeros(1, 1, 4)}}, tmp_path / "l.pt")
+    start = ["finetune", "--data", "x", "--init", str(tmp_path / "l.pt"), "--out", str(tmp_path)]
+    args = train_mae.get_args(start)[0]
+    assert (args.size, args.epochs, args.layer_decay, args.recipe_lr, args.clip) == ("l", 50, 0.75, 4e-3, 0)
+    assert args.pool_scale == 0.4
+    args = train_mae.get_args([*start, "--epochs", "7", "--img-size", "448", "--pool-scale", "1"])[0]
+    assert (args.epochs, args.layer_decay, args.clip, args.crop_pct, args.pool_scale) == (7, 0.75, 3.0, 1.0, 1.0)
 
 
 def test_layer_decay_against_a_list_written_by_hand():
