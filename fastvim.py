@@ -1210,13 +1210,18 @@ def _fit_positions(model, tensors, released_pos_rows):
     pos, row = tensors.get("pos_embed"), model._class_row()     # row: that of the class token, in the model
     if pos is None or pos.ndim != 3 or len(pos) != 1:
         return ""
+    if isinstance(model, MaskedAutoencoder):
+        if pos.shape == model.pos_embed.shape:
+            return ""                                           # else: it has sines and cosines for its own grid
+        tensors.update(pos_embed=model.pos_embed, decoder_pos_embed=model.decoder_pos_embed)
+        return f", position embeddings those of {' x '.join(map(str, model.grid_size))} patches"
     side = math.isqrt(max(0, pos.shape[1] - (row is not None)))
     same = pos.shape == model.pos_embed.shape
     old = model.grid_size if same else (side, side)
     if not side and not same or math.prod(old) + (row is not None) != pos.shape[1]:
         return ""                                               # no square grid: it will be listed as of another shape
     was, note = row, ""
-    if row is not None and not isinstance(model, MaskedAutoencoder):
+    if row is not None:
         was = 0 if "mask_token" in tensors and not released_pos_rows else model._class_slot(*old)
     if same and was == row:
         return ""

@@ -35,9 +35,9 @@ import training
 # The recipe of the paper: 300 epochs of AdamW (0.9, 0.999) at an effective batch of 1024. Its text says lr 1e-3; the
 # released configuration computes 2e-3 at that batch (--lr 2e-3).
 RECIPE = dict(epochs=300.0, warmup=5.0, batch_size=128, weight_decay=0.05, ema=0.9999, mixup=0.8, cutmix=1.0,
-              smoothing=0.1, auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25, crop_scale=0.08, crop_pct=0.875)
+              smoothing=0.1, auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25, crop_scale=0.08)
 LR, LR_BATCH, LR_WARMUP, LR_END = 1e-3, 1024, 1e-6, 1e-5
-IMG_SIZE = 224
+IMG_SIZE, CROP_PCT = 224, 0.875
 DROP_PATH = dict(tiny=0.05, small=0.05, base=0.4, large=0.4, huge=0.4)     # T, S and B: paper; L and H: as B
 
 # The same on the digits, scaled to 1,437 training images of 8 x 8 pixels and two CPU cores.
@@ -50,12 +50,12 @@ SIZES = {size[0]: size for size in fastvim.SIZES}
 WHOLE, POSITIVE, SHARE = training.number(int, 1), training.number(float, 0), training.number(float, 0, 1)
 
 
-def add_model_arguments(parser):
-    """The options of MODEL_FLAGS, and --drop-path."""
+def add_model_arguments(parser, others=""):
+    """The options of MODEL_FLAGS, and --drop-path. others: models that are not ours, for the help."""
     parser.set_defaults(vit_pool=False, vit_conv=False, probe=False)
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=SIZES, help="FastVim-T, S, B, L or H (default t)")
-    add("--model", metavar="NAME", help="another one: vim_small, ... (python fastvim.py lists them), or any of timm's")
+    add("--model", metavar="NAME", help="another one: vim_small, ... (python fastvim.py lists them)" + others)
     add("--img-size", type=WHOLE, help="pixels (default 224)")
     add("--patch-size", type=WHOLE, help="pixels (default: the size's own, 16 or 14)")
     add("--depth", type=WHOLE, help="blocks (default: the size's own)")
@@ -79,7 +79,8 @@ def add_image_arguments(parser):
     add("--auto-augment", metavar="POLICY", help="timm's policy string, or none")
     add("--reprob", type=SHARE, help="probability of random erasing")
     add("--crop-scale", type=training.number(float, 0.01, 1.01), help="smallest share of an image that a crop keeps")
-    add("--crop-pct", type=training.number(float, 0.1), help="evaluation: center crop's share of the resized image")
+    add("--crop-pct", type=training.number(float, 0.1), help="evaluation: center crop's share of the resized image "
+        f"(default {CROP_PCT})")
     return add
 
 
@@ -96,12 +97,12 @@ def get_args(argv=None):
                                      "scikit-learn, by a recipe scaled to them.")
     add = parser.add_argument_group("what to do").add_argument
     add("--data", metavar="DIR", help="ImageNet's layout: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (or .png)")
-    add("--init", metavar="CKPT", help="start from the encoder of this checkpoint, ours or a released one, with a "
-        "fresh head")
+    add("--init", metavar="CKPT", help="start from the encoder of this checkpoint of our models or the released "
+        "ones, with a fresh head")
     add("--eval", metavar="CKPT", help="only evaluate this checkpoint, ours or a released one")
     add("--predict", metavar="IMAGE", nargs="+", help="print the five likeliest classes of each image, by --eval CKPT "
         "(default: OUT/best.pt)")
-    add = add_model_arguments(parser)
+    add = add_model_arguments(parser, ", or any of timm's")
     add("--vit-pool", action="store_true", help="alternate pooling in a ViT of timm")
     add("--vit-conv", action="store_true", help="a convolution before its attention, too")
     add_label_arguments(add_image_arguments(parser))
@@ -199,15 +200,15 @@ class PooledAttention(nn.Module):
 
 
 MODEL_FLAGS = ("size", "model", "img_size", "patch_size", "depth", "schedule", "pool", "pool_scale", "class_token",
-               "block_norm", "ssm_norm", "no_conv", "skip_before_expand", "vit_pool", "vit_conv", "probe")
+               "block_norm", "ssm_norm", "no_conv", "skip_before_expand", "vit_pool", "vit_conv", "crop_pct")
 
 
-def adopt(args, content):
-    """Fills in what the command line leaves open of the model with what a checkpoint of ours says. -> its args or {}"""
+def adopt(args, content, flags=MODEL_FLAGS):
+    """Fills in what the command line leaves open of `flags` with what a checkpoint of ours says. -> its args or {}"""
     saved = content.get("args")
     if not isinstance(saved, dict) or not {"size", "model", "data"} <= saved.keys():
         return {}
-    vars(args).update({flag: saved[flag] for flag in MODEL_FLAGS
+    vars(args).update({flag: saved[flag] for flag in flags
                        if vars(args)[flag] in (None, False) and flag in saved})
     return saved
 
@@ -218,6 +219,7 @@ def restore(args, ctx, path):
     Our checkpoints say which model they hold: args gets what the command line leaves open. Released ones do not."""
     content = fastvim.read_checkpoint(path)
     saved = adopt(args, content)
+    args.probe = bool(saved.get("probe"))
     classes, head = saved.get("classes"), fastvim.model_weights(content)[0].get("head.weight")
     if classes is None and head is None:
         raise ValueError(f"{path} says neither its classes nor holds a head.weight to count them")
@@ -238,7 +240,7 @@ def build_data(args, train, classes=None):
     policy = None if args.auto_augment == "none" else args.auto_augment
     try:
         transform = data.image_transform(size, train, auto_augment=policy if train else None, reprob=args.reprob,
-                                         scale=(args.crop_scale, 1.0), crop_pct=args.crop_pct)
+                                         scale=(args.crop_scale, 1.0), crop_pct=args.crop_pct or CROP_PCT)
     except (AssertionError, KeyError, NotImplementedError) as error:
         raise ValueError(f"--auto-augment {policy}: timm does not know it; the paper's is {RECIPE['auto_augment']}"
                          ) from error
@@ -251,12 +253,19 @@ def loader_of(args, ctx, dataset, train):
                             world_size=ctx.world_size)
 
 
-def starting_point(args):
+def starting_point(args, classifier=True):
     """What --init names, or, if the run goes on, its own checkpoint: {} or the content of a file, which says what the
     command line leaves open of the model; and whether its weights are to be taken."""
     resumed = training.checkpoint_to_resume(args) if args.init else None
-    content = fastvim.read_checkpoint(resumed or args.init) if args.init else {}
-    adopt(args, content)
+    content, given = fastvim.read_checkpoint(resumed or args.init) if args.init else {}, args.pool_scale
+    saved = adopt(args, content)
+    if args.init and model_name(args) not in fastvim.list_models():
+        raise ValueError(f"--init is for our models, {', '.join(fastvim.list_models())}: {model_name(args)} is none")
+    if classifier and given is None and not resumed and content and "mask_token" in fastvim.model_weights(content)[0]:
+        # Section 8, key detail 2: while masked, a row's sum had 1 - mask_ratio of its tokens and was divided by all.
+        schedule = args.schedule or fastvim.FAMILIES[model_name(args).rpartition("_")[0]]["schedule"]
+        if fastvim.SCHEDULES[schedule][0][1] and args.pool in (None, "mean") and saved.get("mask_divisor") != "count":
+            args.pool_scale = (args.pool_scale or 1) * (1 - saved.get("mask_ratio", 0.75))
     return content, bool(args.init and not resumed)
 
 
@@ -272,7 +281,8 @@ def train(args, ctx, start, optimizer_of=adamw, lr_start=LR_WARMUP, lr_end=LR_EN
     loader, val_loader = loader_of(args, ctx, train_set, True), loader_of(args, ctx, val_set, False)
     model = build_model(args, len(train_set.classes))
     if start[1]:
-        ctx.print(f"{args.init}: {fastvim.load_checkpoint(model, start[0], True, released_pos_rows)}")
+        ctx.print(f"{args.init}: {fastvim.load_checkpoint(model, start[0], True, released_pos_rows)}; pool_scale "
+                  f"{model.cfg.pool_scale:g}")
     model = model.to(ctx.device)
     ctx.print(f"{model_name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters, "
               f"{len(train_set.classes)} classes, {len(train_set):,} training and {len(val_set):,} validation images")
@@ -318,7 +328,8 @@ def predict(args, ctx):
     """Prints the likeliest classes of each image; returns the number of files that cannot be read."""
     model, classes, digits = restore(args, ctx, args.eval or f"{args.out}/best.pt")
     size, unreadable = args.img_size or IMG_SIZE, 0
-    transform = data.digit_transform(size) if digits else data.image_transform(size, False, crop_pct=args.crop_pct)
+    transform = data.digit_transform(size) if digits else data.image_transform(
+        size, False, crop_pct=args.crop_pct or CROP_PCT)
     for path in args.predict:
         try:
             image = data.load_rgb(path)

@@ -37,24 +37,27 @@ import training
 
 # Tables 9 to 11. The learning rate is that of the whole effective batch (MAE's base rate x batch / 256).
 PRETRAIN = dict(recipe_lr=1.5e-4 * 4096 / 256, recipe_batch=4096, epochs=1600.0, warmup=40.0, weight_decay=0.05,
-                eval_every=20, drop_path=0.0, auto_augment="none", reprob=0.0, crop_scale=0.2, crop_pct=0.875)
+                eval_every=20, drop_path=0.0, auto_augment="none", reprob=0.0, crop_scale=0.2)
+MASKING = dict(mask_ratio=0.75, mask_divisor="axis", decoder_depth=2, decoder_dim=512, released_masking=False,
+               pixel_loss=False)
 FINETUNE = dict(recipe_lr=5e-4 * 1024 / 256, recipe_batch=1024, epochs=100.0, warmup=5.0, weight_decay=0.05,
                 layer_decay=0.65, drop_path=0.3, auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25, crop_scale=0.08,
-                crop_pct=0.875, mixup=0.8, cutmix=1.0, smoothing=0.1)
+                mixup=0.8, cutmix=1.0, smoothing=0.1)
 FINETUNE_LARGE = dict(recipe_lr=1e-3 * 1024 / 256, epochs=50.0, layer_decay=0.75)           # L and H
 FINETUNE_448 = dict(clip=3.0, crop_pct=1.0)
 LINEAR = dict(recipe_lr=0.1 * 4096 / 256, recipe_batch=4096, epochs=90.0, warmup=10.0, weight_decay=0.0, drop_path=0.0,
-              auto_augment="none", reprob=0.0, crop_scale=0.08, crop_pct=0.875, mixup=0.0, cutmix=0.0, smoothing=0.0)
-LR_END = dict(pretrain=0.0, finetune=1e-5, linear=0.0)                      # of the cosine; warmup starts from 0
+              auto_augment="none", reprob=0.0, crop_scale=0.08, mixup=0.0, cutmix=0.0, smoothing=0.0)
+FINETUNE_END = 1e-5                                                         # of its cosine; the others end at 0
 
 # The same on the digits, scaled to 1,437 training images of 8 x 8 pixels and two CPU cores.
-DIGITS_MODEL = dict(img_size=32, patch_size=4, depth=8)
+DIGITS_MODEL = dict(img_size=32, patch_size=4, depth=8, decoder_dim=128)
 DIGITS = dict(
     pretrain=dict(recipe_lr=1e-3, recipe_batch=64, batch_size=64, epochs=40.0, warmup=4.0, eval_every=10,
-                  decoder_dim=128, out="runs/digits_mae"),
+                  out="runs/digits_mae"),
     finetune=dict(recipe_lr=1e-3, recipe_batch=32, batch_size=32, epochs=3.0, warmup=1.0, drop_path=0.0, mixup=0.0,
                   cutmix=0.0, layer_decay=0.75, out="runs/digits_finetune"),
-    linear=dict(recipe_lr=0.1, recipe_batch=64, batch_size=64, epochs=10.0, warmup=1.0, out="runs/digits_linear"))
+    linear=dict(recipe_lr=0.1 * 64 / 256, recipe_batch=64, batch_size=64, epochs=10.0, warmup=1.0,
+                out="runs/digits_linear"))
 
 
 def get_args(argv=None):
@@ -79,12 +82,12 @@ def get_args(argv=None):
             add("--scratch", action="store_true", help="start from random weights instead")
         add = train_imagenet.add_model_arguments(parser)
         if stage == "pretrain":
-            add("--mask-ratio", type=float, default=0.75, help="share of the patches that is removed (default 0.75)")
-            add("--mask-divisor", choices=["axis", "count"], default="axis", help="what divides a row's sum: its "
+            add("--mask-ratio", type=float, help="share of the patches that is removed (default 0.75)")
+            add("--mask-divisor", choices=["axis", "count"], help="what divides a row's sum: its "
                 "length, or how many tokens it kept (default axis)")
             add("--released-masking", action="store_true", help="mix rows backwards, as the released code does")
-            add("--decoder-depth", type=train_imagenet.WHOLE, default=2, help="Vim blocks (default 2)")
-            add("--decoder-dim", type=train_imagenet.WHOLE, default=512, help="their width (default 512)")
+            add("--decoder-depth", type=train_imagenet.WHOLE, help="Vim blocks (default 2)")
+            add("--decoder-dim", type=train_imagenet.WHOLE, help="their width (default 512)")
             add("--pixel-loss", action="store_true", help="paint the pixels themselves, not normalised by patch")
         else:
             add("--released-pos-rows", action="store_true", help="hand over Vim's position rows in the released code's "
@@ -116,19 +119,21 @@ def get_args(argv=None):
     if args.init and not pathlib.Path(args.init).is_file() and (paints or not training.checkpoint_to_resume(args)):
         raise FileNotFoundError(f"no checkpoint at {args.init}: run `python train_mae.py pretrain` first, or name one "
                                 "with --init" + ", or --scratch for none" * (args.stage != "pretrain"))
-    start = (fastvim.read_checkpoint(args.init), True) if paints else train_imagenet.starting_point(args)
+    if args.model and args.model not in fastvim.list_models():
+        raise ValueError(f"--model {args.model} is none of ours: {', '.join(fastvim.list_models())}")
+    start = (fastvim.read_checkpoint(args.init), True) if paints else train_imagenet.starting_point(
+        args, classifier=args.stage != "pretrain")
     if args.stage == "finetune" and args.data:                              # now the size is known
         if train_imagenet.model_name(args).endswith(("_large", "_huge")):
             parser.set_defaults(**FINETUNE_LARGE)
         if (args.img_size or 0) >= 448:
             parser.set_defaults(**FINETUNE_448)
-    init, args = args.init, top.parse_args(argv)
-    args.init = init
-    train_imagenet.adopt(args, start[0])
-    if args.data is None and not paints:
-        vars(args).update({k: v for k, v in DIGITS_MODEL.items() if vars(args)[k] is None})
-    if args.stage != "pretrain" and args.pool_scale is None:
-        args.pool_scale = pool_scale(args, start[0])
+    found, args = args, top.parse_args(argv)
+    args.init, args.pool_scale = found.init, found.pool_scale
+    masking = MASKING if args.stage == "pretrain" else {}
+    train_imagenet.adopt(args, start[0], (*train_imagenet.MODEL_FLAGS, *masking))
+    for defaults in ({} if args.data or start[0] else DIGITS_MODEL, masking):
+        vars(args).update({k: v for k, v in defaults.items() if vars(args).get(k, v) is None})
     return args, parser, start
 
 
@@ -138,8 +143,6 @@ def get_args(argv=None):
 
 def build_autoencoder(args):
     """The MaskedAutoencoder that args ask for."""
-    if train_imagenet.model_name(args) not in fastvim.list_models():
-        raise ValueError(f"--model {args.model} is none of ours: {', '.join(fastvim.list_models())}")
     return train_imagenet.build_model(
         args, 0, autoencoder=True, mask_ratio=args.mask_ratio, mask_divisor=args.mask_divisor,
         released_masking=args.released_masking, decoder_depth=args.decoder_depth, decoder_embed_dim=args.decoder_dim,
@@ -195,7 +198,7 @@ def masked_loss(model, loader, ctx, amp=False):
 
 
 @torch.no_grad()
-def paint(model, images, path, digits):
+def paint(model, images, path, digits, required=False):
     """A PNG, a row for each of the normalised images (B 3 H W): the image, what the model sees of it, the removed
     patches painted evenly in their mean, and by the model. With norm_pix_loss it predicts neither a patch's mean nor
     its contrast: both are then the true ones, so that the third column is what to compare the fourth with."""
@@ -218,17 +221,17 @@ def paint(model, images, path, digits):
         for j, image in enumerate(pixels[i].transpose(0, 2, 3, 1)):
             tile = Image.fromarray(image).resize((W, H), Image.Resampling.NEAREST)
             sheet.paste(tile, (i * (W + gap), head + j * (H + gap)))
-    training.write_whole(pathlib.Path(path), lambda file: sheet.save(file, format="png"), required=False)
+    training.write_whole(pathlib.Path(path), lambda file: sheet.save(file, format="png"), required)
 
 
 def reconstruct(args, ctx, content):
     """Paints the files of --reconstruct; returns the number of those that cannot be."""
     saved = train_imagenet.adopt(args, content)
-    vars(args).update({k: saved[k] for k in ("decoder_depth", "decoder_dim", "pixel_loss") if k in saved})
     model = build_autoencoder(args).to(ctx.device).eval()
     ctx.print(f"{args.init}: {fastvim.load_checkpoint(model, content)}")
     digits, size, images, bad = saved and saved["data"] is None, args.img_size or train_imagenet.IMG_SIZE, [], 0
-    transform = data.digit_transform(size) if digits else data.image_transform(size, False, crop_pct=args.crop_pct)
+    transform = data.digit_transform(size) if digits else data.image_transform(
+        size, False, crop_pct=args.crop_pct or train_imagenet.CROP_PCT)
     for file in args.reconstruct:
         try:
             image = data.load_rgb(file)
@@ -242,7 +245,7 @@ def reconstruct(args, ctx, content):
     if images:
         out = pathlib.Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        paint(model, torch.stack(images).to(ctx.device), out / "reconstruct.png", digits)
+        paint(model, torch.stack(images).to(ctx.device), out / "reconstruct.png", digits, required=True)
         print(f"{out / 'reconstruct.png'}: {len(images)} images")
     return bad
 
@@ -269,28 +272,19 @@ def no_decay(name, param):
 def classify(args, ctx, start):
     def optimizer_of(model, args):
         if args.stage == "linear":
-            return torch.optim.SGD(training.parameter_groups(model, 0.0), lr=args.lr, momentum=0.9)
+            return torch.optim.SGD(training.parameter_groups(model, args.weight_decay), lr=args.lr, momentum=0.9)
         return torch.optim.AdamW(training.parameter_groups(
             model, args.weight_decay, no_decay,
             lambda name, param: layer_scale(name, model.cfg.depth, args.layer_decay, args.decay_blocks)), lr=args.lr)
 
-    train_imagenet.train(args, ctx, start, optimizer_of, 0.0, LR_END[args.stage], args.released_pos_rows)
-
-
-def pool_scale(args, content):
-    """Section 8, key detail 2: in pretraining a row's sum had 1 - mask_ratio of its tokens and was divided by all."""
-    saved, family = content.get("args") or {}, train_imagenet.model_name(args).rpartition("_")[0]
-    schedule = args.schedule or fastvim.FAMILIES.get(family, {}).get("schedule", "vim")
-    if not content or "mask_token" not in fastvim.model_weights(content)[0] or saved.get("mask_divisor") == "count" or (
-            not fastvim.SCHEDULES[schedule][0][1] or args.pool not in (None, "mean")):
-        return None
-    return 1 - saved.get("mask_ratio", 0.75)
+    train_imagenet.train(args, ctx, start, optimizer_of, 0.0, FINETUNE_END if args.stage == "finetune" else 0.0,
+                         args.released_pos_rows)
 
 
 def main():
     with training.plain_errors("train_mae.py", None):
         args, parser, start = get_args()
-    with training.plain_errors(parser.prog, args, data.BadDataError):
+    with training.plain_errors(parser.prog, args, data.BadDataError, OSError):
         only_paint = args.stage == "pretrain" and args.reconstruct
         ctx = training.setup(args, training=not only_paint)
         if only_paint:

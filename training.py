@@ -487,10 +487,13 @@ def fit(args, ctx, model, loader, loss_fn, optimizer, lr, *, weight_decay=None, 
             raise SystemExit(f"--resume: {path} is no readable checkpoint of a run ({type(error).__name__}: {error}). "
                              f"Try --resume {out / 'best.pt'}")
         changed = check_same_run(checkpoint["args"], identity["args"], HARMLESS | set(harmless))
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if ema:
-            ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+        try:
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            if ema:
+                ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+        except (RuntimeError, ValueError) as error:
+            raise SystemExit(f"--resume: {path} belongs to another model or optimizer:\n{str(error)[:2000]}")
         progress = {key: checkpoint[key] for key in progress}
         if progress["step"] < total:                      # that run may have ended by --steps within an epoch
             progress["epoch"] = min(progress["epoch"], progress["step"] // per_epoch)
@@ -575,6 +578,9 @@ def fit(args, ctx, model, loader, loss_fn, optimizer, lr, *, weight_decay=None, 
                 if time.monotonic() - saved > 60:         # evaluations can be long, and schedulers impatient
                     save("last.pt")
                 target = ema.module if ema else model
+                if ctx.world_size > 1:                    # a BatchNorm has seen other samples on each process
+                    for buffer in target.buffers():
+                        dist.broadcast(buffer, 0)
                 target.eval()
                 with torch.no_grad():                     # inference_mode would spoil tensors the model caches
                     metrics = {key: float(value) for key, value in (evaluate(target, epoch + 1) or {}).items()}

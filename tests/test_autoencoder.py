@@ -184,12 +184,16 @@ def test_compiled_backends_agree_with_python(backend, fields):
     assert_close(actual, {k: v.float() for k, v in expected.items()}, rtol=1e-3, atol=2e-5)
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_gradient_checkpointing_changes_nothing(monkeypatch):
+    calls, checkpoint = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **kw: calls.append(1) or checkpoint(*a, **kw))
     model = mae().train()
     x, noise = batch(model)
     expected = loss_and_gradients(model, x, noise)
+    assert not calls
     model.grad_checkpointing = True
     assert_close(loss_and_gradients(model, x, noise), expected)
+    assert len(calls) == 3 + 2                                  # encoder and decoder
 
 
 def test_autocast_keeps_the_loss_in_float32():

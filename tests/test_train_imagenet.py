@@ -77,7 +77,7 @@ def test_recipes():
     """recipes.md, section 1; and without --data one scaled to the digits."""
     args = train_imagenet.get_args(["--data", "x", "--size", "b"])[0]
     expected = dict(epochs=300, warmup=5, weight_decay=0.05, ema=0.9999, mixup=0.8, cutmix=1.0, smoothing=0.1,
-                    auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25, crop_pct=0.875, recipe_lr=1e-3,
+                    auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25, crop_pct=None, recipe_lr=1e-3,
                     recipe_batch=1024)
     assert expected == {k: vars(args)[k] for k in expected} and not args.amp and args.clip == 0
     model = train_imagenet.build_model(args, 1000)

@@ -1,4 +1,5 @@
 """The masked autoencoding script from its command line: recipes, learning-rate groups, stages, pictures, errors."""
+import argparse
 import json
 import pathlib
 import sys
@@ -74,10 +75,11 @@ def recipe(*argv, **expected):
 def test_recipes_of_the_paper():
     """recipes.md, section 2. Learning rates are MAE's base rates x effective batch / 256."""
     recipe("pretrain", "--size", "b", recipe_lr=2.4e-3, recipe_batch=4096, epochs=1600, warmup=40, weight_decay=0.05,
-           drop_path=0, crop_scale=0.2, reprob=0, mask_ratio=0.75, decoder_depth=2, decoder_dim=512, clip=0, ema=0)
+           drop_path=0, crop_scale=0.2, reprob=0, mask_ratio=0.75, decoder_depth=2, decoder_dim=512, clip=0, ema=0,
+           mask_divisor="axis", released_masking=False, pixel_loss=False, pool_scale=None)
     recipe("finetune", "--size", "b", recipe_lr=2e-3, recipe_batch=1024, epochs=100, warmup=5, weight_decay=0.05,
            drop_path=0.3, layer_decay=0.65, decay_blocks=2, mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, clip=0,
-           crop_pct=0.875, crop_scale=0.08, ema=0)
+           crop_pct=None, crop_scale=0.08, ema=0)
     for size in (["--size", "l"], ["--size", "h"], ["--model", "vim_large"]):
         recipe("finetune", *size, recipe_lr=4e-3, epochs=50, layer_decay=0.75, warmup=5, drop_path=0.3)
     recipe("finetune", "--size", "h", "--img-size", "448", clip=3.0, crop_pct=1.0, epochs=50)
@@ -88,8 +90,8 @@ def test_recipes_of_the_paper():
         assert recipe(stage).auto_augment == policy
     assert recipe("pretrain", "--size", "h").patch_size is None and fastvim.SIZES["huge"]["patch_size"] == 14
     assert train_mae.get_args(["pretrain"])[0].out == "runs/digits_mae"
-    with pytest.raises(FileNotFoundError, match="runs/digits_mae/last.pt"):
-        train_mae.get_args(["finetune", "--init", "/nowhere/runs/digits_mae/last.pt"])
+    with pytest.raises(FileNotFoundError, match="/nowhere/last.pt"):
+        train_mae.get_args(["finetune", "--init", "/nowhere/last.pt"])
 
 
 def test_the_recipe_follows_the_size_of_the_checkpoint(tmp_path):
@@ -128,12 +130,14 @@ def test_groups_of_the_optimizers(pretrained, tmp_path, monkeypatch):
         names = {id(p): k for k, p in model.named_parameters()}
         return args, model, optimizer, more, {names[id(p)]: (g["lr_scale"], g["weight_decay"])
                                               for g in optimizer.param_groups for p in g["params"]}
-    run(*PRETRAIN, "--out", tmp_path)
+    run("pretrain", *SMALL, "--out", tmp_path)
     _, model, optimizer, more, found = groups()
     assert isinstance(optimizer, torch.optim.AdamW) and optimizer.param_groups[0]["betas"] == (0.9, 0.95)
     assert set(found.values()) == {(1.0, 0.05)}
     assert found.keys() == {k for k, _ in model.named_parameters()} - {"pos_embed", "decoder_pos_embed"}
-    assert more["lr"](0) == 0 and more["metric"] == "loss" and more["lower_is_better"]
+    assert more["metric"] == "loss" and more["lower_is_better"]
+    peak, end = 4 * 22, 40 * 22                                             # 4 of 40 epochs of warmup, 22 steps each
+    assert [more["lr"](step) for step in (0, peak // 2, peak, end)] == pytest.approx([0, 5e-4, 1e-3, 0], abs=1e-12)
 
     run("finetune", "--init", pretrained / "last.pt", "--out", tmp_path, "--layer-decay", 0.5, "--device", "cpu")
     args, model, optimizer, more, found = groups()
@@ -141,12 +145,16 @@ def test_groups_of_the_optimizers(pretrained, tmp_path, monkeypatch):
     assert found["pos_embed"] == (0.125, 0.0) and found["head.weight"] == (1.0, 0.05) and found["head.bias"] == (1.0, 0)
     assert found["layers.0.mixer.A_log"] == (0.25, 0.05) and found["layers.3.mixer.D"] == (0.5, 0.0)
     assert found.keys() == {k for k, _ in model.named_parameters()}
-    assert more["lr"](0) == 0 and more["lr"](10 ** 9) != 0
+    total = round(args.epochs * 44)
+    assert more["lr"](0) == 0 and more["lr"](44) == args.lr and more["lr"](total) == pytest.approx(1e-5)
 
     run("linear", "--init", pretrained / "last.pt", "--out", tmp_path, "--device", "cpu")
     args, model, optimizer, more, found = groups()
     assert isinstance(optimizer, torch.optim.SGD) and optimizer.param_groups[0]["momentum"] == 0.9
     assert found.keys() == {"head.1.weight", "head.1.bias"} and {v for v in found.values()} == {(1.0, 0.0)}
+    assert more["lr"](22) == args.lr and more["lr"](10 * 22) == pytest.approx(0)
+    run("linear", "--init", pretrained / "last.pt", "--out", tmp_path, "--device", "cpu", "--weight-decay", 0.5)
+    assert set(groups()[4].values()) == {(1.0, 0.0), (1.0, 0.5)}            # the bias has none
     assert isinstance(model.head[0], torch.nn.BatchNorm1d) and not model.head[0].affine and model.head[0].eps == 1e-6
     assert model.cfg.pool_scale == 0.25 and 0.005 < model.head[1].weight.std() < 0.015
 
@@ -234,6 +242,25 @@ def test_stages_on_the_digits_keep_what_they_should(pretrained, tmp_path, capsys
     assert probe["head.0.running_var"].ne(1).any() and probe["head.1.bias"].any()
     run("linear", "--init", tmp_path / "f/last.pt", "--steps", 1, "--out", tmp_path / "fl", "--device", "cpu")
     assert "2 dropped (head)" in capsys.readouterr().out                    # of a classifier: its head
+    run("finetune", "--init", tmp_path / "fl/last.pt", "--steps", 1, "--out", tmp_path / "flf", "--device", "cpu")
+    assert "5 dropped (head)" in capsys.readouterr().out and "head.weight" in weights(tmp_path / "flf/last.pt")
+    moved = weights(tmp_path / "flf/last.pt")                               # not frozen any more
+    assert torch.load(tmp_path / "flf/last.pt", weights_only=True)["args"]["pool_scale"] == 0.25
+    optimizer = torch.load(tmp_path / "flf/last.pt", weights_only=True)["optimizer"]
+    assert sum(len(group["params"]) for group in optimizer["param_groups"]) == len(moved)
+    run("--init", pretrained / "last.pt", "--steps", 1, "--out", tmp_path / "i", "--device", "cpu",
+        script=train_imagenet)                                              # the other script knows the scale, too
+    assert "pool_scale 0.25" in capsys.readouterr().out
+
+
+def test_position_rows_of_a_vim(tmp_path):
+    run(*PRETRAIN[:-4], "--steps", 1, "--model", "vim_tiny", "--out", tmp_path / "mae")
+    rows = weights(tmp_path / "mae/last.pt")["pos_embed"][0]
+    for flags, expected in (([], torch.cat([rows[1:33], rows[:1], rows[33:]])), (["--released-pos-rows"], rows)):
+        out = tmp_path / f"f{len(flags)}"
+        run("finetune", "--init", tmp_path / "mae/last.pt", "--steps", 1, "--lr", 0, "--out", out, "--device", "cpu",
+            *flags)
+        assert weights(out / "last.pt")["pos_embed"][0].equal(expected)
 
 
 def test_a_larger_image_with_positions_resized(pretrained, tmp_path, capsys):
@@ -254,8 +281,39 @@ def test_448_pixels_and_patch_14(folder, tmp_path):
     assert content["model"]["pos_embed"].shape == (1, 1024, 192) and content["args"]["clip"] == 3.0
 
 
+def test_crops_of_each_stage_and_of_the_evaluation(folder, pretrained, tmp_path):
+    def crops(*argv, script=train_mae):
+        args = script.get_args([*map(str, argv), "--data", str(folder), "--out", str(tmp_path / "none")])[0]
+        sets = [train_imagenet.build_data(args, train).transform.transforms for train in (True, False)]
+        return sets[0][0].scale[0], round(args.img_size / sets[1][0].size[0] if isinstance(
+            sets[1][0].size, (tuple, list)) else args.img_size / sets[1][0].size, 3)
+    size = ["--img-size", 224]
+    assert crops("pretrain", *size) == (0.2, 0.875) and crops("linear", "--scratch", *size) == (0.08, 0.875)
+    assert crops("finetune", "--scratch", *size) == (0.08, 0.875)
+    assert crops("finetune", "--scratch", "--img-size", 448) == (0.08, 1.0)
+    # a checkpoint keeps its crop for train_imagenet.py --eval and --predict
+    content = torch.load(pretrained / "last.pt", weights_only=True)
+    args = train_imagenet.get_args(["--data", "x"])[0]
+    train_imagenet.adopt(args, {"args": {**content["args"], "crop_pct": 1.0}})
+    assert args.crop_pct == 1.0
+
+
+def test_the_validation_loss_has_the_same_masks_every_time():
+    torch.manual_seed(0)
+    model = fastvim.MaskedAutoencoder(img_size=32, patch_size=8, embed_dim=16, depth=1, decoder_embed_dim=16,
+                                      norm_pix_loss=False).eval()
+    ctx = training.Context(0, 1, torch.device("cpu"))
+    x = torch.stack([data.Digits(False, 32)[i][0] for i in range(8)])
+    with torch.no_grad():
+        first, second = (train_mae.masked_loss(model, [(x[:6], None), None, (x[6:], None)], ctx) for _ in range(2))
+    assert first == second and first["images"] == 8
+    patches = model.patchify(x)                                             # the spread within patches, all of them
+    spread = patches.var(-1, correction=0).mean().item()
+    assert 0.5 * spread < first["patch_mean"] < 1.5 * spread
+
+
 def test_pretraining_killed_and_resumed_or_continued(tmp_path, capsys):
-    """Exact resume, decoder included; --init continues from the weights alone."""
+    """Exact resume, decoder included; --init continues from the weights alone, with the masking of its checkpoint."""
     flags = [*PRETRAIN[:-4], "--eval-every", 100]
     run(*flags, "--steps", 4, "--out", tmp_path / "whole")
     run(*flags, "--steps", 2, "--out", tmp_path / "parts")
@@ -266,6 +324,15 @@ def test_pretraining_killed_and_resumed_or_continued(tmp_path, capsys):
     run(*flags, "--steps", 1, "--lr", 0, "--init", tmp_path / "parts/last.pt", "--out", tmp_path / "more")
     more = weights(tmp_path / "more/last.pt")
     assert all(more[k].equal(b[k]) for k in b)
+    assert len(log(tmp_path / "parts")) == 1                                # the epoch that --steps cut in two
+    options = ["--mask-ratio", 0.5, "--mask-divisor", "count", "--pixel-loss", "--decoder-dim", 12]
+    run("pretrain", *SMALL, *options, "--decoder-depth", 1, "--steps", 1, "--out", tmp_path / "own")
+    run("pretrain", "--device", "cpu", "--init", tmp_path / "own/last.pt", "--steps", 1, "--out", tmp_path / "on")
+    own, on = (torch.load(tmp_path / name / "last.pt", weights_only=True)["args"] for name in ("own", "on"))
+    assert all(own[k] == on[k] for k in (*train_mae.MASKING, "depth", "patch_size", "pool_scale"))
+    run("pretrain", "--device", "cpu", "--init", tmp_path / "own/last.pt", "--steps", 1, "--out", tmp_path / "larger",
+        "--img-size", 48)
+    assert weights(tmp_path / "larger/last.pt")["decoder_pos_embed"].shape == (1, 144, 12)
 
 
 def test_a_fine_tuning_is_resumed_though_the_pretraining_is_gone(pretrained, tmp_path):
@@ -273,12 +340,13 @@ def test_a_fine_tuning_is_resumed_though_the_pretraining_is_gone(pretrained, tmp
     source.write_bytes((pretrained / "last.pt").read_bytes())
     flags = ["finetune", "--init", source, "--device", "cpu", "--threads", 1, "--out", tmp_path / "f"]
     run(*flags, "--steps", 2)
+    run(*flags, "--steps", 2, "--resume", "--init", pretrained / "last.pt")    # a path is no part of the recipe
     source.unlink()
     run(*flags, "--steps", 3, "--resume", "--resume-changed")
     assert torch.load(tmp_path / "f/last.pt", weights_only=True)["step"] == 3
 
 
-def test_images_are_painted_and_bad_ones_counted(pretrained, folder, tmp_path, capsys):
+def test_images_are_painted_and_bad_ones_counted(pretrained, folder, tmp_path, capsys, monkeypatch):
     Image.new("L", (8, 8), 128).save(tmp_path / "digit.png")
     (tmp_path / "bad.png").write_text("no image")
     with pytest.raises(SystemExit) as end:
@@ -293,6 +361,17 @@ def test_images_are_painted_and_bad_ones_counted(pretrained, folder, tmp_path, c
     assert "7 x 40 pixels are less than one patch of 8" in capsys.readouterr().out
     run("pretrain", "--reconstruct", folder / "val/dark/0.png", "--out", tmp_path / "mae", "--device", "cpu")
     assert (tmp_path / "mae/reconstruct.png").exists()
+    run("pretrain", *SMALL, "--mask-ratio", 0.5, "--pixel-loss", "--decoder-dim", 12, "--steps", 1, "--out",
+        tmp_path / "own")
+    seen = []
+    monkeypatch.setattr(train_mae, "paint", lambda model, images, *more, **kw: seen.append(
+        (model.mask_ratio, model.norm_pix_loss, images.shape)))
+    run("pretrain", "--reconstruct", tmp_path / "digit.png", "--out", tmp_path / "own", "--device", "cpu")
+    assert seen == [(0.5, False, (1, 3, 32, 32))]
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="/dev/null/x"):
+        run("pretrain", "--reconstruct", tmp_path / "digit.png", "--init", pretrained / "last.pt", "--out",
+            "/dev/null/x", "--device", "cpu")
 
 
 def test_pretraining_without_a_validation_folder(folder, tmp_path):
@@ -308,7 +387,8 @@ def test_pretraining_without_a_validation_folder(folder, tmp_path):
     ("pretrain --mask-ratio 0", "mask_ratio=0.0"), ("pretrain --mask-ratio 1", "mask_ratio=1.0"),
     ("pretrain --mask-ratio 0.99", "keep at least one"), ("pretrain --img-size 3", "at least one patch"),
     ("pretrain --decoder-dim 30", "multiple of 4"), ("pretrain --model resnet10t", "none of ours"),
-    ("pretrain --data /nowhere", "/nowhere"), ("finetune --init nofile.pt", "run `python train_mae.py pretrain` first"),
+    ("linear --scratch --model resnet10t", "none of ours"), ("pretrain --data /nowhere", "/nowhere"),
+    ("finetune --init nofile.pt", "run `python train_mae.py pretrain` first"),
     ("pretrain --init nofile.pt", "nofile.pt"), ("pretrain --reconstruct x.png --init nofile.pt", "nofile.pt")])
 def test_impossible_requests_end_in_one_clear_line(flags, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
@@ -336,7 +416,18 @@ def test_checkpoints_that_do_not_fit(pretrained, tmp_path):
         run(*flags, pretrained / "last.pt", "--patch-size", 8)
     with pytest.raises(SystemExit, match=r"of another shape.*\(192"):
         run(*flags, pretrained / "last.pt", "--size", "s")
+    released = {"model": content["model"], "args": argparse.Namespace(mask_ratio=0.75)}     # as MAE's code saves them
+    torch.save(released, tmp_path / "released.pth")
+    with pytest.raises(SystemExit, match="unknown to the model: layers|missing in the file: layers"):
+        run(*flags, tmp_path / "released.pth")                              # which says no depth
+    sizes = ["--depth", 4, "--img-size", 32, "--patch-size", 4]
+    run(*flags, tmp_path / "released.pth", *sizes, "--steps", 1)
+    args = torch.load(tmp_path / "f/last.pt", weights_only=True)["args"]
+    assert args["pool_scale"] == 0.25
+    with pytest.raises(SystemExit, match="another model or optimizer"):
+        run("linear", "--init", pretrained / "last.pt", "--resume", tmp_path / "f/last.pt", "--resume-changed",
+            "--batch-size", 32, "--out", tmp_path / "l", "--device", "cpu")
     (tmp_path / "text.pt").write_text("nothing")
     with pytest.raises(SystemExit, match="no readable|not a readable checkpoint"):
-        run(*flags, tmp_path / "text.pt")
-    assert not pathlib.Path(tmp_path / "f").exists()
+        run("finetune", "--out", tmp_path / "g", "--init", tmp_path / "text.pt")
+    assert not pathlib.Path(tmp_path / "g").exists()
