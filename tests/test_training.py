@@ -310,8 +310,8 @@ def test_accumulation_equals_the_larger_batch(tmp_path):
 
 def test_best_is_by_the_metric_and_on_the_average(tmp_path):
     values, models = iter([3.0, 1.0, 2.0]), []
-    toy("--out", tmp_path, metric="score", evaluate=lambda model, epoch: models.append(model) or {"score": next(values)},
-        lower_is_better=True)
+    toy("--out", tmp_path, metric="score", lower_is_better=True,
+        evaluate=lambda model, epoch: models.append(model) or {"score": next(values)})
     state = load(tmp_path / "best.pt")
     assert state["best"] == 1.0 and state["epoch"] == 2 and load(tmp_path / "last.pt")["best"] == 1.0
     assert_same(dict(models[0].state_dict()), dict(load(tmp_path / "last.pt")["ema"])) and not models[0].training
