@@ -50,12 +50,12 @@ LINEAR = dict(recipe_lr=0.1 * 4096 / 256, recipe_batch=4096, epochs=90.0, warmup
 FINETUNE_END = 1e-5                                                         # of its cosine; the others end at 0
 
 # The same on the digits, scaled to 1,437 training images of 8 x 8 pixels and two CPU cores.
-DIGITS_MODEL = dict(img_size=32, patch_size=4, depth=8, decoder_dim=128)
+DIGITS_MODEL = dict(img_size=32, patch_size=4, decoder_dim=128)
 DIGITS = dict(
-    pretrain=dict(recipe_lr=1e-3, recipe_batch=64, batch_size=64, epochs=40.0, warmup=4.0, eval_every=10,
+    pretrain=dict(recipe_lr=1e-3, recipe_batch=64, batch_size=64, epochs=20.0, warmup=2.0, eval_every=5,
                   out="runs/digits_mae"),
-    finetune=dict(recipe_lr=1e-3, recipe_batch=32, batch_size=32, epochs=3.0, warmup=1.0, drop_path=0.0, mixup=0.0,
-                  cutmix=0.0, layer_decay=0.75, out="runs/digits_finetune"),
+    finetune=dict(recipe_lr=1e-3, recipe_batch=32, batch_size=32, epochs=2.0, warmup=0.5, drop_path=0.0, mixup=0.0,
+                  cutmix=0.0, layer_decay=0.9, out="runs/digits_finetune"),
     linear=dict(recipe_lr=0.1 * 64 / 256, recipe_batch=64, batch_size=64, epochs=10.0, warmup=1.0,
                 out="runs/digits_linear"))
 

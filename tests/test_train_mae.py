@@ -136,7 +136,7 @@ def test_groups_of_the_optimizers(pretrained, tmp_path, monkeypatch):
     assert set(found.values()) == {(1.0, 0.05)}
     assert found.keys() == {k for k, _ in model.named_parameters()} - {"pos_embed", "decoder_pos_embed"}
     assert more["metric"] == "loss" and more["lower_is_better"]
-    peak, end = 4 * 22, 40 * 22                                             # 4 of 40 epochs of warmup, 22 steps each
+    peak, end = 2 * 22, 20 * 22                                             # 2 of 20 epochs of warmup, 22 steps each
     assert [more["lr"](step) for step in (0, peak // 2, peak, end)] == pytest.approx([0, 5e-4, 1e-3, 0], abs=1e-12)
 
     run("finetune", "--init", pretrained / "last.pt", "--out", tmp_path, "--layer-decay", 0.5, "--device", "cpu")
@@ -146,7 +146,7 @@ def test_groups_of_the_optimizers(pretrained, tmp_path, monkeypatch):
     assert found["layers.0.mixer.A_log"] == (0.25, 0.05) and found["layers.3.mixer.D"] == (0.5, 0.0)
     assert found.keys() == {k for k, _ in model.named_parameters()}
     total = round(args.epochs * 44)
-    assert more["lr"](0) == 0 and more["lr"](44) == args.lr and more["lr"](total) == pytest.approx(1e-5)
+    assert more["lr"](0) == 0 and more["lr"](22) == args.lr and more["lr"](total) == pytest.approx(1e-5)
 
     run("linear", "--init", pretrained / "last.pt", "--out", tmp_path, "--device", "cpu")
     args, model, optimizer, more, found = groups()
