@@ -331,10 +331,10 @@ def groups(figure, args):
                 (f"FastChannelVim-S/{p}, max pooling", "fastchannelvim_small", best, dict(patch_size=p, pool="max"))]))
     elif figure == "masked":
         px, batch = chosen[0]
-        plan = [([(px, max(1, batch // shrink))], [
+        plan = [([(px, batch * times)], [
             (f"FastMaskVim-{size[0].upper()}, {what}", f"fastmaskvim_{size}", best, {}, share)
             for what, share in (("25 % kept", 0.25), ("all patches", 1.0))])
-            for size, shrink in (("tiny", 1), ("base", 2))]
+            for size, times in (("tiny", 4), ("base", 1))]                  # as in pretraining, large batches
     else:
         ours = [b for b in absent if b not in args.without and (not train or b in (kernels, "python"))]
         models = [("FastVim-T", "fastvim_tiny", backend, {}) for backend in ours]
