@@ -14,7 +14,7 @@ convolution and the scan, and which of its axes are pooled away before the scan.
 one mixer, one encoder. Read from top to bottom:
 
     1 schedules and variants     2 the plan: how a layer walks the grid       3 the operations, in plain PyTorch
-    4 backends                   5 mixer, block, patch embeddings, encoder    6 initialisation
+    4 backends                   5 mixer, block, encoder, autoencoder         6 initialisation
     7 building and loading       8 counting multiply-adds                     9 the command line
 
     python fastvim.py             every model: parameters, multiply-adds at 224 px, milliseconds per image
@@ -605,7 +605,7 @@ register_backend(Backend("python", (), "plain PyTorch, on every device",
                          add_norm, conv_pool, selective_scan, expand_gate))
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Mixer, block, patch embeddings, encoder
+# 5. Mixer, block, patch embeddings, encoder, masked autoencoder
 
 
 class Mixer(nn.Module):
@@ -957,7 +957,7 @@ def sincos_pos_embed(h, w, dim, class_token=False):
 
 
 class MAEOutput(NamedTuple):
-    loss: Tensor                                # scalar: mean square error per pixel, over the removed patches
+    loss: Tensor                                # scalar float32, mean square error per pixel of the removed patches
     pred: Tensor                                # (B L p*p*C) what the decoder paints into each patch, see patchify
     mask: Tensor                                # (B L) float32, 1 where the patch was removed
 
@@ -982,7 +982,7 @@ class MaskedAutoencoder(FastVim):
             if type(width) is not int or width < 4 or width % 4:
                 raise ValueError(f"{name}={width!r} must be a multiple of 4, for sin-cos position embeddings")
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
-        self._count(h * w)                      # raises early
+        self.kept_patches(h * w)                      # raises early
         D = decoder_embed_dim
         self.pos_embed = nn.Parameter(torch.empty_like(self.pos_embed), requires_grad=False)
         self.mask_token = nn.Parameter(torch.empty(1, 1, D))
@@ -997,8 +997,8 @@ class MaskedAutoencoder(FastVim):
     def _class_row(self):
         return 0 if self.cfg.class_token else None              # as released; load_checkpoint knows
 
-    def _count(self, L):
-        """How many of L patches are kept."""
+    def kept_patches(self, L):
+        """How many of L patches the encoder is shown. Raises ValueError if all or none."""
         ratio = self.mask_ratio
         number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
         kept = int(L * (1 - ratio) + 1e-6) if number and 0 < ratio < 1 else 0
@@ -1029,7 +1029,7 @@ class MaskedAutoencoder(FastVim):
     def random_masking(self, noise):
         """noise (B L): the patches of the smallest are kept -> keep (B S) their ids, ascending so that the scan follows
         the image, and mask (B L) float32, 1 for the removed ones."""
-        keep = noise.argsort(1)[:, :self._count(noise.shape[1])].sort(1).values
+        keep = noise.argsort(1)[:, :self.kept_patches(noise.shape[1])].sort(1).values
         return keep, torch.ones(noise.shape, device=noise.device).scatter(1, keep, 0.0)
 
     def decode(self, tokens, keep, grid):
