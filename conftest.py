@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import tempfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,3 +47,17 @@ def pytest_terminal_summary(terminalreporter):
         for run, row in SCAN_ERRORS.items():
             cells = (f"{row[length]:10.1e}" if length in row else " " * 10 for length in lengths)
             terminalreporter.write_line(f"{' '.join(run):24}" + "".join(cells))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Two classes of images, dark and light, in ImageNet's layout."""
+    image = pytest.importorskip("PIL.Image")
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, n in (("train", 12), ("val", 4)):
+        for label, name in enumerate(("dark", "light")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 100, (40, 48, 3)) + 150 * label
+                image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
+    return root

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 
@@ -54,19 +53,6 @@ def digits_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits")
     run("--depth", 2, "--epochs", 4, "--warmup", 0.5, "--lr", 2e-3, "--out", out, "--device", "cpu")
     return out
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Two classes, dark and bright, in ImageNet's layout."""
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for split, n in (("train", 12), ("val", 4)):
-        for label, name in enumerate(("dark", "light")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(n):
-                pixels = rng.integers(0, 100, (40, 48, 3)) + 150 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
-    return root
 
 
 FOLDER = ["--img-size", 32, "--patch-size", 8, "--depth", 1, "--batch-size", 8, "--workers", 0, "--device", "cpu",

@@ -1,7 +1,9 @@
 """The masked autoencoding script from its command line: recipes, learning-rate groups, stages, pictures, errors."""
 import argparse
 import json
+import os
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -44,19 +46,6 @@ def pretrained(tmp_path_factory):
     out = tmp_path_factory.mktemp("mae")
     run(*PRETRAIN, "--out", out)
     return out
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Two classes, dark and bright, in ImageNet's layout."""
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for split, n in (("train", 12), ("val", 4)):
-        for label, name in enumerate(("dark", "light")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(n):
-                pixels = rng.integers(0, 100, (40, 48, 3)) + 150 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
-    return root
 
 
 FOLDER = ["--img-size", 32, "--patch-size", 8, "--depth", 2, "--batch-size", 8, "--workers", 0, "--device", "cpu"]
@@ -268,6 +257,19 @@ def test_a_larger_image_with_positions_resized(pretrained, tmp_path, capsys):
         "cpu")
     assert "position embeddings resized from 8 x 8 to 12 x 12" in capsys.readouterr().out
     assert weights(tmp_path / "last.pt")["pos_embed"].shape == (1, 144, 192)
+
+
+def test_two_processes_evaluate_and_save_the_same_probe(pretrained, tmp_path, capsys):
+    """BatchNorm's statistics differ between processes: the first one's are those that count and that are saved."""
+    flags = ["--init", pretrained / "last.pt", "--lr", 1, "--warmup", 0, "--steps", 3, "--batch-size", 8, "--device",
+             "cpu", "--threads", 1, "--out", tmp_path]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_mae.py",
+               "linear", *map(str, flags)]
+    done = subprocess.run(command, cwd=pathlib.Path(train_mae.__file__).parent, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    run("--eval", tmp_path / "last.pt", "--device", "cpu", script=train_imagenet)
+    assert f"loss {log(tmp_path)[-1]['metrics']['loss']:.4f}" in capsys.readouterr().out
 
 
 def test_448_pixels_and_patch_14(folder, tmp_path):
