@@ -982,7 +982,7 @@ class MaskedAutoencoder(FastVim):
             if type(width) is not int or width < 4 or width % 4:
                 raise ValueError(f"{name}={width!r} must be a multiple of 4, for sin-cos position embeddings")
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
-        self.kept_patches(h * w)                      # raises early
+        self.kept_patches(h * w)                # raises early
         D = decoder_embed_dim
         self.pos_embed = nn.Parameter(torch.empty_like(self.pos_embed), requires_grad=False)
         self.mask_token = nn.Parameter(torch.empty(1, 1, D))
@@ -995,7 +995,7 @@ class MaskedAutoencoder(FastVim):
         init_weights(self)
 
     def _class_row(self):
-        return 0 if self.cfg.class_token else None              # as released; load_checkpoint knows
+        return 0 if self.cfg.class_token else None              # the released order; load_checkpoint knows
 
     def kept_patches(self, L):
         """How many of L patches the encoder is shown. Raises ValueError if all or none."""
