@@ -208,8 +208,9 @@ def adopt(args, content, flags=MODEL_FLAGS):
     saved = content.get("args")
     if not isinstance(saved, dict) or not {"size", "model", "data"} <= saved.keys():
         return {}
-    vars(args).update({flag: saved[flag] for flag in flags
-                       if vars(args)[flag] in (None, False) and flag in saved})
+    given = vars(args)
+    given.update({flag: saved[flag] for flag in flags if flag in saved and (
+        given[flag] is None or given[flag] is False and flag != "class_token")})             # which has a --no- form
     return saved
 
 

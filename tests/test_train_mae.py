@@ -407,6 +407,14 @@ def test_flags_that_cannot_be_are_named(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_what_the_command_line_says_is_not_taken_from_the_checkpoint(pretrained, tmp_path):
+    with pytest.raises(SystemExit, match="mask_ratio=0.0"):
+        run("pretrain", "--init", pretrained / "last.pt", "--mask-ratio", 0, "--out", tmp_path, "--device", "cpu")
+    args, saved = train_imagenet.get_args(["--no-class-token"])[0], dict(size="t", model=None, data=None)
+    train_imagenet.adopt(args, {"args": {**saved, "class_token": True, "no_conv": True, "pool": "max"}})
+    assert args.class_token is False and args.no_conv is True and args.pool == "max"
+
+
 def test_checkpoints_that_do_not_fit(pretrained, tmp_path):
     flags = ["finetune", "--out", tmp_path / "f", "--device", "cpu", "--init"]
     content = torch.load(pretrained / "last.pt", weights_only=True)
