@@ -116,7 +116,8 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if args.vit_conv and not args.vit_pool:
         parser.error("--vit-conv goes with --vit-pool")
-    check_pairs(args, parser)
+    if not (args.eval or args.predict):
+        check_pairs(args, parser)
     return args, parser
 
 
@@ -209,6 +210,8 @@ def adopt(args, content, flags=MODEL_FLAGS):
     if not isinstance(saved, dict) or not {"size", "model", "data"} <= saved.keys():
         return {}
     given = vars(args)
+    if given["size"] and not given["model"]:                                # one of the two names the model
+        flags = [flag for flag in flags if flag != "model"]
     given.update({flag: saved[flag] for flag in flags if flag in saved and (
         given[flag] is None or given[flag] is False and flag != "class_token")})             # which has a --no- form
     return saved
@@ -225,7 +228,8 @@ def restore(args, ctx, path):
     if classes is None and head is None:
         raise ValueError(f"{path} says neither its classes nor holds a head.weight to count them")
     model = build_model(args, len(head) if classes is None else len(classes)).to(ctx.device).eval()
-    ctx.print(f"{path}: {fastvim.load_checkpoint(model, content)} into {model_name(args)}")
+    ctx.print(f"{path}: {fastvim.load_checkpoint(model, content)} into {model_name(args)}"
+              f"{'' if args.pool_scale is None else f', pool_scale {args.pool_scale:g}'}")
     return model, classes, classes is not None and saved["data"] is None
 
 
@@ -258,11 +262,18 @@ def starting_point(args, classifier=True):
     """What --init names, or, if the run goes on, its own checkpoint: {} or the content of a file, which says what the
     command line leaves open of the model; and whether its weights are to be taken."""
     resumed = training.checkpoint_to_resume(args) if args.init else None
-    content, given = fastvim.read_checkpoint(resumed or args.init) if args.init else {}, args.pool_scale
+    given = args.pool_scale, args.crop_pct
+    try:
+        content = fastvim.read_checkpoint(resumed or args.init) if args.init else {}
+    except ValueError as error:
+        raise ValueError(f"{error}. Try --resume {args.out}/best.pt" if resumed else error) from error
     saved = adopt(args, content)
+    if not resumed and args.img_size != saved.get("img_size"):
+        args.crop_pct = given[1]                                            # that of the other size
     if args.init and model_name(args) not in fastvim.list_models():
         raise ValueError(f"--init is for our models, {', '.join(fastvim.list_models())}: {model_name(args)} is none")
-    if classifier and given is None and not resumed and content and "mask_token" in fastvim.model_weights(content)[0]:
+    masked = content and "mask_token" in fastvim.model_weights(content)[0]
+    if classifier and masked and given[0] is None and not resumed:
         # Section 8, key detail 2: while masked, a row's sum had 1 - mask_ratio of its tokens and was divided by all.
         schedule = args.schedule or fastvim.FAMILIES[model_name(args).rpartition("_")[0]]["schedule"]
         if fastvim.SCHEDULES[schedule][0][1] and args.pool in (None, "mean") and saved.get("mask_divisor") != "count":

@@ -13,7 +13,9 @@ shown; then a classifier is fine-tuned from its encoder, or a linear one trained
     python train_imagenet.py --data IMAGENET_DIR --eval runs/mae_finetune/best.pt                also --predict IMAGE
 
 Every stage takes what it needs to know of the model from the checkpoint it starts from (--init); released checkpoints
-do not say, so name --size, or --model vim_base. What the paper reports (ImageNet-1k top-1):
+do not say, so name --size, or --model vim_base, and --pool-scale 0.25 of a FastVim that is already fine-tuned.
+
+What the paper reports (ImageNet-1k top-1):
 
     fine-tuned    FastMaskVim-B 83.0, L 84.9, H 86.1, H at 448 px 86.7; Vim-B 83.3, L 85.1 (pretrain --model vim_base)
                   B after epoch 10, 50, 100: 74.3, 81.0, 83.0
@@ -113,9 +115,12 @@ def get_args(argv=None):
     args = top.parse_args(argv)
     if args.stage != "pretrain":
         train_imagenet.check_pairs(args, parser)
-    if paints:
-        args.init = args.init or f"{args.out}/last.pt"
-    elif args.stage != "pretrain" and args.scratch:
+    if paints and not args.init:
+        out, digits = args.out, DIGITS["pretrain"]["out"]
+        if out == parser.get_default("out") and not pathlib.Path(out, "last.pt").is_file():
+            out = digits                                                    # where it is without --data
+        args.init = f"{out}/last.pt"
+    if args.stage != "pretrain" and args.scratch:
         if args.init:
             parser.error("--scratch starts from random weights, --init from a checkpoint: choose one")
     elif args.stage != "pretrain":
@@ -133,9 +138,10 @@ def get_args(argv=None):
         if (args.img_size or 0) >= 448:
             parser.set_defaults(**FINETUNE_448)
     found, args = args, top.parse_args(argv)
-    args.init, args.pool_scale = found.init, found.pool_scale
+    args.init, args.pool_scale, crop_pct = found.init, found.pool_scale, args.crop_pct or found.crop_pct
     masking = MASKING if args.stage == "pretrain" else {}
     train_imagenet.adopt(args, start[0], (*train_imagenet.MODEL_FLAGS, *masking))
+    args.crop_pct = crop_pct
     for defaults in ({} if args.data or start[0] else DIGITS_MODEL, masking):
         vars(args).update({k: v for k, v in defaults.items() if vars(args).get(k, v) is None})
     return args, parser, start

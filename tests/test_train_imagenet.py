@@ -110,7 +110,7 @@ def test_prediction_prints_five_classes_and_goes_on_after_a_bad_file(digits_run,
 def test_image_folder_with_the_whole_augmentation(folder, tmp_path, capsys):
     run("--data", folder, *FOLDER, "--epochs", 8, "--out", tmp_path / "run")
     assert log(tmp_path / "run")[-1]["metrics"]["top1"] == 100
-    run("--data", folder, "--eval", tmp_path / "run" / "best.pt", "--device", "cpu", "--workers", 0)
+    run("--data", folder, "--eval", tmp_path / "run" / "best.pt", "--device", "cpu", "--workers", 0, "--batch-size", 3)
     assert "top-1 100.00 %" in capsys.readouterr().out
     run("--predict", folder / "val" / "light" / "0.png", "--eval", tmp_path / "run" / "best.pt", "--device", "cpu")
     assert capsys.readouterr().out.splitlines()[-2].endswith("light")

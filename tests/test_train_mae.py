@@ -413,6 +413,36 @@ def test_what_the_command_line_says_is_not_taken_from_the_checkpoint(pretrained,
     args, saved = train_imagenet.get_args(["--no-class-token"])[0], dict(size="t", model=None, data=None)
     train_imagenet.adopt(args, {"args": {**saved, "class_token": True, "no_conv": True, "pool": "max"}})
     assert args.class_token is False and args.no_conv is True and args.pool == "max"
+    for flags, name in (([], "vim_large"), (["--size", "b"], "fastvim_base"), (["--model", "vim_small"], "vim_small")):
+        args = train_imagenet.get_args(flags)[0]
+        train_imagenet.adopt(args, {"args": {**saved, "size": None, "model": "vim_large"}})
+        assert train_imagenet.model_name(args) == name
+    torch.save({"args": {**saved, "img_size": 448, "crop_pct": 1.0}, "model": {"x": torch.zeros(1)}},
+               tmp_path / "448.pt")
+    for size, crop in (([], 1.0), (["--img-size", "448"], 1.0), (["--img-size", "224"], None)):
+        for script, stage in ((train_mae, ["linear"]), (train_imagenet, [])):
+            args = script.get_args([*stage, "--data", "x", "--init", str(tmp_path / "448.pt"), *size, "--out",
+                                    str(tmp_path)])[0]
+            if script is train_imagenet:
+                train_imagenet.starting_point(args)
+            assert args.crop_pct == crop
+
+
+def test_a_damaged_checkpoint_of_the_run_names_the_other(pretrained, tmp_path):
+    flags = ["linear", "--init", pretrained / "last.pt", "--steps", 1, "--out", tmp_path, "--device", "cpu"]
+    run(*flags)
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:100_000])
+    with pytest.raises(SystemExit, match="best.pt"):
+        run(*flags, "--resume")
+
+
+def test_painting_finds_the_pretraining_on_the_digits(pretrained, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/digits_mae").symlink_to(pretrained)
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (8, 8), 128).save("digit.png")
+    run("pretrain", "--reconstruct", "digit.png", "--device", "cpu")
+    assert pathlib.Path("runs/mae/reconstruct.png").exists()
 
 
 def test_checkpoints_that_do_not_fit(pretrained, tmp_path):
