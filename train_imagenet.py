@@ -60,6 +60,8 @@ def add_model_arguments(parser, others=""):
     add("--patch-size", type=WHOLE, help="pixels (default: the size's own, 16 or 14)")
     add("--depth", type=WHOLE, help="blocks (default: the size's own)")
     add("--drop-path", type=SHARE, help="stochastic depth at the last block (default: the recipe's)")
+    add("--grad-checkpointing", action="store_true", help="keep only the blocks' inputs for the backward pass and "
+        "compute the rest again: less memory, more time, the same result")
     add = parser.add_argument_group("the paper's ablations").add_argument
     add("--schedule", choices=["fastvim", "pool_col", "pool_row", "vim"], help="which axis is pooled in which layer")
     add("--pool", choices=fastvim.POOLS, help="how a row becomes one token (default mean)")
@@ -142,6 +144,7 @@ def build_model(args, num_classes, **more):
             given["ssm_norm"] = None
         rate = DROP_PATH[name.rpartition("_")[2]] if args.drop_path is None else args.drop_path
         model = fastvim.create_model(name, num_classes=num_classes, drop_path_rate=rate, **given, **more)
+        model.grad_checkpointing = args.grad_checkpointing
         return linear_probe(model, num_classes) if args.probe else model
     timm = data.extra("timm")
     if not timm.is_model(name):
@@ -154,6 +157,8 @@ def build_model(args, num_classes, **more):
                                   **{k: v for k, v in options.items() if v is not None})
     except TypeError:                                                       # a convolutional net takes any size
         model = timm.create_model(name, num_classes=num_classes, drop_path_rate=args.drop_path or 0.0)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
     if args.vit_pool:
         if not all(hasattr(getattr(block, "attn", None), "qkv") for block in getattr(model, "blocks", [None])):
             raise ValueError(f"--vit-pool: {name} is no ViT of timm")
@@ -319,7 +324,7 @@ def train(args, ctx, start, optimizer_of=adamw, lr_start=LR_WARMUP, lr_end=LR_EN
 
     total, per_epoch = training.run_length(args, loader)
     training.fit(args, ctx, model, loader, loss_fn, optimizer_of(model, args), metric="top1", evaluate=evaluate,
-                 harmless=("data", "eval", "predict", "init"), lr=lambda step: training.cosine(
+                 harmless=("data", "eval", "predict", "init", "grad_checkpointing"), lr=lambda step: training.cosine(
                      step, total, args.lr, warmup=round(args.warmup * per_epoch), start=lr_start, end=lr_end))
 
 

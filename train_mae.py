@@ -187,7 +187,7 @@ def pretrain(args, ctx, start):
                                   lr=args.lr, betas=(0.9, 0.95))
     total, per_epoch = training.run_length(args, loader)
     training.fit(args, ctx, model, loader, lambda model, batch: model(batch[0]).loss, optimizer, evaluate=evaluate,
-                 metric="loss", lower_is_better=True, harmless=("data", "init", "reconstruct"),
+                 metric="loss", lower_is_better=True, harmless=("data", "init", "reconstruct", "grad_checkpointing"),
                  lr=lambda step: training.cosine(step, total, args.lr, warmup=round(args.warmup * per_epoch)))
 
 

@@ -129,6 +129,18 @@ def test_every_variant_trains_a_step_and_is_restored(flags, folder, tmp_path):
     assert classes == ["dark", "light"] and not digits and model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
 
 
+@pytest.mark.parametrize("flags", [[], ["--model", "vit_tiny_patch16_224", "--patch-size", 8]])
+def test_gradient_checkpointing_changes_nothing(flags, folder, tmp_path, monkeypatch):
+    runs, calls, checkpoint = [], [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **kw: calls.append(1) or checkpoint(*a, **kw))
+    for name, more in (("a", []), ("b", ["--grad-checkpointing"])):
+        run("--data", folder, *FOLDER, "--steps", 2, "--drop-path", 0.3, "--out", tmp_path / name, *flags, *more)
+        runs.append(torch.load(tmp_path / name / "last.pt", weights_only=True)["model"])
+        assert flags or len(calls) == 2 * len(more)                         # one block, two steps
+    assert all(torch.allclose(runs[0][k], runs[1][k], atol=1e-7) for k in runs[0])
+    run("--data", folder, *FOLDER, "--steps", 2, "--drop-path", 0.3, "--out", tmp_path / "b", *flags, "--resume")
+
+
 def test_pooled_attention_gives_a_row_one_result():
     import timm
     model = timm.create_model("vit_tiny_patch16_224", img_size=(32, 48), patch_size=16, depth=1)

@@ -205,7 +205,8 @@ def test_the_picture_shows_what_its_columns_say(tmp_path):
 
 
 @pytest.mark.parametrize("flags", ["--model vim_tiny", "--mask-divisor count", "--released-masking", "--pixel-loss",
-                                   "--amp --clip 1 --accum 2", "--schedule pool_col --class-token", "--pool max"])
+                                   "--amp --clip 1 --accum 2 --grad-checkpointing",
+                                   "--schedule pool_col --class-token", "--pool max"])
 def test_every_variant_pretrains_and_hands_over(flags, folder, tmp_path):
     run("pretrain", "--data", folder, *FOLDER, "--decoder-dim", 16, "--steps", 1, "--out", tmp_path / "mae",
         *flags.split())
