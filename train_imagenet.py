@@ -51,7 +51,7 @@ WHOLE, POSITIVE, SHARE = training.number(int, 1), training.number(float, 0), tra
 
 
 def add_model_arguments(parser, others=""):
-    """The options of MODEL_FLAGS, and --drop-path. others: models that are not ours, for the help."""
+    """The options that make the model. others: models that are not ours, for the help."""
     parser.set_defaults(vit_pool=False, vit_conv=False, probe=False)
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=SIZES, help="FastVim-T, S, B, L or H (default t)")
