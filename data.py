@@ -283,24 +283,26 @@ def load_cells(path):
 
     A .npy of that shape, or a TIFF with a page for each channel; a path or URL as for fetch.
     ValueError: a pickle, another shape, no numbers, NaN or infinite pixels; or what NumPy and Pillow raise."""
-    content = io.BytesIO(fetch(path))
+    content = fetch(path)
     if path.lower().endswith(".npy"):
+        if content[:6] != b"\x93NUMPY":
+            raise ValueError("no .npy file, which begins with \\x93NUMPY")
         try:
-            image = np.load(content, allow_pickle=False)
+            image = np.load(io.BytesIO(content), allow_pickle=False)
         except ValueError as error:
-            if "pickle" not in str(error).lower():
+            if "allow_pickle" not in str(error):
                 raise
             raise ValueError("an array of Python objects is a pickle, which can run any code when it is read. If you "
                              "trust the file, convert it once: numpy.save(path, numpy.stack(list(numpy.load(path, "
                              "allow_pickle=True))).astype('float32'))") from None
     else:
-        with Image.open(content, formats=["TIFF"]) as tiff:
+        with Image.open(io.BytesIO(content), formats=["TIFF"]) as tiff:
             image = np.stack([np.asarray(page) for page in ImageSequence.Iterator(tiff)])         # (pages, H, W)
         if image.ndim == 4 and len(image) == 1:
             image = image[0].transpose(2, 0, 1)           # one page in colour
-    if not isinstance(image, np.ndarray) or image.ndim != 3 or 0 in image.shape or image.dtype.kind not in "buif":
-        what = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"expected real numbers of shape (channels, height, width), got {what}")
+    if image.ndim != 3 or 0 in image.shape or image.dtype.kind not in "buif":
+        raise ValueError(f"expected real numbers of shape (channels, height, width), got {image.dtype} of shape "
+                         f"{image.shape}")
     if image.dtype.kind == "f" and (bad := image.size - int(np.isfinite(image).sum())):
         raise ValueError(f"{bad} of {image.size} pixels are NaN or infinite")
     return image
@@ -430,7 +432,7 @@ def cell_folder(root, split, transform, classes=None, load=load_cells):
         chosen = split_of(len(of_class), split)
         if not len(chosen):
             raise ValueError(f"{root}/{name}: {len(of_class)} images are too few to split 60 : 20 : 20, {split!r} gets "
-                             "none. Give it at least 5, or sort the files into train/CLASS, val/CLASS and test/CLASS")
+                             "none. Give it at least 3, or sort the files into train/CLASS, val/CLASS and test/CLASS")
         samples += [of_class[i] for i in chosen]
     return Files(samples, all_of.classes, load, transform, f"{root} ({split})")
 

@@ -54,7 +54,7 @@ LR, LR_BATCH, LR_END = 1e-3, 256, 1e-6
 MODEL = dict(model="fastchannelvim_small", patch=16, img_size=224, drop_path=0.05, hcs=True)
 
 # The same on the drawn cells, scaled to 2,000 images of 32 pixels and two CPU cores.
-CELLS = dict(epochs=40.0, warmup=2.0, batch_size=32, recipe_lr=1e-3, recipe_batch=32, out="runs/cells")
+CELLS = dict(epochs=25.0, warmup=2.0, batch_size=32, recipe_lr=5e-4, recipe_batch=32, out="runs/cells")
 CELLS_MODEL = dict(model="fastchannelvim_tiny", depth=6, patch=8, img_size=32, drop_path=0.0, hcs=True)
 
 # (family, pooled axes, scan order) -> row of fastvim.SCHEDULES
@@ -265,7 +265,9 @@ def build_model(args, num_classes):
     """The model that args ask for. ValueError: an unknown name, or an option that the model does not have."""
     family, _, size = args.model.rpartition("_")
     options = dict(img_size=args.img_size, patch_size=args.patch, in_chans=len(args.model_channels),
-                   num_classes=num_classes, drop_path_rate=args.drop_path, **({"depth": args.depth} if args.depth else {}))
+                   num_classes=num_classes, drop_path_rate=args.drop_path)
+    if args.depth:
+        options["depth"] = args.depth
     key = family, args.pool_dims or 1, args.scan_order or "channel-first"
     if key in SCHEDULES:
         options |= dict(schedule=SCHEDULES[key], hcs=False)                 # sampling is the training loop's, below
@@ -482,15 +484,19 @@ def draw_examples(args, dataset, rows=6):
     """OUT/examples.png: training images as the model sees them, a column for each channel."""
     images = data.Seeded(dataset, args.seed)
     shown = filter(None, (images[0, int(i)] for i in np.linspace(0, len(dataset) - 1, 3 * rows)))  # but unreadable ones
+    shown = list(itertools.islice(shown, rows))
 
     def draw(figure):
-        for row, (image, label) in zip(figure.subplots(rows, len(args.taken), squeeze=False), shown):
-            for cell, channel, name in zip(row, image, args.model_channels):
-                cell.imshow(channel, cmap="gray")
-                cell.set_title(f"{name}: {args.classes[label]}", fontsize=6)
-                cell.axis("off")
+        tiles = F.pad(torch.stack([image for image, _ in shown]), 4 * [1], value=torch.nan)        # (rows C S S)
+        low, high = (f(tiles.nan_to_num(), (2, 3), keepdim=True) for f in (torch.amin, torch.amax))
+        tiles, axes = (tiles - low) / (high - low).clamp(min=1e-9), figure.subplots()             # each by itself
+        axes.imshow(rearrange(tiles, "n c h w -> (n h) (c w)").numpy(), "gray")
+        centers = (np.arange(max(tiles.shape[:2])) + 0.5) * tiles.shape[-1]
+        axes.set_xticks(centers[:tiles.shape[1]], args.model_channels, fontsize=7)
+        axes.set_yticks(centers[:len(tiles)], [args.classes[label] for _, label in shown], fontsize=7)
 
-    save_picture(args, "examples.png", 1.2 * len(args.taken), 1.3 * rows, draw)
+    if shown:
+        save_picture(args, "examples.png", 1.2 * len(args.model_channels) + 1, 1.2 * rows, draw)
 
 
 def draw_subsets(args, rows):

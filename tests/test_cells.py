@@ -1,0 +1,545 @@
+"""Multi-channel images: reading them, the JUMP-CP tables, object stores, augmentation, and the drawn cells."""
+import functools
+import io
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+for module in ("PIL", "torchvision", "pyarrow", "fsspec"):
+    pytest.importorskip(module)
+import fsspec
+import pyarrow
+import pyarrow.parquet
+from PIL import Image
+
+import data
+
+
+def pixels(channels=3, height=6, width=5, dtype=np.uint16, seed=0):
+    return np.random.default_rng(seed).integers(0, 200, (channels, height, width)).astype(dtype)
+
+
+def save_tiff(path, image, **options):
+    first, *rest = [Image.fromarray(page) for page in image]
+    first.save(path, save_all=True, append_images=rest, **options)
+
+
+# ---- load_cells ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2", ">u2", "i4", "f2", "f4", "f8", "?"])
+def test_npy_of_any_number_type(tmp_path, dtype):
+    image = pixels(dtype=dtype)
+    for order in "CF":
+        np.save(tmp_path / "a.npy", np.asarray(image, order=order))
+        np.testing.assert_array_equal(data.load_cells(str(tmp_path / "a.npy")), image)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "f4"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate"])
+def test_tiff_with_a_page_per_channel(tmp_path, dtype, compression):
+    image = pixels(dtype=dtype)
+    save_tiff(tmp_path / "a.TIF", image, compression=compression)
+    found = data.load_cells(str(tmp_path / "a.TIF"))
+    np.testing.assert_array_equal(found, image)
+    assert found.dtype == image.dtype
+
+
+def test_tiff_of_one_page_in_colour(tmp_path):
+    image = pixels(dtype="u1")
+    Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "a.tiff")
+    np.testing.assert_array_equal(data.load_cells(str(tmp_path / "a.tiff")), image)
+
+
+class Bomb:
+    exploded = False
+
+    def __reduce__(self):
+        return setattr, (Bomb, "exploded", True)
+
+
+def test_pickles_are_refused_and_the_advice_works(tmp_path):
+    path = str(tmp_path / "a.npy")
+    np.save(path, np.array([Bomb()], object), allow_pickle=True)
+    with pytest.raises(ValueError, match="pickle.*convert it once"):
+        data.load_cells(path)
+    (tmp_path / "a.npy").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="no .npy file"):
+        data.load_cells(path)
+    assert not Bomb.exploded
+
+    image = pixels()
+    boxes = np.empty(len(image), object)
+    boxes[:] = list(image)
+    np.save(path, boxes, allow_pickle=True)
+    with pytest.raises(ValueError, match="convert it once: (.*)") as caught:
+        data.load_cells(path)
+    exec(str(caught.value).partition("once: ")[2], {"numpy": np, "path": path})
+    np.testing.assert_array_equal(data.load_cells(path), image)
+
+
+def npz(image):
+    buffer = io.BytesIO()
+    np.savez(buffer, image)
+    return buffer.getvalue()
+
+
+def npy(image):
+    buffer = io.BytesIO()
+    np.save(buffer, image)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("content, message", [
+    (npy(pixels())[:-7], "reshape|EOF|read"),
+    (npy(pixels())[:40], "header|EOF"),
+    (npy(pixels()[0]), r"\(channels, height, width\).*\(6, 5\)"),
+    (npy(pixels()[None]), r"\(1, 3, 6, 5\)"),
+    (npy(pixels()[:0]), r"\(0, 6, 5\)"),
+    (npy(pixels().astype(complex)), "complex"),
+    (npy(pixels().astype("U3")), "<U3"),
+    (npy(np.where(pixels() > 150, np.nan, pixels())), r"\d+ of 90 pixels are NaN or infinite"),
+    (npy(np.where(pixels() > 150, -np.inf, pixels())), "NaN or infinite"),
+    (npz(pixels()), "no .npy file"), (b"", "no .npy file"), (b"hello", "no .npy file"),
+])
+def test_damaged_npy(tmp_path, content, message):
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(Exception, match=message) as caught:
+        data.load_cells(str(tmp_path / "a.npy"))
+    assert not isinstance(caught.value, (AttributeError, TypeError, IndexError))
+
+
+@pytest.mark.parametrize("damage", ["cut", "sizes", "text"])
+def test_damaged_tiff(tmp_path, damage):
+    path = tmp_path / "a.tif"
+    save_tiff(path, pixels(height=40, width=40))
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:2000])
+    elif damage == "sizes":
+        save_tiff(path, [pixels()[0], pixels(height=7)[0]])
+    else:
+        path.write_text("hello")
+    with pytest.raises(Exception):
+        data.load_cells(str(path))
+
+
+def test_take_channels():
+    image = pixels(4)
+    take = functools.partial(data.take_channels, lambda path: image)
+    np.testing.assert_array_equal(take(4, [2, 0], ""), image[[2, 0]])
+    np.testing.assert_array_equal(take(4, [-1, 3, -1], ""), np.stack([0 * image[0], image[3], 0 * image[0]]))
+    with pytest.raises(ValueError, match="4 channels, expected 5.*channels come first"):
+        take(5, [0], "")
+
+
+# ---- CellTransform ---------------------------------------------------------------------------------------------------
+
+def test_evaluation_only_normalises():
+    image, mean, std = pixels(3, 32, 32), [1.0, 20.0, 300.0], [2.0, 5.0, 0.5]
+    y = data.CellTransform(32, mean, std, augment=False)(image)
+    expected = (image - np.array(mean)[:, None, None]) / np.array(std)[:, None, None]
+    assert y.dtype == torch.float32
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+    y = data.CellTransform(32, mean, std, False, masked=[1])(image)
+    assert (y[1] == 0).all() and (y[[0, 2]] != 0).any((1, 2)).all()
+
+
+@pytest.mark.parametrize("height, width", [(40, 32), (32, 41), (20, 50), (31, 31), (7, 5)])
+def test_other_sizes_are_cropped_or_padded_in_the_centre(height, width):
+    image = 1 + pixels(2, height, width)
+    y = data.CellTransform(32, [0, 0], [1, 1], False)(image).numpy()
+    top, left = (height - 32) // 2, (width - 32) // 2
+    expected = np.pad(image, ((0, 0), (40, 40), (40, 40)))[:, 40 + top:72 + top, 40 + left:72 + left]
+    np.testing.assert_array_equal(y, expected)
+    assert y.shape == (2, 32, 32)
+
+
+def draws(transform, image, count=200):
+    torch.manual_seed(0)
+    return [transform(image) for _ in range(count)]
+
+
+def test_crops_stay_within_the_padding_and_reach_all_of_it():
+    """A bright pixel of a 28 px image, padded to 32, moves by -2 to 2 in each direction."""
+    image = np.zeros((1, 28, 28), np.uint8)
+    image[0, 14, 14] = 255
+    transform = data.CellTransform(28, [0], [1], augment=True)
+    seen = {tuple(torch.nonzero(transform.window(image)[0]).squeeze(0).tolist()) for _ in range(400)}
+    assert seen == {(y, x) for y in range(12, 17) for x in range(12, 17)}
+    large = np.zeros((1, 40, 40), np.uint8)               # larger than the padding: any crop of it
+    large[0, 20, 20] = 255
+    rows = {int(torch.nonzero(transform.window(large)[0])[0, 0]) for _ in range(400)}
+    assert rows == set(range(20 - 12, 20 + 1))
+
+
+def test_augmentation_moves_all_channels_alike():
+    image = np.repeat(pixels(1, 64, 64, np.float32), 3, 0)
+    transform = data.CellTransform(56, [0] * 3, [1] * 3, augment=True)
+    results = draws(transform, image)
+    for y in results:
+        torch.testing.assert_close(y[1], y[0])
+        torch.testing.assert_close(y[2], y[0])
+    assert len({tuple(y[0].flatten().tolist()) for y in results}) > 150
+
+
+def test_each_augmentation_comes_half_of_the_time(monkeypatch):
+    calls = dict(rotate=0, defocus=0)
+
+    def count(name, result):
+        calls[name] += 1
+        return result
+
+    monkeypatch.setattr(data, "defocus", lambda x, radius: count("defocus", x))
+    monkeypatch.setattr(data.CellTransform, "rotate", staticmethod(lambda x, degrees: count("rotate", x)))
+    image = np.tile(np.arange(300, dtype=np.float32), (1, 300, 1)) + 1             # wide: no padding is seen
+    results = draws(data.CellTransform(224, [0], [1], augment=True), image, 600)
+    holes = [y for y in results if (y == 0).any()]
+    mirrored = [y for y in results if (y[0, 0].diff().sum() < 0)]
+    upright = sum(1 for y in results if (y[0, 0].diff().sum() > 0))
+    assert 250 < calls["defocus"] < 350 and 250 < len(holes) < 350
+    assert 70 < calls["rotate"] < 130 and 70 < len(mirrored) < 130 and upright + len(mirrored) == 600
+    areas = {int((y == 0).sum()) for y in holes}
+    assert max(areas) <= 1000 and max(areas) > 700 and min(areas) == 100
+    assert all(area <= 1000 for area in areas)
+
+
+def test_defocus_spreads_a_point_into_a_disc():
+    point = torch.zeros(2, 15, 15)
+    point[0, 7, 7], point[1, 7, 6] = 1.0, 3.0
+    for radius in (1, 2, 3):
+        disc = data.defocus(point, radius)
+        torch.testing.assert_close(disc.sum((1, 2)), torch.tensor([1.0, 3.0]))
+        y, x = torch.nonzero(disc[0], as_tuple=True)
+        assert (torch.hypot(y - 7.0, x - 7.0) < radius + 0.5).all() and (y == 7).sum() == 2 * radius + 1
+        torch.testing.assert_close(disc[0].roll(-1, 1) * 3, disc[1])
+        torch.testing.assert_close(disc[0], disc[0].T)
+        torch.testing.assert_close(disc[0], disc[0].flip(0))
+    torch.testing.assert_close(data.defocus(torch.ones(1, 9, 9), 3), torch.ones(1, 9, 9))
+
+
+def test_rotation_turns_about_the_centre():
+    image = torch.zeros(1, 33, 33)
+    image[0, 16, 28] = 1.0
+    turned = data.CellTransform.rotate(image, 90.0)
+    assert turned[0].argmax().item() in (4 * 33 + 16, 28 * 33 + 16) and turned.max() > 0.9
+
+
+# ---- Splits and folders ----------------------------------------------------------------------------------------------
+
+def test_split_is_the_legacy_permutation():
+    order = [2, 8, 4, 9, 1, 6, 7, 3, 0, 5]                # numpy.random.seed(0); numpy.random.permutation(10)
+    for split, part in (("train", order[:6]), ("val", order[6:8]), ("test", order[8:])):
+        assert data.split_of(10, split).tolist() == sorted(part)
+    for n in (0, 1, 4, 7, 23):
+        parts = [data.split_of(n, split).tolist() for split in ("train", "val", "test")]
+        assert sorted(sum(parts, [])) == list(range(n)) and len(parts[0]) == n * 6 // 10
+
+
+def make_cells(root, counts, splits=("",), channels=3):
+    for split in splits:
+        for name, count in counts.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                np.save(folder / f"{i:02d}.npy", pixels(channels, seed=i))
+    return str(root)
+
+
+def test_folder_of_classes_is_split_class_by_class(tmp_path):
+    root = make_cells(tmp_path, dict(a=10, b=25))
+    parts = [data.cell_folder(root, split, np.asarray) for split in ("train", "val", "test")]
+    assert [[label for _, label in part.samples].count(1) for part in parts] == [15, 5, 5]
+    assert [len(part) for part in parts] == [21, 7, 7] and parts[0].classes == ["a", "b"]
+    assert len({path for part in parts for path, _ in part.samples}) == 35
+    image, label = parts[1][0]
+    assert image.shape == (3, 6, 5) and label == 0
+
+
+def test_folder_with_splits_and_tiffs(tmp_path):
+    root = make_cells(tmp_path, dict(a=2, b=3), ("train", "val"))
+    save_tiff(tmp_path / "val/a/x.tiff", pixels())
+    assert len(data.cell_folder(root, "train", np.asarray)) == 5
+    val = data.cell_folder(root, "val", np.asarray, ["a", "b"])
+    assert len(val) == 6 and all(image.shape == (3, 6, 5) for image, _ in val)
+    with pytest.raises(FileNotFoundError, match="test: no such folder.*ROOT/test/CLASS"):
+        data.cell_folder(root, "test", np.asarray)
+
+
+def test_folders_that_cannot_be_split(tmp_path):
+    root = make_cells(tmp_path / "few", dict(a=3, b=2))
+    data.cell_folder(root, "train", np.asarray)
+    with pytest.raises(ValueError, match="few/b: 2 images are too few.*'val' gets none. Give it at least 3"):
+        data.cell_folder(root, "val", np.asarray)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        data.cell_folder(str(tmp_path / "nothing"), "train", np.asarray)
+    (tmp_path / "empty/a").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"no images \(.npy, .tif, .tiff\)"):
+        data.cell_folder(str(tmp_path / "empty"), "train", np.asarray)
+
+
+def test_bad_files_are_skipped_and_too_many_end_the_run(tmp_path):
+    root = make_cells(tmp_path, dict(a=200))
+    files = data.cell_folder(root, "train", np.asarray)
+    (tmp_path / "a" / files.samples[3][0].rpartition("/")[2]).write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="skipped"):
+        assert files[3] is None
+    assert files[4] is not None and files.bad_count == 1
+    files.load = functools.partial(data.take_channels, files.load, 8, [0])
+    with pytest.warns(UserWarning), pytest.raises(data.BadDataError, match="3 channels, expected 8"):
+        for i in range(10):
+            files[i]
+
+
+def test_channel_statistics(tmp_path):
+    root = make_cells(tmp_path, dict(a=20))
+    files = data.cell_folder(root, "train", np.asarray)
+    stack = np.stack([np.load(path) for path, _ in files.samples]).astype(np.float64)
+    mean, std = data.channel_statistics(files)
+    np.testing.assert_allclose(mean, stack.mean((0, 2, 3)))
+    np.testing.assert_allclose(std, stack.std((0, 2, 3)))
+    few = data.channel_statistics(files, 2)[0]
+    np.testing.assert_allclose(few, stack[[0, -1]].mean((0, 2, 3)))
+    assert files[0][0].shape == (3, 6, 5)                 # and the data set is as it was
+
+
+def test_first_readable_says_why_nothing_is(tmp_path):
+    root = make_cells(tmp_path, dict(a=10))
+    files = data.cell_folder(root, "train", np.asarray)
+    for path, _ in files.samples:
+        np.save(path, pixels()[0])
+    with pytest.raises(ValueError, match=r"cannot be read.*\(6, 5\)"):
+        data.first_readable(files)
+
+
+# ---- Object stores ---------------------------------------------------------------------------------------------------
+
+class Shaky(fsspec.AbstractFileSystem):
+    """An object store that fails `failures` times before it answers."""
+    protocol, failures, calls, error, cachable = "shaky", 0, 0, OSError("connection reset"), False
+
+    def cat_file(self, path, **options):
+        type(self).calls += 1
+        if self.calls <= self.failures:
+            raise self.error
+        return b"content of " + path.encode()
+
+
+@pytest.fixture
+def shaky(monkeypatch):
+    fsspec.register_implementation("shaky", Shaky, clobber=True)
+    pauses = []
+    monkeypatch.setattr(data.time, "sleep", pauses.append)
+    monkeypatch.setattr(Shaky, "calls", 0)
+    return pauses
+
+
+def test_a_store_that_fails_is_asked_again(shaky, monkeypatch):
+    monkeypatch.setattr(Shaky, "failures", 4)
+    assert data.fetch("shaky://bucket/a") == b"content of bucket/a"
+    assert Shaky.calls == 5 and shaky == [0.5, 1, 2, 4]
+
+
+@pytest.mark.parametrize("error", [OSError("reset"), TimeoutError("slow"), RuntimeError("odd")])
+def test_but_not_for_ever(shaky, monkeypatch, error):
+    monkeypatch.setattr(Shaky, "failures", 10**9)
+    monkeypatch.setattr(Shaky, "error", error)
+    with pytest.raises(OSError, match=f"shaky://bucket/a: failed 5 times, at last {type(error).__name__}: {error}"):
+        data.fetch("shaky://bucket/a")
+    assert Shaky.calls == 5 and sum(shaky) == 7.5
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("a"), PermissionError("a"), ValueError("a"), ImportError("s3fs")])
+def test_nor_when_it_cannot_help(shaky, monkeypatch, error):
+    monkeypatch.setattr(Shaky, "failures", 10**9)
+    monkeypatch.setattr(Shaky, "error", error)
+    with pytest.raises(type(error)):
+        data.fetch("shaky://bucket/a")
+    assert Shaky.calls == 1 and not shaky
+
+
+def test_unknown_stores_and_missing_files(tmp_path):
+    with pytest.raises(ValueError, match="nosuch"):
+        data.fetch("nosuch://bucket/a")
+    for path in ("memory://nothing/here", str(tmp_path / "nothing")):
+        with pytest.raises(FileNotFoundError):
+            data.fetch(path)
+
+
+# ---- JUMP-CP ---------------------------------------------------------------------------------------------------------
+
+def parquet(columns):
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
+    return buffer.getvalue()
+
+
+def text(columns, delimiter="\t"):
+    rows = zip(*[[name, *("" if v is None else str(v) for v in values)] for name, values in columns.items()])
+    return "".join(delimiter.join(row) + "\n" for row in rows).encode()
+
+
+# Wells A01 to A05; A02 and A05 are untreated; A04 stands twice, with s3 and then s1.
+PLATE = dict(well_position=["A01", "A02", "A03", "A04", "A04", "A05"], broad_sample=["s2", None, "s1", "s3", "s1", None])
+META = dict(broad_sample=["s1", "s3", "s2", "s9", None], target=["KRAS", "EGFR", "KRAS", "TP53", None],
+            pert_type=["trt", "trt", "trt", "trt", "control"])
+# By hand: the join goes s1 -> A03, A04; s3 -> A04; s2 -> A01; none -> A02, A05. KRAS comes first, then EGFR; A04 is s3's
+# in the end, because s3 comes after s1 in metadata.
+LABELS = dict(A01=1, A02=0, A03=1, A04=2, A05=0)
+
+
+def write(base, name, content):
+    with fsspec.open(f"{base}/{name}", "wb") as file:
+        file.write(content)
+    return f"{base}/{name}"
+
+
+def make_plate(base, images=40, wells=tuple(LABELS), plate=PLATE, meta=META, table=text, **index):
+    """The benchmark's layout at a folder or URL -> the three tables' paths."""
+    wells = [wells[i % len(wells)] for i in range(images)]
+    columns = dict(path=[f"images/{i}.npy" for i in range(images)], ID=[f"id{i}" for i in range(images)],
+                   well_loc=wells, **index)
+    for i, path in enumerate(columns["path"]):
+        write(base, path, npy(np.full((8, 4, 4), i, np.uint16)))
+    return (write(base, "BR00116991.pq", parquet(columns)), write(base, "platemap.tsv", table(plate)),
+            write(base, "metadata.tsv", table(meta)))
+
+
+@pytest.fixture(params=["local", "memory"])
+def base(request, tmp_path):
+    if request.param == "local":
+        (tmp_path / "images").mkdir()
+        return str(tmp_path)
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    return "memory://bucket/jump"
+
+
+@pytest.mark.parametrize("table", [text, parquet, functools.partial(text, delimiter=",")])
+def test_jump_cp_layout(base, table):
+    tables = make_plate(base, table=table)
+    seen = {}
+    for split, size in (("train", 24), ("val", 8), ("test", 8)):
+        plate = data.JumpCP(*tables, split, np.asarray)
+        assert len(plate) == size and plate.classes == ["control", "KRAS", "EGFR"]
+        for image, label in plate:
+            i = int(image[0, 0, 0])
+            assert image.shape == (8, 4, 4) and label == list(LABELS.values())[i % 5]
+            seen[i] = split
+    assert sorted(seen) == list(range(40))
+    assert sorted(i for i in seen if seen[i] == "val") == data.split_of(40, "val").tolist()
+
+
+def test_gene_column_of_crispr_plates(base):
+    meta = dict(gene=META["target"], broad_sample=META["broad_sample"])
+    assert data.JumpCP(*make_plate(base, meta=meta), "train", np.asarray).classes == ["control", "KRAS", "EGFR"]
+
+
+def test_several_plates_share_the_maps(base):
+    index, *maps = make_plate(base)
+    both = data.JumpCP([index, index], *maps, "train", np.asarray)
+    assert len(both) == 48 and both[0] is not None
+
+
+def test_images_in_unlabelled_wells_are_left_out_and_counted(base):
+    tables = make_plate(base, wells=("A01", "Z99", None, "A03"))
+    with pytest.warns(UserWarning, match=r"20 of 40 images have no label: their wells \(None, Z99\).*left out"):
+        plates = [data.JumpCP(*tables, split, np.asarray) for split in ("train", "val", "test")]
+    assert sum(map(len, plates)) == 20
+    for plate in plates:
+        assert all(int(image[0, 0, 0]) % 2 * 3 in (0, 3) and label == 1 for image, label in plate)
+    with pytest.raises(ValueError, match="40 of 40 images have no label.*A1.*A01, A02"):
+        data.JumpCP(*make_plate(base, wells=("A1", "A3")), "train", np.asarray)
+
+
+def test_empty_splits_and_wrong_tables(base):
+    with pytest.raises(ValueError, match="no images in this split of 1"):
+        data.JumpCP(*make_plate(base, images=1), "train", np.asarray)
+    index, plate, meta = make_plate(base)
+    with pytest.raises(ValueError, match="no column well_position; it has broad_sample, target"):
+        data.JumpCP(index, meta, meta, "train", np.asarray)
+    with pytest.raises(ValueError, match="no column target or gene; it has well_position"):
+        data.JumpCP(index, plate, plate, "train", np.asarray)
+    with pytest.raises(ValueError, match="no column path"):
+        data.JumpCP(plate, plate, meta, "train", np.asarray)
+    for content in (b"", b"PAR1 no parquet", b"\xff\xfe\x00binary", b"a,b\n1,2,3\n"):
+        with pytest.raises(ValueError, match="neither a Parquet nor a text table|no column"):
+            data.JumpCP(write(base, "index", content), plate, meta, "train", np.asarray)
+    with pytest.raises(FileNotFoundError):
+        data.JumpCP(f"{base}/nothing", plate, meta, "train", np.asarray)
+
+
+def test_missing_and_damaged_images_are_skipped(base):
+    tables = make_plate(base, images=400)
+    plate = data.JumpCP(*tables, "train", np.asarray)
+    write(base, f"images/{plate.samples[0][0].rpartition('/')[2]}", b"")
+    plate.samples[1] = (f"{base}/images/none.npy", 0)
+    with pytest.warns(UserWarning, match="skipped"):
+        assert plate[0] is None and plate[1] is None and plate[2] is not None
+    assert plate.bad_count == 2
+
+
+def test_paths_of_the_index(tmp_path):
+    locate = data.JumpCP.locate
+    assert locate("a/1.npy", "plates/index.pq", "") == "plates/a/1.npy"
+    assert locate("a/1.npy", "index.pq", "") == "a/1.npy"
+    assert locate("a/1.npy", "s3://bucket/x/index.pq", "") == "s3://bucket/x/a/1.npy"
+    assert locate("/a/1.npy", "plates/index.pq", "") == "/a/1.npy"
+    assert locate("s3://b/a/1.npy", "plates/index.pq", "") == "s3://b/a/1.npy"
+    assert locate("s3://b/a/1.npy", "plates/index.pq", "s3://b/=/disk/") == "/disk/a/1.npy"
+    assert locate("s3://c/a/1.npy", "plates/index.pq", "s3://b/=/disk/") == "s3://c/a/1.npy"
+    assert locate(None, "index.pq", "") is None
+
+
+def test_loading_processes_read_from_a_store():
+    base = "memory://bucket/jump"
+    plate = data.JumpCP(*make_plate(base), "train", data.CellTransform(4, [0] * 8, [1] * 8, False))
+    loader = data.make_loader(plate, 4, train=False, workers=2, pin_memory=False)
+    assert sorted(images[0, 0, 0, 0].item() for images, _ in loader) == sorted(
+        data.split_of(40, "train")[::4].tolist())
+
+
+# ---- Drawn cells -----------------------------------------------------------------------------------------------------
+
+def test_cells_are_a_function_of_split_and_index():
+    cells = {split: data.Cells(split, np.asarray) for split in ("train", "val", "test")}
+    image, label = cells["train"][11]
+    assert image.shape == (8, 32, 32) and image.dtype == np.float32 and label == 3
+    np.testing.assert_array_equal(image, data.Cells("train", np.asarray)[11][0])
+    assert abs(image - cells["train"][19][0]).max() > 0.5 and abs(image - cells["val"][11][0]).max() > 0.5
+    assert [len(c) for c in cells.values()] == [2000, 500, 500] and len(cells["val"].classes) == 8
+    assert data.Cells("val", np.asarray, 48)[0][0].shape == (8, 48, 48)
+
+
+def test_no_channel_alone_tells_the_class_but_their_agreement_does():
+    cells = data.Cells("train", np.asarray)
+    images, labels = map(np.stack, zip(*(cells[i] for i in range(800))))
+    # Alone: of log brightness and log contrast, class means differ by no more than chance makes them differ.
+    for feature in (images.mean((2, 3)), images.std((2, 3)), images[:, :, 16, 16]):
+        feature = np.log(np.abs(feature) + 0.01)                                             # (images 8)
+        means = np.stack([feature[labels == k].mean(0) for k in range(8)])                   # (class 8)
+        z = (means - feature.mean(0)) / (feature.std(0) / 10)                                # 100 images of each class
+        assert abs(z).max() < 4 and 0.6 < z.std() < 1.4
+    # Together: compare the channels' correlations with what each class's code says.
+    flat = images.reshape(800, 8, -1)
+    flat = (flat - flat.mean(2, keepdims=True)) / flat.std(2, keepdims=True)
+    agreement = np.einsum("nip,njp->nij", flat, flat) / flat.shape[2]                        # (images 8 8)
+    signs = 1 - 2 * data.Cells.code
+    scores = np.einsum("nij,ki,kj->nk", agreement - agreement.mean(), signs, signs)
+    assert (scores.argmax(1) == labels).mean() > 0.9
+
+
+@pytest.mark.parametrize("channels, best", [([0], 12.5), ([5], 12.5), ([0, 1], 25), ([3, 6], 25), ([0, 1, 2], 50),
+                                            ([0, 1, 2, 3], 50), ([0, 1, 2, 4], 100), (range(8), 100)])
+def test_what_is_possible_on_some_channels(channels, best):
+    assert data.Cells.best(channels) == best
+
+
+def test_data_sets_go_to_processes_that_are_spawned(tmp_path):
+    files = data.cell_folder(make_cells(tmp_path, dict(a=10)), "train", data.CellTransform(8, [0] * 3, [1] * 3, True))
+    files.load = functools.partial(data.take_channels, files.load, 3, [0, 1, 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dataset in (files, data.Cells("val", data.CellTransform(8, [0] * 8, [1] * 8, False))):
+            pickle.dumps(dataset.transform), pickle.dumps(dataset.load)

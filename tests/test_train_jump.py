@@ -1,0 +1,444 @@
+"""The microscopy script from its command line: every option, channels, subsets, readers, baselines, exact resume."""
+import json
+import pathlib
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+for module in ("timm", "torchvision", "pyarrow", "fsspec", "PIL"):
+    pytest.importorskip(module)
+
+import data
+import fastvim
+import train_jump
+import training
+from helpers import assert_close
+from test_cells import make_cells, make_plate, npy, write
+
+SMALL = ["--depth", 1, "--epochs", 1, "--threads", 1, "--batch-size", 16, "--device", "cpu", "--workers", 0,
+         "--subset-samples", 1]
+
+
+@pytest.fixture(autouse=True)
+def few_cells(monkeypatch):
+    for split in ("train", "val", "test"):
+        monkeypatch.setitem(data.Cells.sizes, split, 32)
+
+
+def run(*argv):
+    """The script in this process."""
+    sys.argv, old = ["train_jump.py", *map(str, argv)], sys.argv
+    try:
+        train_jump.main()
+    finally:
+        sys.argv = old
+
+
+def error_of(*argv):
+    with pytest.raises(SystemExit) as caught:
+        run(*argv)
+    return str(caught.value)
+
+
+def args_of(*argv, **more):
+    args = train_jump.get_args([*map(str, argv)])
+    vars(args).update(more)
+    train_jump.fill(args, train_jump.MODEL if args.data or args.index else train_jump.CELLS_MODEL)
+    return args
+
+
+def weights(out, name="last.pt"):
+    return torch.load(out / name, weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def cells_run(tmp_path_factory):
+    """A short run on 32 cells; the file-wide fixture that makes them few has not begun here."""
+    out, sizes = tmp_path_factory.mktemp("cells"), dict(data.Cells.sizes)
+    data.Cells.sizes.update(dict.fromkeys(sizes, 32))
+    try:
+        run(*SMALL, "--out", out)
+    finally:
+        data.Cells.sizes.update(sizes)
+    return out
+
+
+# ---- Every option trains an epoch ------------------------------------------------------------------------------------
+
+OPTIONS = [
+    *(["--model", "fastchannelvim_tiny", "--pool", pool, *more] for pool in ("mean", "max", "attention")
+      for more in ([], ["--scan-order", "spatial-first"], ["--pool-dims", 2])),
+    *(["--model", "channelvim_tiny", *order, sort] for order in ([], ["--scan-order", "spatial-first"])
+      for sort in ("--sort", "--no-sort")),
+    *(["--model", model, hcs] for model in ("vim_tiny", "vit_tiny", "channelvit_tiny", "fastvim_tiny",
+                                            "fastchannelvim_tiny") for hcs in ("--hcs", "--no-hcs")),
+    ["--patch", 16], ["--no-augment"], ["--grad-checkpointing"], ["--drop-path", 0.2], ["--amp"],
+    ["--model", "channelvit_tiny", "--grad-checkpointing"], ["--model", "vit_tiny", "--patch", 16],
+    ["--channels", "3,1,7"], ["--mask-channels", "0"], ["--model", "vim_tiny", "--channels", "6"],
+    ["--mean", "0,1,2,3,4,5,6,7", "--std", "1,2,3,4,5,6,7,8"], ["--img-size", 40], ["--channel-names", "a,b,c,d,e,f,g,h"],
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(map(str, options)))
+def test_every_option_trains_an_epoch(tmp_path, capsys, options):
+    run(*SMALL, *options, "--out", tmp_path)
+    line = json.loads((tmp_path / "log.jsonl").read_text())
+    assert line["epoch"] == 1 and 0 < line["loss"] < 10 and line["metrics"]["images"] == 32
+    table = json.loads((tmp_path / "channels.json").read_text())
+    assert table["images"] == 32 and "top-1 in % on 32 images" in capsys.readouterr().out
+    for picture in ("channels.png", "examples.png", "curve.png"):
+        assert (tmp_path / picture).stat().st_size > 5000
+
+
+@pytest.mark.parametrize("options, schedule, order", [
+    (["--model", "fastchannelvim_small"], "fastchannelvim", [("h w c", "w"), ("w h c", "h")]),
+    (["--model", "fastchannelvim_small", "--scan-order", "spatial-first"], "fastchannelvim_spatial",
+     [("c h w", "w"), ("c w h", "h")]),
+    (["--model", "fastchannelvim_small", "--pool-dims", 2], "fastchannelvim_2d",
+     [("h w c", "w c"), ("w h c", "h c"), ("h w c", "h w")]),
+    (["--model", "channelvim_small"], "channelvim", [("h w c", "")]),
+    (["--model", "channelvim_small", "--scan-order", "spatial-first"], "channelvim_spatial", [("c h w", "")]),
+    (["--model", "vim_small"], "vim", [("h w", "")]),
+])
+def test_models_of_the_table(options, schedule, order):
+    model = train_jump.build_model(args_of(*options, "--depth", 1, "--patch", 8, model_channels=list("abcde")), 161)
+    cfg = model.cfg
+    assert (cfg.schedule, cfg.rows, cfg.in_chans, cfg.patch_size, cfg.num_classes) == (schedule, order, 5, 8, 161)
+    assert train_jump.is_per_channel(model) == ("c" in schedule)
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--model", "fastchannelvim_tiny", "--pool-dims", 2, "--scan-order", "spatial-first"], "no such model.*There are"),
+    (["--model", "channelvim_tiny", "--pool-dims", 2], "no such model"),
+    (["--model", "vim_tiny", "--scan-order", "channel-first"], "no such model"),
+    (["--model", "vim_tiny", "--pool", "max"], "nothing to pool"),
+    (["--model", "channelvim_tiny", "--pool", "max"], "nothing to pool"),
+    (["--model", "vit_tiny", "--pool", "max"], "without --pool"),
+    (["--model", "vit_tiny", "--img-size", 36], "whole patches"),
+    (["--model", "channelvit_huge"], "choose from.*channelvit_small"),
+    (["--model", "resnet50"], "choose from"),
+    (["--channels", "0,9"], "no channel 9: there are 0, 1, 2"),
+    (["--mask-channels", "x"], "no channel x"),
+    (["--subsets", "bad=0,8"], "no channel 8"),
+    (["--channel-names", "a,b"], "2 names, the images have 8 channels"),
+    (["--mean", "1,2", "--std", "1,2"], "one number for each of the 8 channels"),
+    (["--mean", "0,0,0,0,0,0,0,0", "--std", "1,1,1,0,1,1,1,1"], "no deviation of 0"),
+    (["--batch-size", 33], "33"),
+])
+def test_what_cannot_be_says_why(tmp_path, options, message):
+    assert re.search(message, error_of(*SMALL, *options, "--out", tmp_path))
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--data", "d", "--index", "i", "--platemap", "p", "--metadata", "m"], "give one of them"),
+    (["--index", "i"], "go together"), (["--platemap", "i"], "go together"), (["--mean", "1"], "go together"),
+    (["--channels", "a,,b"], "different names"), (["--channels", "a,a"], "different names"),
+    (["--subsets", "fluorescence"], "different names"), (["--mean", "1,x", "--std", "1,1"], "invalid numbers value"),
+    (["--pool-dims", 3], "invalid choice"), (["--unknown"], "unrecognized arguments"),
+])
+def test_wrong_command_lines(capsys, options, message):
+    with pytest.raises(SystemExit):
+        train_jump.get_args([*map(str, options)])
+    assert message in capsys.readouterr().err
+
+
+# ---- The recipe ------------------------------------------------------------------------------------------------------
+
+def test_recipe_on_data(monkeypatch):
+    args = args_of("--data", "d", "--batch-size", 32)
+    training.setup(args)
+    assert (args.lr, args.epochs, args.warmup, args.weight_decay, args.weight_decay_end) == (
+        1e-3 * 32 / 256, 100, 10, 0.04, 0.4)
+    assert (args.model, args.patch, args.img_size, args.drop_path, args.hcs, args.ema, args.clip) == (
+        "fastchannelvim_small", 16, 224, 0.05, True, 0, 0)
+
+
+def test_schedules_of_learning_rate_and_weight_decay(tmp_path, monkeypatch):
+    """Seen from within the optimizer: warmup from 0, the weight decay from 0.04 to 0.4, none on 1-D parameters."""
+    seen, step = [], torch.optim.AdamW.step
+
+    def spy(self, *args, **more):
+        seen.append([(g["lr"], g["weight_decay"], g["wd_scale"]) for g in self.param_groups])
+        return step(self, *args, **more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    run(*SMALL, "--epochs", 5, "--warmup", 2, "--out", tmp_path)           # 10 steps, 4 of warmup
+    assert [group[2] for group in seen[0]] in ([0, 1], [1, 0])
+    rates = [groups[0][0] for groups in seen]
+    peak = train_jump.CELLS["recipe_lr"] * 16 / 32
+    assert rates[:4] == pytest.approx([0, peak / 4, peak / 2, 3 * peak / 4]) and rates[4] == pytest.approx(peak)
+    assert rates[-1] == pytest.approx(1e-6 + (peak - 1e-6) * (1 + np.cos(np.pi * 5 / 6)) / 2)
+    decays = [next(wd for _, wd, scale in groups if scale) for groups in seen]
+    assert decays == pytest.approx([0.4 - 0.36 * (1 + np.cos(np.pi * i / 10)) / 2 for i in range(10)])
+    assert {wd for groups in seen for _, wd, scale in groups if not scale} == {0}
+
+
+# ---- Channels: sampling, baselines -----------------------------------------------------------------------------------
+
+def test_sampling_draws_how_many_and_which(monkeypatch, tmp_path):
+    seen = []
+    see = train_jump.see
+    monkeypatch.setattr(train_jump, "see", lambda net, per, images, channels: (
+        net.training and seen.append((per, channels.tolist())), see(net, per, images, channels))[1])
+    for model, more in (("fastchannelvim_tiny", []), ("channelvit_tiny", []), ("vim_tiny", ["--no-sort"])):
+        run(*SMALL, "--batch-size", 2, "--model", model, *more, "--out", tmp_path / model)
+        per, drawn = zip(*seen)
+        assert set(per) == {model != "vim_tiny"} and len(drawn) == 16
+        assert len({len(ids) for ids in drawn}) >= 5 and len({i for ids in drawn for i in ids}) == 8
+        assert all(ids == sorted(ids) for ids in drawn) == (model == "fastchannelvim_tiny")
+        seen.clear()
+    run(*SMALL, "--no-hcs", "--out", tmp_path / "all")
+    assert not seen
+
+
+def test_a_mixing_model_sees_zeros_scaled_and_a_channel_model_the_channels():
+    images, channels = torch.randn(2, 4, 3, 3), torch.tensor([2, 0])
+    y = train_jump.see(lambda x: x, False, images, channels)
+    assert_close(y, 2 * images * torch.tensor([1.0, 0, 1, 0])[:, None, None])
+    x, ids = train_jump.see(lambda x, channels: (x, channels), True, images, channels)
+    assert_close(x, images[:, [2, 0]])
+    assert ids is channels
+
+
+def channel_vit():
+    torch.manual_seed(0)
+    model = train_jump.ChannelViT(in_chans=5, img_size=16, patch_size=8, num_classes=3, embed_dim=32, num_heads=2, depth=2)
+    return model.double().eval()
+
+
+def test_channel_vit_against_its_definition():
+    """Tokens written one by one: patch filter + position + channel, the class token first; then timm's own blocks."""
+    model, x = channel_vit(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    ids = [4, 0, 1]
+    tokens = [model.cls_token[0, 0] + model.pos_embed[0, 0]]
+    tokens = [token.expand(2, -1) for token in tokens]
+    for c, channel in enumerate(ids):
+        for i, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+            patch = x[:, c, 8 * row:8 * row + 8, 8 * column:8 * column + 8].flatten(1)
+            token = patch @ model.patch_embed.proj.weight.flatten(1).T + model.patch_embed.proj.bias
+            tokens.append(token + model.pos_embed[0, 1 + i] + model.channel_embed.weight[channel])
+    expected = model.head(model.norm(model.blocks(torch.stack(tokens, 1)))[:, 0])
+    assert_close(model(x, channels=torch.tensor(ids)), expected)
+    order = torch.tensor([2, 0, 1])                       # a set of tokens: the order of the channels says nothing
+    assert_close(model(x[:, order], channels=torch.tensor(ids)[order]), expected)
+    full = torch.randn(2, 5, 16, 16, dtype=torch.float64)
+    assert_close(model(full), model(full, channels=torch.arange(5)))
+
+
+def test_channel_vit_checkpointing_changes_nothing():
+    model, x = channel_vit().train(), torch.randn(2, 5, 16, 16, dtype=torch.float64)
+    results = []
+    for on in (False, True):
+        model.set_grad_checkpointing(on)
+        results.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+    for a, b in zip(*results):
+        assert_close(a, b)
+
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+
+def test_table_of_subsets_against_counting(cells_run, tmp_path, capsys):
+    run("--eval", cells_run / "best.pt", "--out", tmp_path, "--subset-samples", 3, "--subsets", "basis=0,1,2,4",
+        "pair=7,3", "--split", "val", "--device", "cpu")
+    rows = json.loads((tmp_path / "channels.json").read_text())["subsets"]
+    sizes = [len(row["channels"]) for row in rows if not row["name"]]
+    assert sizes.count(1) == 8 and sizes.count(8) == 1 and all(1 <= sizes.count(k) <= 3 for k in range(2, 8))
+    assert [row["channels"] for row in rows[:2]] == [list("0124"), list("73")] and rows[0]["best"] == 100
+    assert len({tuple(row["channels"]) for row in rows if not row["name"]}) == len(sizes)
+
+    args = args_of("--eval", cells_run / "best.pt", "--split", "val", "--device", "cpu", "--channels", "0")
+    args.model = args.depth = args.patch = args.img_size = args.drop_path = None
+    args.channels = None
+    model, raw = train_jump.restore(args, args.eval)
+    cells = train_jump.ready(args, raw)
+    x, labels = torch.stack([cells[i][0] for i in range(32)]), torch.arange(32) % 8
+    for row in rows:
+        ids = [int(name) for name in row["channels"]]
+        top1 = 100 * (model(x[:, ids], channels=ids).argmax(1) == labels).double().mean()
+        assert row["top1"] == pytest.approx(top1.item())
+    table = capsys.readouterr().out
+    assert re.search(r"basis \(4\) +1 .* 100.0\n", table) and re.search(r"\n1 +8 .* 12.5\n", table)
+
+
+def test_evaluation_on_some_channels(cells_run, tmp_path):
+    run("--eval", cells_run / "best.pt", "--channels", "5,2", "--out", tmp_path, "--device", "cpu")
+    rows = json.loads((tmp_path / "channels.json").read_text())["subsets"]
+    assert [row["channels"] for row in rows] == [["2"], ["5"], ["2", "5"]]
+    assert "do not show 0" in error_of("--eval", cells_run / "best.pt", "--channels", "5,2", "--subsets", "a=0",
+                                       "--device", "cpu", "--out", tmp_path)
+    assert "none in common" in error_of("--eval", cells_run / "best.pt", "--channel-names", "a,b,c,d,e,f,g,h",
+                                        "--device", "cpu", "--out", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def folder_run(tmp_path_factory):
+    """A model trained on a folder of 4-channel files of two classes, dark and light."""
+    root, out = tmp_path_factory.mktemp("plates"), tmp_path_factory.mktemp("run")
+    for name, level in (("dark", 10), ("light", 200)):
+        (root / name).mkdir()
+        for i in range(20):
+            image = np.random.default_rng(i).integers(0, 50, (4, 36, 30)) + level
+            np.save(root / name / f"{i}.npy", image.astype(np.uint16))
+    run(*SMALL, "--data", root, "--img-size", 32, "--patch", 8, "--model", "fastchannelvim_tiny", "--lr", 1e-3,
+        "--warmup", 0, "--epochs", 4, "--batch-size", 8, "--out", out, "--channel-names", "DNA,ER,RNA,Mito")
+    return root, out
+
+
+def test_a_folder_of_classes(folder_run, tmp_path, capsys):
+    root, out = folder_run
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["metrics"]["top1"] > 70
+    run("--eval", out / "best.pt", "--data", root, "--split", "val", "--out", tmp_path, "--device", "cpu")
+    assert "fastchannelvim_tiny, patch 8" in capsys.readouterr().out
+    run("--predict", root / "dark/3.npy", root / "light/4.npy", "--eval", out / "best.pt", "--device", "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("dark/3.npy") and lines[4].endswith("light/4.npy")
+    assert {lines[2].split()[-1], lines[3].split()[-1]} == {"dark", "light"}
+    np.save(tmp_path / "bad.npy", np.zeros((3, 9, 9)))
+    with pytest.raises(SystemExit) as caught:
+        run("--predict", tmp_path / "bad.npy", root / "dark/3.npy", "--eval", out / "best.pt", "--device", "cpu")
+    assert caught.value.code == 1
+    text = capsys.readouterr().out
+    assert "bad.npy: cannot be read (ValueError: 3 channels, expected 4" in text and "dark/3.npy\n" in text
+    assert "--data or --index has to say" in error_of("--eval", out / "best.pt", "--device", "cpu")
+    three = make_cells(tmp_path / "three", dict(dark=5, light=5, other=5), channels=4)
+    assert "not the 2 classes of training" in error_of("--eval", out / "best.pt", "--device", "cpu", "--data", three)
+
+
+def test_statistics_are_what_training_uses(folder_run, capsys):
+    root, out = folder_run
+    run("--stats", "--data", root, "--device", "cpu")
+    printed = dict(re.findall(r"--(mean|std) (\S+)", capsys.readouterr().out))
+    args = json.loads((out / "config.json").read_text())["args"]
+    files = data.cell_folder(root, "train", np.asarray)
+    stack = np.stack([image for image, _ in files]).astype(float)
+    for name, expected in (("mean", stack.mean((0, 2, 3))), ("std", stack.std((0, 2, 3)))):
+        assert [float(x) for x in printed[name].split(",")] == pytest.approx(expected, rel=1e-4)
+        assert args[name] == pytest.approx(expected)
+
+
+def test_files_with_fewer_channels_in_another_order(folder_run, tmp_path):
+    """Channels go by name: a plate of RNA and DNA alone, in files of two channels, gives what the subset gives."""
+    root, out = folder_run
+    for path in root.glob("*/*.npy"):
+        (tmp_path / "two" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "two" / path.parent.name / path.name, np.load(path)[[2, 0]])
+    run("--eval", out / "best.pt", "--data", tmp_path / "two", "--channel-names", "RNA,DNA", "--out", tmp_path / "a",
+        "--device", "cpu")
+    run("--eval", out / "best.pt", "--data", root, "--channels", "DNA,RNA", "--out", tmp_path / "b", "--device", "cpu")
+    two, four = (json.loads((tmp_path / name / "channels.json").read_text())["subsets"] for name in "ab")
+    assert two == four and [row["channels"] for row in two] == [["DNA"], ["RNA"], ["DNA", "RNA"]]
+
+
+def test_init_takes_channel_embeddings_by_name(folder_run, tmp_path, capsys):
+    root, out = folder_run
+    run(*SMALL, "--data", root, "--init", out / "best.pt", "--channel-names", "Mito,AGP,ER,DNA", "--lr", 0, "--out",
+        tmp_path, "--batch-size", 8)
+    assert "of channels Mito, ER, DNA, the others as initialised" in capsys.readouterr().out
+    old, new = weights(out, "best.pt"), weights(tmp_path)
+    key = "patch_embed.channel_embed.weight"
+    for i, j in ((0, 3), (2, 1), (3, 0)):
+        assert_close(new[key][i], old[key][j])
+    assert (new[key][1][None] != old[key]).any(1).all()
+    for name in old:
+        if name != key and not name.startswith("head."):
+            assert_close(new[name], old[name])
+    assert (new["head.weight"] != old["head.weight"]).any()
+
+
+# ---- JUMP-CP ---------------------------------------------------------------------------------------------------------
+
+def jump(base, *more, images=60):
+    index, platemap, metadata = make_plate(base, images=images)
+    return ["--index", index, "--platemap", platemap, "--metadata", metadata, "--img-size", 16, "--patch", 8, *more]
+
+
+def test_the_benchmark_from_an_object_store(tmp_path, capsys):
+    options = jump("memory://bucket/plate")
+    run(*SMALL, *options, "--model", "fastchannelvim_tiny", "--out", tmp_path, "--workers", 2, "--batch-size", 8)
+    args = json.loads((tmp_path / "config.json").read_text())["args"]
+    assert args["classes"] == ["control", "KRAS", "EGFR"] and args["mean"] == list(data.JUMP_MEAN)
+    assert args["model_channels"] == list(data.JUMP_CHANNELS)
+    out = capsys.readouterr().out
+    assert "36 training and 12 validation images" in out
+    assert re.search(r"fluorescence \(5\) .*\nbrightfield \(3\)", out)
+    run("--eval", tmp_path / "best.pt", *options[:6], "--out", tmp_path, "--device", "cpu", "--workers", 0,
+        "--channels", "brightfield1,3")
+    rows = json.loads((tmp_path / "channels.json").read_text())["subsets"]
+    assert [row["channels"] for row in rows][-1] == ["fluorescence4", "brightfield1"]
+
+
+def test_a_released_checkpoint(tmp_path, capsys):
+    """Lightning's layout, without a word of what the model is: it is named by --model and --patch."""
+    model = fastvim.create_model("fastchannelvim_tiny", depth=2, patch_size=8, img_size=16, num_classes=3)
+    path = tmp_path / "FastChannelVim_tiny.ckpt"
+    torch.save({"state_dict": {f"backbone.{k}": v for k, v in model.state_dict().items()},
+                "hyper_parameters": {"lr": np.float64(1e-3)}}, path)
+    (tmp_path / "images").mkdir()
+    options = jump(str(tmp_path), "--model", "fastchannelvim_tiny", "--depth", 2, "--device", "cpu", "--workers", 0)
+    run("--eval", path, *options, "--out", tmp_path)
+    rows = json.loads((tmp_path / "channels.json").read_text())["subsets"]
+    plate = data.JumpCP(*options[1:6:2], "test", data.CellTransform(16, data.JUMP_MEAN, data.JUMP_STD, False))
+    x, labels = zip(*plate)
+    top1 = 100 * (model.eval()(torch.stack(x)).argmax(1) == torch.tensor(labels)).double().mean().item()
+    assert rows[-1]["top1"] == pytest.approx(top1)
+    run("--predict", tmp_path / "images/7.npy", "--eval", path, *options[6:])
+    assert "images/7.npy\n" in capsys.readouterr().out
+    assert "belongs to another model" in error_of("--eval", path, *options, "--out", tmp_path, "--patch", 16)
+    run(*SMALL, *options, "--init", path, "--out", tmp_path / "tuned", "--batch-size", 8, "--channels", "7,0",
+        "--lr", 0)
+    assert_close(weights(tmp_path / "tuned")["patch_embed.channel_embed.weight"],
+                 model.patch_embed.channel_embed.weight.detach()[[7, 0]])
+
+
+def test_bad_data_ends_in_one_line(tmp_path):
+    (tmp_path / "images").mkdir()
+    options = [*SMALL, *jump(str(tmp_path), images=60), "--model", "fastchannelvim_tiny", "--batch-size", 8, "--out",
+               tmp_path / "out"]
+    for i in range(60):                                   # NaN everywhere
+        (tmp_path / f"images/{i}.npy").write_bytes(npy(np.full((8, 4, 4), np.nan)))
+    assert "cannot be read" in error_of(*options) and "NaN" in error_of(*options)
+    for i in range(60):                                   # the first files are whole, all others cut off
+        content = npy(np.ones((8, 16, 16), np.uint8))
+        (tmp_path / f"images/{i}.npy").write_bytes(content if i < 12 else content[:-5])
+    with pytest.warns(UserWarning, match="skipped"):
+        assert "cannot be read, more than 1%" in error_of(*options)
+    assert "no such" in error_of(*SMALL, "--data", tmp_path / "nowhere").lower()
+    assert "No such file" in error_of(*SMALL, "--index", tmp_path / "no.pq", "--platemap", "p", "--metadata", "m")
+
+
+def test_a_few_bad_images_are_counted_and_reported(tmp_path):
+    base = str(tmp_path)
+    (tmp_path / "images").mkdir()
+    options = jump(base, "--model", "fastchannelvim_tiny", "--batch-size", 8, images=400)
+    plate = data.JumpCP(*options[1:6:2], "train", np.asarray)
+    write(base, f"images/{pathlib.Path(plate.samples[200][0]).name}", npy(np.full((8, 4, 4), np.inf)))
+    write(base, f"images/{pathlib.Path(plate.samples[100][0]).name}", npy(np.zeros((7, 4, 4))))
+    with pytest.warns(UserWarning, match="skipped, ValueError: (7 channels|128 of 128 pixels)"):
+        run(*SMALL, *options, "--out", tmp_path / "out")
+    assert json.loads((tmp_path / "out/log.jsonl").read_text())["metrics"]["unreadable"] == 2
+
+
+# ---- Resume ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("model", ["fastchannelvim_tiny", "vim_tiny"])
+def test_killed_within_an_epoch_and_resumed_ends_in_the_same_bits(tmp_path, monkeypatch, model):
+    """The channels of a batch follow from the step, the augmentation from the sample: nothing is kept or lost."""
+    options = [*SMALL, "--model", model, "--epochs", 3, "--batch-size", 8, "--warmup", 1, "--drop-path", 0.2,
+               "--save-minutes", 0]
+    run(*options, "--out", tmp_path / "whole")
+    step_of = training.train_step
+
+    def killed(*args):
+        if args[7] == 6:                                  # the third step of the second epoch
+            raise KeyboardInterrupt
+        return step_of(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "train_step", killed)
+        run(*options, "--out", tmp_path / "parts")
+    run(*options, "--out", tmp_path / "parts", "--resume")
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
