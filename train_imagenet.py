@@ -364,6 +364,7 @@ def predict(args, ctx):
 
 
 def print_likeliest(path, p, classes):
+    """p (classes): prints the five greatest with their names."""
     p, top = p.topk(min(5, len(p)))
     print(path, *(f"  {100 * q:5.1f} %  {classes[i]}" for q, i in zip(p.tolist(), top.tolist())), sep="\n")
 

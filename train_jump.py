@@ -51,11 +51,11 @@ timm = data.extra("timm")
 # The recipe of the paper: AdamW, no EMA, no mixup, no label smoothing; the weight decay rises along a cosine.
 RECIPE = dict(epochs=100.0, warmup=10.0, batch_size=32, weight_decay=0.04, weight_decay_end=0.4)
 LR, LR_BATCH, LR_END = 1e-3, 256, 1e-6
-MODEL = dict(model="fastchannelvim_small", patch=16, img_size=224, drop_path=0.05, hcs=True)
+MODEL = dict(model="fastchannelvim_small", patch=16, img_size=224, drop_path=0.05)
 
 # The same on the drawn cells, scaled to 2,000 images of 32 pixels and two CPU cores.
-CELLS = dict(epochs=25.0, warmup=2.0, batch_size=32, recipe_lr=5e-4, recipe_batch=32, out="runs/cells")
-CELLS_MODEL = dict(model="fastchannelvim_tiny", depth=6, patch=8, img_size=32, drop_path=0.0, hcs=True)
+CELLS = dict(epochs=20.0, warmup=2.0, batch_size=32, recipe_lr=5e-4, recipe_batch=32, eval_every=2, out="runs/cells")
+CELLS_MODEL = dict(model="fastchannelvim_tiny", depth=6, patch=8, img_size=32, drop_path=0.0)
 
 # (family, pooled axes, scan order) -> row of fastvim.SCHEDULES
 SCHEDULES = {("fastchannelvim", 1, "channel-first"): "fastchannelvim",
@@ -130,7 +130,7 @@ def get_args(argv=None):
         "vit_small, channelvit_small, or another size: tiny, base")
     add("--patch", type=whole, help="pixels, 16 (default) or 8 in the paper")
     add("--img-size", type=whole, help="pixels (default 224)")
-    add("--depth", type=whole, help="blocks (default: the model's own)")
+    add("--depth", type=whole, help="blocks (default: the model's own; drawn cells: 6)")
     add("--pool", choices=fastvim.POOLS, help="how a row becomes one token (default mean)")
     add("--pool-dims", type=int, choices=[1, 2], help="FastChannelVim: axes pooled in a layer (default 1)")
     add("--scan-order", choices=["channel-first", "spatial-first"], help="walk over the channels of a patch, or the "
@@ -154,15 +154,15 @@ def get_args(argv=None):
         parser.error("--data is a folder of classes, --index a table of JUMP-CP: give one of them")
     if not bool(args.index) == bool(args.platemap) == bool(args.metadata):
         parser.error("--index, --platemap and --metadata go together")
+    if args.images and "=" not in args.images:
+        parser.error(f"--images {args.images}: OLD=NEW is expected")
     if (args.mean is None) != (args.std is None):
         parser.error("--mean and --std go together")
     return args
 
 
 def fill(args, defaults):
-    """Completes what neither the command line nor a checkpoint says. A depth belongs to its model."""
-    if args.model not in (None, defaults["model"]):
-        defaults = {key: value for key, value in defaults.items() if key != "depth"}
+    """Completes what neither the command line nor a checkpoint says."""
     vars(args).update({key: value for key, value in defaults.items() if getattr(args, key) is None})
 
 
@@ -188,7 +188,10 @@ def find(wanted, known):
     index = {str(i): i for i in range(len(known))} | {name: i for i, name in enumerate(known)}
     if missing := [name for name in wanted if name not in index]:
         raise ValueError(f"no channel {', '.join(missing)}: there are {', '.join(known)} (or 0 to {len(known) - 1})")
-    return [index[name] for name in wanted]
+    found = [index[name] for name in wanted]
+    if len(set(found)) < len(found):
+        raise ValueError(f"{', '.join(wanted)} names a channel twice")
+    return found
 
 
 def settle_channels(args, raw):
@@ -320,16 +323,16 @@ def take_encoder(args, model, content):
 
 
 def train(args, ctx):
-    content = {}
-    if args.init:                                                           # a resumed run needs it for the flags
-        content = fastvim.read_checkpoint(args.init)
+    resumed, content = training.checkpoint_to_resume(args), {}
+    if args.init:
+        content = fastvim.read_checkpoint(resumed or args.init)             # both say what the model is
         train_imagenet.adopt(args, content, MODEL_FLAGS)
     fill(args, MODEL if args.data or args.index else CELLS_MODEL)
     train_set = open_split(args, "train")
     settle_channels(args, train_set)
     args.classes = train_set.classes                                        # kept in the checkpoint
     model = build_model(args, len(args.classes))
-    if args.init and not training.checkpoint_to_resume(args):
+    if args.init and not resumed:
         ctx.print(f"{args.init}: {take_encoder(args, model, content)}")
     train_set, val_set = ready(args, train_set, args.augment), ready(args, open_split(args, "val", args.classes))
     loader, val_loader = loader_of(args, ctx, train_set, train=True), loader_of(args, ctx, val_set)
@@ -366,7 +369,7 @@ def train(args, ctx):
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
-def restore(args, path):
+def restore(args, ctx, path):
     """-> (model at path, the images to evaluate it on or, with --predict, None). args gets what the command line leaves
     open of model, channels and classes; a released checkpoint says nothing of them."""
     content = fastvim.read_checkpoint(path)
@@ -385,10 +388,10 @@ def restore(args, path):
     settle_channels(args, raw)
     head = fastvim.model_weights(content)[0].get("head.weight", ())
     model = build_model(args, len(head))
-    print(f"{path}: {fastvim.load_checkpoint(model, content)} into {args.model}, patch {args.patch}", flush=True)
+    ctx.print(f"{path}: {fastvim.load_checkpoint(model, content)} into {args.model}, patch {args.patch}")
     if raw and len(head) != len(raw.classes):
         raise ValueError(f"the checkpoint tells {len(head)} classes apart, {raw.where} holds {len(raw.classes)}")
-    return model.eval(), raw
+    return model.to(ctx.device).eval(), raw
 
 
 def subsets_of(args):
@@ -412,8 +415,8 @@ def shown_channels(args):
 
 def evaluate_subsets(args, ctx):
     """Top-1 of --eval on --split, by number of channels and for named subsets: a table, OUT/channels.json and .png."""
-    model, raw = restore(args, args.eval)
-    model, per_channel, subsets = model.to(ctx.device), is_per_channel(model), subsets_of(args)
+    model, raw = restore(args, ctx, args.eval)
+    per_channel, subsets = is_per_channel(model), subsets_of(args)
     hits = torch.zeros(len(subsets) + 1, dtype=torch.float64, device=ctx.device)             # the last: all images
     with torch.inference_mode(), torch.autocast(ctx.device.type, torch.bfloat16, enabled=args.amp):
         for images, labels in filter(None, tqdm(loader_of(args, ctx, ready(args, raw)), "subsets",
@@ -448,9 +451,8 @@ def evaluate_subsets(args, ctx):
 
 def predict(args, ctx):
     """Prints the likeliest classes of each image; returns the number of files that cannot be read."""
-    model, _ = restore(args, args.eval or f"{args.out}/best.pt")
-    files, model = ready(args, data.Files([], [], data.load_cells, None, "")), model.to(ctx.device)
-    unreadable = 0
+    model, _ = restore(args, ctx, args.eval or f"{args.out}/best.pt")
+    files, unreadable = ready(args, data.Files([], [], data.load_cells, None, "")), 0
     for path in args.predict:
         try:
             image = files.load(path)

@@ -121,6 +121,7 @@ def test_models_of_the_table(options, schedule, order):
     (["--model", "channelvit_huge"], "choose from.*channelvit_small"),
     (["--model", "resnet50"], "choose from"),
     (["--channels", "0,9"], "no channel 9: there are 0, 1, 2"),
+    (["--channels", "a,0", "--channel-names", "a,b,c,d,e,f,g,h"], "a, 0 names a channel twice"),
     (["--mask-channels", "x"], "no channel x"),
     (["--subsets", "bad=0,8"], "no channel 8"),
     (["--channel-names", "a,b"], "2 names, the images have 8 channels"),
@@ -134,7 +135,8 @@ def test_what_cannot_be_says_why(tmp_path, options, message):
 
 @pytest.mark.parametrize("options, message", [
     (["--data", "d", "--index", "i", "--platemap", "p", "--metadata", "m"], "give one of them"),
-    (["--index", "i"], "go together"), (["--platemap", "i"], "go together"), (["--mean", "1"], "go together"),
+    (["--index", "i"], "go together"), (["--platemap", "i"], "go together"), (["--images", "x"], "OLD=NEW"),
+    (["--mean", "1"], "go together"),
     (["--channels", "a,,b"], "different names"), (["--channels", "a,a"], "different names"),
     (["--subsets", "fluorescence"], "different names"), (["--mean", "1,x", "--std", "1,1"], "invalid numbers value"),
     (["--pool-dims", 3], "invalid choice"), (["--unknown"], "unrecognized arguments"),
@@ -252,7 +254,7 @@ def test_table_of_subsets_against_counting(cells_run, tmp_path, capsys):
     args = args_of("--eval", cells_run / "best.pt", "--split", "val", "--device", "cpu", "--channels", "0")
     args.model = args.depth = args.patch = args.img_size = args.drop_path = None
     args.channels = None
-    model, raw = train_jump.restore(args, args.eval)
+    model, raw = train_jump.restore(args, training.setup(args, training=False), args.eval)
     cells = train_jump.ready(args, raw)
     x, labels = torch.stack([cells[i][0] for i in range(32)]), torch.arange(32) % 8
     for row in rows:
