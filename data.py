@@ -92,7 +92,8 @@ class Files(Dataset):
     """Labelled files. Item i is (transform(load(path)), label), None when the file is bad.
 
     samples: list of (path, label); where: what the data set is called in messages; load(path) may raise anything.
-    .bad_count: files found bad so far, by all workers. BadDataError, from an item: more than 1% of the files are bad.
+    .bad: flags (n) uint8 of the files found bad so far, by all workers; .bad_count: their number. BadDataError, from an
+    item: more than one file and more than 1% of the files are bad.
     """
 
     def __init__(self, samples, classes, load, transform, where):
@@ -119,10 +120,9 @@ class Files(Dataset):
         if not self.bad[i]:                               # a later epoch tries the file again, in silence
             self.bad[i] = 1
             warnings.warn(f"{self.samples[i][0]}: skipped, {type(error).__name__}: {error}")
-        share = len(self) / int(os.environ.get("WORLD_SIZE", 1))            # torchrun: each process sees only its own
-        if self.bad_count > MAX_BAD * share:
+        if self.bad_count > max(1, MAX_BAD * len(self)):
             names = [self.samples[j][0] for j in self.bad.nonzero().flatten().tolist()]
-            raise BadDataError(f"{len(names)} of the {share:.0f} images in {self.where} cannot be read, more than "
+            raise BadDataError(f"{len(names)} of the {len(self)} images in {self.where} cannot be read, more than "
                                f"{MAX_BAD:.0%}: {some(names)}. Check the disk; replace or delete them. The last one: "
                                f"{type(error).__name__}: {error}")
 
@@ -296,8 +296,12 @@ def load_cells(path):
                              "trust the file, convert it once: numpy.save(path, numpy.stack(list(numpy.load(path, "
                              "allow_pickle=True))).astype('float32'))") from None
     else:
-        with Image.open(io.BytesIO(content), formats=["TIFF"]) as tiff:
-            image = np.stack([np.asarray(page) for page in ImageSequence.Iterator(tiff)])         # (pages, H, W)
+        try:
+            tiff = Image.open(io.BytesIO(content), formats=["TIFF"])
+        except Image.UnidentifiedImageError:
+            raise ValueError("no TIFF, or one of a kind that Pillow does not know: save it as .npy") from None
+        with tiff:
+            image = np.stack([page_of(tiff) for _ in ImageSequence.Iterator(tiff)])               # (pages, H, W)
         if image.ndim == 4 and len(image) == 1:
             image = image[0].transpose(2, 0, 1)           # one page in colour
     if image.ndim != 3 or 0 in image.shape or image.dtype.kind not in "buif":
@@ -308,11 +312,19 @@ def load_cells(path):
     return image
 
 
+def page_of(tiff):
+    """The current page of an open TIFF as an array. Pillow takes uint32 for int32 and int8 for uint8."""
+    bits, kind = (tiff.tag_v2.get(tag, (1,)) for tag in (258, 339))         # BitsPerSample; SampleFormat: 2 is signed
+    page = np.asarray(tiff)
+    return page.view({(32, 1): np.uint32, (8, 2): np.int8}.get((bits[0], kind[0]), page.dtype))
+
+
 def take_channels(load, count, channels, path):
     """load(path), which must have `count` channels, with those at the indices `channels`, in that order; -1: zeros."""
     image = load(path)
     if len(image) != count:
-        raise ValueError(f"{len(image)} channels, expected {count}: shape {image.shape}, channels come first")
+        raise ValueError(f"{len(image)} channels, expected {count}: shape {image.shape}, channels come first. Files of "
+                         "another kind need their own --channel-names")
     if -1 in channels:
         image = np.concatenate([image, np.zeros_like(image[:1])])
     return image[channels]
@@ -380,27 +392,32 @@ def defocus(x, radius):
     return F.conv2d(x, (disc / disc.sum())[None, None])[:, 0]
 
 
-def first_readable(files):
-    """The first image of a Files that can be read. ValueError: none of the first ten can."""
+def channel_count(files):
+    """How many channels the images of a Files have: most of its first ten. ValueError: none of these can be read."""
+    counts = []
     for path, _ in files.samples[:10]:
         try:
-            return files.load(path)
+            counts.append(len(files.load(path)))
         except Exception as error:
             last = path, error
-    raise ValueError(f"the first images of {files.where} cannot be read. {last[0]}: {last[1]}") from last[1]
+    if not counts:
+        raise ValueError(f"the first images of {files.where} cannot be read. {last[0]}: {last[1]}") from last[1]
+    return collections.Counter(counts).most_common(1)[0][0]
 
 
-def channel_statistics(files, limit=None):
+def channel_statistics(files, count, limit=None):
     """(means, standard deviations) of the channels over all images of a Files of arrays (C, H, W), or over `limit` of
-    them at even distances: two lists of C floats, in the units of the files. Bad files are skipped as in training."""
-    count = len(first_readable(files))
+    them at even distances: two lists of C floats, in the units of the files. Bad files are skipped as in training, and
+    so are images that do not have `count` channels."""
     load = functools.partial(take_channels, files.load, count, list(range(count)))
     chosen = np.linspace(0, len(files) - 1, min(limit or len(files), len(files))).astype(int)
     images = Files([files.samples[i] for i in chosen], files.classes, load, sums_of_pixels, files.where)
-    total = 0
+    total = np.zeros((3, count))
     for i in tqdm(range(len(images)), "mean and deviation", disable=None):
         item = images[i]
-        total = total + (item[0] if item else 0)
+        total += item[0] if item else 0
+    if not total[0].all():
+        raise ValueError(f"none of {len(images)} images in {files.where} can be read")
     pixels, first, second = total                                           # (3 C)
     mean = first / pixels
     return mean.tolist(), np.sqrt(np.maximum(second / pixels - mean ** 2, 0)).tolist()
@@ -493,6 +510,8 @@ class JumpCP(Files):
             found = read_table(table, ("path", "well_loc"))
             rows += [(self.locate(path, table, images), well) for path, well in zip(found["path"], found["well_loc"])]
         where = f"{index if isinstance(index, str) else some(list(index))} ({split})"
+        if again := len(rows) - len({path for path, _ in rows}):
+            warnings.warn(f"{again} of {len(rows)} rows of {where} repeat a path: splits will share these images")
         lost = [well for path, well in rows if path is None or well not in label_of]
         if lost:
             wells = some(sorted({str(well) for well in lost}))
@@ -560,7 +579,7 @@ class Cells(Files):
     def best(cls, channels):
         """The accuracy in percent that a perfect classifier has on these channels."""
         rows = cls.code[:, list(channels)]
-        return 100 * len({tuple(row ^ row[0]) for row in rows}) / len(rows)
+        return 100 * len({tuple(row ^ row[:1]) for row in rows}) / len(rows)
 
 
 # ---- Order, randomness, batches --------------------------------------------------------------------------------------

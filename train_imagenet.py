@@ -318,8 +318,7 @@ def train(args, ctx, start, optimizer_of=adamw, lr_start=LR_WARMUP, lr_end=LR_EN
     def evaluate(model, epoch):
         metrics = training.evaluate_classifier(model, val_loader, ctx, args.amp)
         if args.data:
-            bad = torch.tensor(float(train_set.bad_count + val_set.bad_count), device=ctx.device)
-            metrics["unreadable"] = ctx.sum(bad).item()
+            metrics["unreadable"] = training.count_bad(ctx, train_set, val_set)
         return metrics
 
     total, per_epoch = training.run_length(args, loader)

@@ -68,7 +68,7 @@ VITS = dict(tiny=dict(embed_dim=192, num_heads=3), small=dict(embed_dim=384, num
 
 # What a checkpoint says of its model and its data, where the command line leaves it open.
 MODEL_FLAGS = ("model", "patch", "img_size", "depth", "drop_path", "pool", "pool_dims", "scan_order")
-FLAGS = (*MODEL_FLAGS, "mask_channels", "mean", "std", "file_channels", "model_channels", "classes")
+CHANNEL_FLAGS = ("mean", "std", "file_channels", "model_channels")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def get_args(argv=None):
         "fresh head; channel embeddings are taken by the channels' names")
     add("--stats", action="store_true", help="only print mean and standard deviation of the training images' channels")
     add("--eval", metavar="CKPT", help="only evaluate this checkpoint, ours or a released one: the accuracy by number "
-        "of channels and for --subsets, a table and OUT/channels.png")
+        "of channels and for --subsets, a table and OUT/channels.png (default OUT: where the checkpoint is)")
     add("--predict", metavar="FILE", nargs="+", help="print the five likeliest classes of each image, by --eval CKPT "
         "(default: OUT/best.pt)")
     add("--split", choices=["train", "val", "test"], help="what to evaluate (default test, or val if there is none)")
@@ -119,7 +119,7 @@ def get_args(argv=None):
     add("--channels", type=names, metavar="A,B", help="take these, by name or number, in this order (default all)")
     add("--mask-channels", type=names, metavar="A,B", help="set these to zero, which is their mean")
     add("--mean", type=numbers, metavar="X,Y", help="of the files' channels, in the files' units (default: computed "
-        "from 1,000 training images; JUMP-CP's 8: the recipe's)")
+        "from 1,000 images; JUMP-CP's 8: the recipe's); write --mean=-1,2 if the first one is negative")
     add("--std", type=numbers, metavar="X,Y", help="their standard deviations")
     add("--subsets", type=subset, nargs="+", metavar="NAME=A,B", help="channels to evaluate together (JUMP-CP's 8: "
         "fluorescence, brightfield)")
@@ -129,7 +129,7 @@ def get_args(argv=None):
     add("--model", metavar="NAME", help="fastchannelvim_small (default), channelvim_small, vim_small, fastvim_small, "
         "vit_small, channelvit_small, or another size: tiny, base")
     add("--patch", type=whole, help="pixels, 16 (default) or 8 in the paper")
-    add("--img-size", type=whole, help="pixels (default 224)")
+    add("--img-size", type=whole, help="pixels (default 224); other images are cropped or padded, never resized")
     add("--depth", type=whole, help="blocks (default: the model's own; drawn cells: 6)")
     add("--pool", choices=fastvim.POOLS, help="how a row becomes one token (default mean)")
     add("--pool-dims", type=int, choices=[1, 2], help="FastChannelVim: axes pooled in a layer (default 1)")
@@ -147,7 +147,9 @@ def get_args(argv=None):
     training.add_training_arguments(parser, lr=LR, recipe_batch=LR_BATCH, out="runs/jump")
     parser.set_defaults(**RECIPE, **dict.fromkeys(("size", "file_channels", "model_channels", "classes")))
     first = parser.parse_known_args(argv)[0]
-    if not (first.data or first.index):
+    if first.eval:
+        parser.set_defaults(out=os.path.dirname(first.eval) or ".")
+    elif not (first.data or first.index or first.predict):
         parser.set_defaults(**CELLS)
     args = parser.parse_args(argv)
     if args.data and args.index:
@@ -183,39 +185,41 @@ def open_split(args, split, classes=None):
     return found
 
 
-def find(wanted, known):
-    """Names or numbers of channels -> their indices among the names `known`."""
-    index = {str(i): i for i in range(len(known))} | {name: i for i, name in enumerate(known)}
-    if missing := [name for name in wanted if name not in index]:
-        raise ValueError(f"no channel {', '.join(missing)}: there are {', '.join(known)} (or 0 to {len(known) - 1})")
-    found = [index[name] for name in wanted]
+def find(args, wanted, among):
+    """Names of channels, or numbers of the files' channels -> their indices in `among`, a list of names."""
+    by_number = {str(i): name for i, name in enumerate(args.file_channels)}
+    found = [name if name in among else by_number.get(name) for name in wanted]
+    if missing := [name for name, known in zip(wanted, found) if known not in among]:
+        raise ValueError(f"no channel {', '.join(missing)}: there are {', '.join(among)}")
     if len(set(found)) < len(found):
         raise ValueError(f"{', '.join(wanted)} names a channel twice")
-    return found
+    return [among.index(name) for name in found]
 
 
-def settle_channels(args, raw):
+def settle_channels(args, raw, ctx):
     """Which channels the files have, args.file_channels, and the model sees, args.model_channels; their means and
     deviations; args.taken: where in the file each of the model's channels lies, -1 for one that is not shown.
 
     A trained model has its channels, by name: files may lack some of them, --channels may leave some out."""
-    if args.model_channels is None or args.channel_names:
-        file, benchmark = args.channel_names, False
-        if file is None or args.mean is None:
-            count = len(data.first_readable(raw))
-            benchmark = args.index and count == len(data.JUMP_CHANNELS)
-            file = file or (list(data.JUMP_CHANNELS) if benchmark else [str(i) for i in range(count)])
-            if len(file) != count:
-                raise ValueError(f"--channel-names: {len(file)} names, the images have {count} channels")
-        args.file_channels = file
-    taken = find(args.channels or args.file_channels, args.file_channels)
+    count = data.channel_count(raw) if raw else len(args.file_channels)
+    if args.channel_names or args.file_channels is None:
+        benchmark = list(data.JUMP_CHANNELS) if args.index and count == len(data.JUMP_CHANNELS) else None
+        args.file_channels = args.channel_names or benchmark or [str(i) for i in range(count)]
+    if raw and len(args.file_channels) != count:
+        raise ValueError(f"the images in {raw.where} have {count} channels, not {len(args.file_channels)} "
+                         f"({', '.join(args.file_channels)}): name theirs with --channel-names")
+    taken = find(args, args.channels or args.file_channels, args.file_channels)
     if args.model_channels is None:
-        if args.mean is None:
-            args.mean, args.std = (data.JUMP_MEAN, data.JUMP_STD) if benchmark else data.channel_statistics(raw, 1000)
-        if not len(args.mean) == len(args.std) == len(file) or not min(args.std) > 0:
-            raise ValueError(f"--mean and --std need one number for each of the {len(file)} channels of the files, and "
-                             f"no deviation of 0: they are {args.mean} and {args.std}")
-        args.model_channels, args.taken = [file[i] for i in taken], taken
+        if args.mean is None and args.index and count == len(data.JUMP_CHANNELS):
+            args.mean, args.std = data.JUMP_MEAN, data.JUMP_STD
+        elif args.mean is None:
+            found = torch.tensor(data.channel_statistics(raw, count, 1000), device=ctx.device)
+            args.mean, args.std = (ctx.sum(found) / ctx.world_size).tolist()                 # the same everywhere
+        if not len(args.mean) == len(args.std) == count or not np.isfinite([*args.mean, *args.std]).all() or (
+                min(args.std) <= 0):
+            raise ValueError(f"--mean and --std need one number for each of the {count} channels of the files, and no "
+                             f"deviation of 0: they are {args.mean} and {args.std}")
+        args.model_channels, args.taken = [args.file_channels[i] for i in taken], taken
         args.mean, args.std = ([numbers[i] for i in taken] for numbers in (args.mean, args.std))
     else:
         where = {args.file_channels[i]: i for i in taken}
@@ -223,11 +227,13 @@ def settle_channels(args, raw):
         if max(args.taken) < 0:
             raise ValueError(f"the model knows the channels {', '.join(args.model_channels)}, it is to see "
                              f"{', '.join(where)}: none in common")
+    args.mask_channels = [args.model_channels[i] for i in find(args, args.mask_channels or [], args.model_channels)]
 
 
 def ready(args, raw, augment=False):
     """Raw images -> normalised (C, img_size, img_size) float32 of the model's channels."""
-    masked = [i for i, at in enumerate(args.taken) if at < 0] + find(args.mask_channels or [], args.model_channels)
+    masked = [i for i, (at, name) in enumerate(zip(args.taken, args.model_channels))
+              if at < 0 or name in args.mask_channels]
     raw.load = functools.partial(data.take_channels, raw.load, len(args.file_channels), args.taken)
     raw.transform = data.CellTransform(args.img_size, args.mean, args.std, augment, masked)
     return raw
@@ -317,19 +323,20 @@ def take_encoder(args, model, content):
         if len(theirs) != len(weights[key]):
             raise ValueError(f"{args.init}: {len(weights[key])} channel embeddings without names")
         common = [name for name in args.model_channels if name in theirs]
-        own[key][find(common, args.model_channels)] = weights[key][find(common, theirs)]
+        own[key][[args.model_channels.index(name) for name in common]] = weights[key][
+            [theirs.index(name) for name in common]]
         weights[key], note = own[key], f"; of channels {', '.join(common) or 'none'}, the others as initialised"
     return fastvim.load_checkpoint(model, weights, encoder_only=True) + note
 
 
 def train(args, ctx):
     resumed, content = training.checkpoint_to_resume(args), {}
-    if args.init:
-        content = fastvim.read_checkpoint(resumed or args.init)             # both say what the model is
-        train_imagenet.adopt(args, content, MODEL_FLAGS)
+    if resumed or args.init:                                                # with --init both say what the model is
+        content = fastvim.read_checkpoint(resumed or args.init)
+        train_imagenet.adopt(args, content, (MODEL_FLAGS if args.init else ()) + (CHANNEL_FLAGS if resumed else ()))
     fill(args, MODEL if args.data or args.index else CELLS_MODEL)
     train_set = open_split(args, "train")
-    settle_channels(args, train_set)
+    settle_channels(args, train_set, ctx)
     args.classes = train_set.classes                                        # kept in the checkpoint
     model = build_model(args, len(args.classes))
     if args.init and not resumed:
@@ -352,8 +359,8 @@ def train(args, ctx):
         return F.cross_entropy(see(net, per_channel, images, channels), labels)
 
     def evaluate(model, epoch):
-        bad = torch.tensor(float(train_set.bad_count + val_set.bad_count), device=ctx.device)
-        return training.evaluate_classifier(model, val_loader, ctx, args.amp) | {"unreadable": ctx.sum(bad).item()}
+        return training.evaluate_classifier(model, val_loader, ctx, args.amp) | {
+            "unreadable": training.count_bad(ctx, train_set, val_set)}
 
     total, per_epoch = training.run_length(args, loader)
     training.fit(args, ctx, model, loader, loss_fn, train_imagenet.adamw(model, args), evaluate=evaluate, metric="top1",
@@ -373,7 +380,10 @@ def restore(args, ctx, path):
     """-> (model at path, the images to evaluate it on or, with --predict, None). args gets what the command line leaves
     open of model, channels and classes; a released checkpoint says nothing of them."""
     content = fastvim.read_checkpoint(path)
-    saved = train_imagenet.adopt(args, content, FLAGS)
+    given, fresh = args.mean, args.model_channels is None
+    saved = train_imagenet.adopt(args, content, (*MODEL_FLAGS, *CHANNEL_FLAGS, "mask_channels", "classes"))
+    if saved and given and fresh:
+        raise ValueError("--mean and --std: the model keeps those that it was trained with")
     drawn = saved and not saved["data"] and not saved.get("index")
     if not (args.predict or args.data or args.index or drawn):
         raise ValueError("--eval: this model was trained on files, so --data or --index has to say where they are")
@@ -383,9 +393,8 @@ def restore(args, ctx, path):
         has_test = not args.data or not os.path.isdir(f"{args.data}/train") or os.path.isdir(f"{args.data}/test")
         raw = open_split(args, args.split or ("test" if has_test else "val"), args.classes)
     elif not saved:                                                         # nor is there a data set to ask
-        args.file_channels, args.mean, args.std = data.JUMP_CHANNELS, data.JUMP_MEAN, data.JUMP_STD
-        args.model_channels = args.file_channels
-    settle_channels(args, raw)
+        args.file_channels, args.mean, args.std = list(data.JUMP_CHANNELS), data.JUMP_MEAN, data.JUMP_STD
+    settle_channels(args, raw, ctx)
     head = fastvim.model_weights(content)[0].get("head.weight", ())
     model = build_model(args, len(head))
     ctx.print(f"{path}: {fastvim.load_checkpoint(model, content)} into {args.model}, patch {args.patch}")
@@ -399,7 +408,7 @@ def subsets_of(args):
     shown, rng, named = shown_channels(args), np.random.RandomState(args.seed), args.subsets
     if named is None and set(data.JUMP_CHANNELS) == {args.model_channels[i] for i in shown}:
         named = [("fluorescence", data.JUMP_CHANNELS[:5]), ("brightfield", data.JUMP_CHANNELS[5:])]
-    found = [(name, find(channels, args.model_channels)) for name, channels in named or []]
+    found = [(name, find(args, channels, args.model_channels)) for name, channels in named or []]
     if missing := [args.model_channels[i] for _, ids in found for i in ids if i not in shown]:
         raise ValueError(f"--subsets: the images do not show {', '.join(missing)}")
     for size in range(1, len(shown) + 1):
@@ -430,15 +439,15 @@ def evaluate_subsets(args, ctx):
         raise ValueError(f"{raw.where}: none of the images can be read")
     if not ctx.is_main:
         return
-    rows, groups = [], {}
+    rows, groups, masked = [], {}, args.mask_channels
     for (name, ids), hit in zip(subsets, hits):
         row = dict(name=name, channels=[args.model_channels[i] for i in ids], top1=100 * hit / count)
         if isinstance(raw, data.Cells):                                     # of drawn cells it is known
-            row["best"] = data.Cells.best([args.taken[i] for i in ids])
+            row["best"] = data.Cells.best([args.taken[i] for i in ids if args.model_channels[i] not in masked])
         rows.append(row)
         groups.setdefault(f"{name} ({len(ids)})" if name else str(len(ids)), []).append(row)
-    print(f"top-1 in % on {count:.0f} images of {raw.where}\n{'channels':24}{'subsets':>8}{'mean':>8}{'least':>8}"
-          f"{'most':>8}{'best possible' * ('best' in rows[0]):>16}")
+    print(f"top-1 in % on {count:.0f} of {len(raw)} images of {raw.where}\n{'channels':24}{'subsets':>8}{'mean':>8}"
+          f"{'least':>8}{'most':>8}{'best possible' * ('best' in rows[0]):>16}")
     for label, group in groups.items():
         top1 = [row["top1"] for row in group]
         best = f"{np.mean([row['best'] for row in group]):16.1f}" if "best" in group[0] else ""
@@ -513,7 +522,7 @@ def draw_subsets(args, rows):
                 axes.plot(sizes, means, style, label=label)
         for row in rows:
             axes.plot(len(row["channels"]), row["top1"], "D" if row["name"] else "C0.", label=row["name"] or None)
-        axes.set(xlabel="channels", ylabel="top-1, %")
+        axes.set(xlabel="channels", ylabel="top-1, %", xticks=sizes)
         axes.legend()
 
     save_picture(args, "channels.png", 6, 4, draw)
@@ -521,7 +530,7 @@ def draw_subsets(args, rows):
 
 def main():
     args = get_args()
-    with training.plain_errors("train_jump.py", args, data.BadDataError):
+    with training.plain_errors("train_jump.py", args, data.BadDataError, OSError):
         ctx = training.setup(args, training=not (args.eval or args.predict or args.stats))
         if args.predict:
             if predict(args, ctx):
@@ -529,8 +538,8 @@ def main():
         elif args.stats:
             fill(args, MODEL if args.data or args.index else CELLS_MODEL)
             raw = open_split(args, "train")
-            ctx.print(*(f"--{name} {','.join(f'{x:.6g}' for x in values)}" for name, values in zip(
-                ("mean", "std"), data.channel_statistics(raw))))
+            ctx.print(*(f"--{name}={','.join(f'{x:.6g}' for x in values)}" for name, values in zip(
+                ("mean", "std"), data.channel_statistics(raw, data.channel_count(raw)))))
         elif args.eval:
             evaluate_subsets(args, ctx)
         else:

@@ -162,13 +162,14 @@ def setup(args, training=True):
 def run_length(args, loader):
     """-> (optimizer steps of the whole run, steps per epoch). Batches that fill no whole step are left out.
 
-    ValueError: an epoch is shorter than one step, or neither --epochs nor --steps is given.
+    ValueError: the run or an epoch is shorter than one step, or neither --epochs nor --steps is given.
     """
     per_epoch = len(loader) // args.accum
     limits = [limit for limit in (args.epochs and round(args.epochs * per_epoch), args.steps) if limit is not None]
-    if not per_epoch or not limits:
+    if not per_epoch or not limits or not min(limits):
         raise ValueError(f"{len(loader)} batches per epoch, --accum {args.accum}, --epochs {args.epochs}, --steps "
-                         f"{args.steps}: give one of the last two, and an --accum of at most the number of batches")
+                         f"{args.steps}: give one of the last two, at least one step, and an --accum of at most the "
+                         "number of batches")
     return int(min(limits)), per_epoch
 
 
@@ -306,7 +307,10 @@ def plain_errors(prog, args, *kinds):
     try:
         yield
     except (ValueError, FileNotFoundError, ImportError, NonFiniteError, *kinds) as error:
-        raise SystemExit(f"{prog}: {error}") from error
+        text = str(error)
+        if "Original Traceback" in text:                  # from a loading process: only the message is wanted
+            text = text.rpartition(f"{type(error).__name__}: ")[2].strip()
+        raise SystemExit(f"{prog}: {text}") from error
     except RuntimeError as error:
         if advice := out_of_memory_advice(error, args):
             raise SystemExit(f"{prog}: {advice}") from error
@@ -609,6 +613,11 @@ def fit(args, ctx, model, loader, loss_fn, optimizer, lr, *, weight_decay=None, 
                 leave(end)
     ctx.wait()                                            # now all processes may read the checkpoints
     return progress["history"]
+
+
+def count_bad(ctx, *datasets):
+    """How many files of these data.Files some process has found bad."""
+    return sum(int((ctx.sum(files.bad.to(ctx.device, torch.float32)) > 0).sum()) for files in datasets)
 
 
 def evaluate_classifier(model, loader, ctx, amp=False):

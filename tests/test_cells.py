@@ -2,6 +2,7 @@
 import functools
 import io
 import pickle
+import struct
 import warnings
 
 import numpy as np
@@ -109,6 +110,21 @@ def test_damaged_npy(tmp_path, content, message):
     with pytest.raises(Exception, match=message) as caught:
         data.load_cells(str(tmp_path / "a.npy"))
     assert not isinstance(caught.value, (AttributeError, TypeError, IndexError))
+
+
+def test_tiff_types_that_pillow_mistakes(tmp_path):
+    """Pillow has no unsigned 32-bit and no signed 8-bit pixels: it reads their bits as the other kind."""
+    for dtype, kind in (("<u4", 1), ("<i4", 2), ("u1", 1), ("i1", 2)):
+        image = np.array([[3, 200], [2**31 + 5, 77]]).astype(dtype)
+        tags = {256: 2, 257: 2, 258: 8 * image.itemsize, 259: 1, 262: 1, 273: 200, 277: 1, 278: 2, 279: image.nbytes,
+                339: kind}
+        entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value)
+                           for tag, value in sorted(tags.items()))
+        head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
+        (tmp_path / "a.tif").write_bytes(head.ljust(200, b"\0") + image.tobytes())
+        found = data.load_cells(str(tmp_path / "a.tif"))
+        np.testing.assert_array_equal(found, image[None])
+        assert found.dtype == image.dtype
 
 
 @pytest.mark.parametrize("damage", ["cut", "sizes", "text"])
@@ -280,7 +296,7 @@ def test_folders_that_cannot_be_split(tmp_path):
 
 
 def test_bad_files_are_skipped_and_too_many_end_the_run(tmp_path):
-    root = make_cells(tmp_path, dict(a=200))
+    root = make_cells(tmp_path, dict(a=20))               # one may be bad, however few there are
     files = data.cell_folder(root, "train", np.asarray)
     (tmp_path / "a" / files.samples[3][0].rpartition("/")[2]).write_bytes(b"no image")
     with pytest.warns(UserWarning, match="skipped"):
@@ -296,21 +312,25 @@ def test_channel_statistics(tmp_path):
     root = make_cells(tmp_path, dict(a=20))
     files = data.cell_folder(root, "train", np.asarray)
     stack = np.stack([np.load(path) for path, _ in files.samples]).astype(np.float64)
-    mean, std = data.channel_statistics(files)
+    mean, std = data.channel_statistics(files, 3)
     np.testing.assert_allclose(mean, stack.mean((0, 2, 3)))
     np.testing.assert_allclose(std, stack.std((0, 2, 3)))
-    few = data.channel_statistics(files, 2)[0]
+    few = data.channel_statistics(files, 3, 2)[0]
     np.testing.assert_allclose(few, stack[[0, -1]].mean((0, 2, 3)))
     assert files[0][0].shape == (3, 6, 5)                 # and the data set is as it was
 
 
-def test_first_readable_says_why_nothing_is(tmp_path):
-    root = make_cells(tmp_path, dict(a=10))
-    files = data.cell_folder(root, "train", np.asarray)
+def test_channel_count_is_what_most_of_the_first_files_have(tmp_path):
+    files = data.cell_folder(make_cells(tmp_path, dict(a=10)), "train", np.asarray)
+    np.save(files.samples[0][0], pixels(5))
+    np.save(files.samples[1][0], pixels()[0])
+    assert data.channel_count(files) == 3
+    with pytest.warns(UserWarning, match="5 channels, expected 3|got uint16"), pytest.raises(data.BadDataError):
+        data.channel_statistics(files, 3)
     for path, _ in files.samples:
         np.save(path, pixels()[0])
     with pytest.raises(ValueError, match=r"cannot be read.*\(6, 5\)"):
-        data.first_readable(files)
+        data.channel_count(files)
 
 
 # ---- Object stores ---------------------------------------------------------------------------------------------------
@@ -381,11 +401,12 @@ def text(columns, delimiter="\t"):
 
 
 # Wells A01 to A05; A02 and A05 are untreated; A04 stands twice, with s3 and then s1.
-PLATE = dict(well_position=["A01", "A02", "A03", "A04", "A04", "A05"], broad_sample=["s2", None, "s1", "s3", "s1", None])
+PLATE = dict(well_position=["A01", "A02", "A03", "A04", "A04", "A05"],
+             broad_sample=["s2", None, "s1", "s3", "s1", None])
 META = dict(broad_sample=["s1", "s3", "s2", "s9", None], target=["KRAS", "EGFR", "KRAS", "TP53", None],
             pert_type=["trt", "trt", "trt", "trt", "control"])
-# By hand: the join goes s1 -> A03, A04; s3 -> A04; s2 -> A01; none -> A02, A05. KRAS comes first, then EGFR; A04 is s3's
-# in the end, because s3 comes after s1 in metadata.
+# By hand: the join goes s1 -> A03, A04; s3 -> A04; s2 -> A01; none -> A02, A05. KRAS comes first, then EGFR; A04 is
+# s3's in the end, because s3 comes after s1 in metadata.
 LABELS = dict(A01=1, A02=0, A03=1, A04=2, A05=0)
 
 
@@ -438,8 +459,13 @@ def test_gene_column_of_crispr_plates(base):
 
 def test_several_plates_share_the_maps(base):
     index, *maps = make_plate(base)
-    both = data.JumpCP([index, index], *maps, "train", np.asarray)
-    assert len(both) == 48 and both[0] is not None
+    more = dict(path=["x.npy", "y.npy"], well_loc=["A01", "A02"], ID=["a", "b"])             # beside that index
+    second = write(base, "images/second.pq", parquet(more))
+    both = [data.JumpCP([index, second], *maps, split, np.asarray) for split in ("train", "val", "test")]
+    assert {f"{base}/images/x.npy", f"{base}/images/1.npy"} <= {path for part in both for path, _ in part.samples}
+    assert [len(part) for part in both] == [25, 8, 9] and both[0][0] is not None
+    with pytest.warns(UserWarning, match="40 of 80 rows of .* repeat a path"):
+        data.JumpCP([index, index], *maps, "train", np.asarray)
 
 
 def test_images_in_unlabelled_wells_are_left_out_and_counted(base):

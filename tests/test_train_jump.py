@@ -2,6 +2,7 @@
 import json
 import pathlib
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -19,7 +20,7 @@ from helpers import assert_close
 from test_cells import make_cells, make_plate, npy, write
 
 SMALL = ["--depth", 1, "--epochs", 1, "--threads", 1, "--batch-size", 16, "--device", "cpu", "--workers", 0,
-         "--subset-samples", 1]
+         "--subset-samples", 0]
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +36,14 @@ def run(*argv):
         train_jump.main()
     finally:
         sys.argv = old
+
+
+@pytest.fixture
+def only_training(monkeypatch):
+    """Without pictures and the table at the end, which take longer than so short a training."""
+    monkeypatch.setattr(train_jump, "draw_examples", lambda *args: None)
+    monkeypatch.setattr(train_jump, "evaluate_subsets", lambda *args: None)
+    monkeypatch.setattr(training, "draw_curve", lambda *args: None)
 
 
 def error_of(*argv):
@@ -78,7 +87,8 @@ OPTIONS = [
     ["--patch", 16], ["--no-augment"], ["--grad-checkpointing"], ["--drop-path", 0.2], ["--amp"],
     ["--model", "channelvit_tiny", "--grad-checkpointing"], ["--model", "vit_tiny", "--patch", 16],
     ["--channels", "3,1,7"], ["--mask-channels", "0"], ["--model", "vim_tiny", "--channels", "6"],
-    ["--mean", "0,1,2,3,4,5,6,7", "--std", "1,2,3,4,5,6,7,8"], ["--img-size", 40], ["--channel-names", "a,b,c,d,e,f,g,h"],
+    ["--mean", "0,1,2,3,4,5,6,7", "--std", "1,2,3,4,5,6,7,8"], ["--img-size", 40],
+    ["--channel-names", "a,b,c,d,e,f,g,h"],
 ]
 
 
@@ -124,7 +134,10 @@ def test_models_of_the_table(options, schedule, order):
     (["--channels", "a,0", "--channel-names", "a,b,c,d,e,f,g,h"], "a, 0 names a channel twice"),
     (["--mask-channels", "x"], "no channel x"),
     (["--subsets", "bad=0,8"], "no channel 8"),
-    (["--channel-names", "a,b"], "2 names, the images have 8 channels"),
+    (["--channel-names", "a,b"], r"have 8 channels, not 2 \(a, b\)"),
+    (["--channels", "1,2,3", "--mask-channels", "0"], "no channel 0: there are 1, 2, 3"),
+    (["--mean", "nan,0,0,0,0,0,0,0", "--std", "1,1,1,1,1,1,1,1"], "one number for each"),
+    (["--epochs", 0.1], "at least one step"),
     (["--mean", "1,2", "--std", "1,2"], "one number for each of the 8 channels"),
     (["--mean", "0,0,0,0,0,0,0,0", "--std", "1,1,1,0,1,1,1,1"], "no deviation of 0"),
     (["--batch-size", 33], "33"),
@@ -158,7 +171,7 @@ def test_recipe_on_data(monkeypatch):
         "fastchannelvim_small", 16, 224, 0.05, True, 0, 0)
 
 
-def test_schedules_of_learning_rate_and_weight_decay(tmp_path, monkeypatch):
+def test_schedules_of_learning_rate_and_weight_decay(tmp_path, monkeypatch, only_training):
     """Seen from within the optimizer: warmup from 0, the weight decay from 0.04 to 0.4, none on 1-D parameters."""
     seen, step = [], torch.optim.AdamW.step
 
@@ -180,7 +193,7 @@ def test_schedules_of_learning_rate_and_weight_decay(tmp_path, monkeypatch):
 
 # ---- Channels: sampling, baselines -----------------------------------------------------------------------------------
 
-def test_sampling_draws_how_many_and_which(monkeypatch, tmp_path):
+def test_sampling_draws_how_many_and_which(monkeypatch, tmp_path, only_training):
     seen = []
     see = train_jump.see
     monkeypatch.setattr(train_jump, "see", lambda net, per, images, channels: (
@@ -207,8 +220,8 @@ def test_a_mixing_model_sees_zeros_scaled_and_a_channel_model_the_channels():
 
 def channel_vit():
     torch.manual_seed(0)
-    model = train_jump.ChannelViT(in_chans=5, img_size=16, patch_size=8, num_classes=3, embed_dim=32, num_heads=2, depth=2)
-    return model.double().eval()
+    return train_jump.ChannelViT(in_chans=5, img_size=16, patch_size=8, num_classes=3, embed_dim=32, num_heads=2,
+                                 depth=2).double().eval()
 
 
 def test_channel_vit_against_its_definition():
@@ -269,10 +282,22 @@ def test_evaluation_on_some_channels(cells_run, tmp_path):
     run("--eval", cells_run / "best.pt", "--channels", "5,2", "--out", tmp_path, "--device", "cpu")
     rows = json.loads((tmp_path / "channels.json").read_text())["subsets"]
     assert [row["channels"] for row in rows] == [["2"], ["5"], ["2", "5"]]
+    assert "the model keeps those" in error_of("--eval", cells_run / "best.pt", "--mean", "1,1,1,1,1,1,1,1", "--std",
+                                               "1,1,1,1,1,1,1,1", "--device", "cpu")
     assert "do not show 0" in error_of("--eval", cells_run / "best.pt", "--channels", "5,2", "--subsets", "a=0",
                                        "--device", "cpu", "--out", tmp_path)
     assert "none in common" in error_of("--eval", cells_run / "best.pt", "--channel-names", "a,b,c,d,e,f,g,h",
                                         "--device", "cpu", "--out", tmp_path)
+
+
+def test_numbers_are_those_of_the_files(tmp_path):
+    """Trained on channels 3, 1, 7, 0 in that order: "1" is the file's channel 1 everywhere, not the model's second."""
+    run(*SMALL, "--channels", "3,1,7,0", "--mask-channels", "7", "--out", tmp_path)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["args"]["mask_channels"] == ["7"]
+    run("--eval", tmp_path / "best.pt", "--subsets", "a=1,3", "--device", "cpu", "--subset-samples", 0)
+    rows = json.loads((tmp_path / "channels.json").read_text())["subsets"]       # beside the checkpoint
+    assert rows[0]["channels"] == ["1", "3"] and rows[-1]["best"] == data.Cells.best([0, 1, 3]) == 50
+    assert "no channel 2" in error_of("--eval", tmp_path / "best.pt", "--subsets", "a=1,2", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -303,8 +328,12 @@ def test_a_folder_of_classes(folder_run, tmp_path, capsys):
         run("--predict", tmp_path / "bad.npy", root / "dark/3.npy", "--eval", out / "best.pt", "--device", "cpu")
     assert caught.value.code == 1
     text = capsys.readouterr().out
-    assert "bad.npy: cannot be read (ValueError: 3 channels, expected 4" in text and "dark/3.npy\n" in text
+    assert re.search("bad.npy: cannot be read .ValueError: 3 channels, expected 4.*--channel-names", text)
+    assert "dark/3.npy\n" in text
     assert "--data or --index has to say" in error_of("--eval", out / "best.pt", "--device", "cpu")
+    wrong = make_cells(tmp_path / "wrong", dict(dark=5, light=5), channels=2)
+    assert "have 2 channels, not 4 (DNA, ER, RNA, Mito): name theirs with --channel-names" in error_of(
+        "--eval", out / "best.pt", "--device", "cpu", "--data", wrong)
     three = make_cells(tmp_path / "three", dict(dark=5, light=5, other=5), channels=4)
     assert "not the 2 classes of training" in error_of("--eval", out / "best.pt", "--device", "cpu", "--data", three)
 
@@ -312,7 +341,7 @@ def test_a_folder_of_classes(folder_run, tmp_path, capsys):
 def test_statistics_are_what_training_uses(folder_run, capsys):
     root, out = folder_run
     run("--stats", "--data", root, "--device", "cpu")
-    printed = dict(re.findall(r"--(mean|std) (\S+)", capsys.readouterr().out))
+    printed = dict(re.findall(r"--(mean|std)=(\S+)", capsys.readouterr().out))
     args = json.loads((out / "config.json").read_text())["args"]
     files = data.cell_folder(root, "train", np.asarray)
     stack = np.stack([image for image, _ in files]).astype(float)
@@ -409,6 +438,9 @@ def test_bad_data_ends_in_one_line(tmp_path):
         assert "cannot be read, more than 1%" in error_of(*options)
     assert "no such" in error_of(*SMALL, "--data", tmp_path / "nowhere").lower()
     assert "No such file" in error_of(*SMALL, "--index", tmp_path / "no.pq", "--platemap", "p", "--metadata", "m")
+    assert "directory" in error_of(*SMALL, "--index", tmp_path, "--platemap", tmp_path, "--metadata", tmp_path)
+    workers = error_of(*options, "--workers", 1)          # the same line from a loading process, without its traceback
+    assert "cannot be read, more than 1%" in workers and "Traceback" not in workers
 
 
 def test_a_few_bad_images_are_counted_and_reported(tmp_path):
@@ -423,10 +455,24 @@ def test_a_few_bad_images_are_counted_and_reported(tmp_path):
     assert json.loads((tmp_path / "out/log.jsonl").read_text())["metrics"]["unreadable"] == 2
 
 
+def test_resuming_takes_the_normalisation_from_the_checkpoint(folder_run, tmp_path):
+    """A file that has changed or failed since must not change the means of a run that goes on."""
+    root, _ = folder_run
+    options = [*SMALL, "--data", tmp_path / "copy", "--img-size", 16, "--patch", 8, "--model", "fastchannelvim_tiny",
+               "--batch-size", 8, "--out", tmp_path / "out", "--epochs", 2]
+    shutil.copytree(root, tmp_path / "copy")
+    run(*options, "--steps", 3)
+    for path in (tmp_path / "copy").glob("*/1*.npy"):
+        np.save(path, np.load(path) + 100)
+    before = torch.load(tmp_path / "out/last.pt", weights_only=True)["args"]["mean"]
+    run(*options, "--steps", 4, "--resume", "--resume-changed")
+    assert torch.load(tmp_path / "out/last.pt", weights_only=True)["args"]["mean"] == before
+
+
 # ---- Resume ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("model", ["fastchannelvim_tiny", "vim_tiny"])
-def test_killed_within_an_epoch_and_resumed_ends_in_the_same_bits(tmp_path, monkeypatch, model):
+def test_killed_within_an_epoch_and_resumed_ends_in_the_same_bits(tmp_path, monkeypatch, only_training, model):
     """The channels of a batch follow from the step, the augmentation from the sample: nothing is kept or lost."""
     options = [*SMALL, "--model", model, "--epochs", 3, "--batch-size", 8, "--warmup", 1, "--drop-path", 0.2,
                "--save-minutes", 0]
