@@ -32,7 +32,7 @@ from torchvision.ops import batched_nms, box_area, box_convert, box_iou, clip_bo
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a map (B C h w). ViTDet has eps 1e-6; the released weights were trained with 1e-5."""
+    """LayerNorm over the channels of a map (B C h w); eps 1e-5, as the released detectors have it (ViTDet: 1e-6)."""
 
     def forward(self, x):
         return rearrange(super().forward(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
