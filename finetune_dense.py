@@ -15,6 +15,7 @@ Symbols, the same everywhere:
 
     B  images     C  channels     K  classes     h, w  size of a map     H, W  size of the images in pixels
     A  anchors of a map, 3 h w    n  boxes       m  objects              p  boxes that show an object
+    D  width of the backbone
     boxes (n 4) float32: left, top, right, bottom in pixels;  [(n 4)]: a list, one for each image
     sizes [(height, width)]: of each image without the padding that makes them a batch
 """
@@ -103,7 +104,8 @@ class UperHead(nn.Module):
 class UperNet(nn.Module):
     """backbone: a FastVim with four out_indices.
 
-    The coarsest pooled map has one value for each image and channel: for BatchNorm, train on two images at least."""
+    In training BatchNorm sees one value per image and channel of the coarsest pooled map, so give two images at least;
+    on several GPUs convert the model to SyncBatchNorm."""
 
     def __init__(self, backbone, num_classes=150, channels=512, auxiliary_channels=256):
         super().__init__()
@@ -177,12 +179,12 @@ BACKGROUND, IGNORED = -1, -2                    # instead of the number of an ob
 def make_anchors(maps):
     """The anchors [(A 4)] of maps [(B C h w)] of STRIDES. Those of a cell lie around its upper left corner, in the
     order of RATIOS. Faster R-CNN, section 3.1.1. (torchvision's generator rounds them to whole pixels.)"""
-    anchors = []
-    for x, stride in zip(maps, STRIDES):
-        y, x = (torch.arange(length, device=x.device) * stride for length in x.shape[2:])
-        corner = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[:, :, None]            # (h w 1 2) x, y
-        ratio = torch.tensor(RATIOS, device=x.device)
-        half = torch.stack([ratio ** -0.5, ratio ** 0.5], 1) * ANCHOR_CELLS * stride / 2     # (3 2)
+    ratio, anchors = torch.tensor(RATIOS, device=maps[0].device), []
+    shape = torch.stack([ratio ** -0.5, ratio ** 0.5], 1)                   # (3 2) width, height
+    for (h, w), stride in zip((x.shape[2:] for x in maps), STRIDES):
+        x, y = torch.arange(w, device=ratio.device), torch.arange(h, device=ratio.device)
+        corner = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[:, :, None] * stride   # (h w 1 2) x, y
+        half = shape * ANCHOR_CELLS * stride / 2                            # (3 2)
         anchors.append(rearrange([corner - half, corner + half], "side h w a xy -> (h w a) (side xy)"))
     return anchors
 
@@ -265,8 +267,8 @@ class SimpleFeaturePyramid(nn.Module):
 
     def __init__(self, D, channels):
         super().__init__()
-        up, block = (functools.partial(nn.ConvTranspose2d, kernel_size=2, stride=2),
-                     functools.partial(conv, norm=ChannelNorm, relu=False))
+        up = functools.partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
+        block = functools.partial(conv, norm=ChannelNorm, relu=False)
         self.fpn1 = nn.Sequential(up(D, D // 2), ChannelNorm(D // 2), nn.GELU(), up(D // 2, D // 4))
         self.fpn2 = nn.Sequential(up(D, D // 2))
         self.lateral_convs = nn.ModuleList(block(width, channels, 1) for width in (D // 4, D // 2, D, D))
@@ -386,8 +388,8 @@ class CascadeHead(nn.Module):
             mask_loss = F.binary_cross_entropy_with_logits(masks, (truth >= 0.5).float(), reduction="sum")
             losses |= {f"class_{i + 1}": weight * F.cross_entropy(logits, label), f"box_{i + 1}": weight * box_loss,
                        f"mask_{i + 1}": weight * mask_loss / max(masks.numel(), 1)}
-            # The next stage gets these boxes, moved as their class says, or the likeliest one where no object is shown;
-            # the objects' own boxes are left out, since it adds them again.
+            # The next stage gets these boxes, moved by their class's deltas, or the likeliest class's if they show no
+            # object; but not the objects' own boxes, which it adds again.
             label = torch.where(shown, label, logits[:, :K].argmax(1))
             boxes = [box[~x] for box, x in zip(refine(boxes, deltas.detach(), label, std, sizes), own)]
         return losses
@@ -395,16 +397,15 @@ class CascadeHead(nn.Module):
     def detect(self, maps, boxes, sizes):
         """boxes [(n 4)]: proposals -> [dict(boxes (n 4), scores (n), labels (n) int64, masks (n 28 28) float32)] of
         each image, at most 100, best first; a mask holds probabilities within its box."""
-        total = 0
-        for i, (_, std, _) in enumerate(STAGES):
-            if i:
-                boxes = refine(boxes, deltas, logits[:, :-1].argmax(1), STAGES[i - 1][1], sizes)
-            logits, deltas = self.bbox_head[i](crop_regions(maps, boxes, 7))                 # (n K+1) (n K 4)
+        refined, total, found = boxes, 0, []
+        for head, (_, std, _) in zip(self.bbox_head, STAGES):
+            boxes = refined                                                 # by the stage before
+            logits, deltas = head(crop_regions(maps, boxes, 7))             # (n K+1) (n K 4)
+            refined = refine(boxes, deltas, logits[:, :-1].argmax(1), std, sizes)
             total = total + logits
-        scores, found = (total / len(STAGES)).softmax(1)[:, :-1], []        # (n K)
-        counts = [len(box) for box in boxes]
+        scores, counts = (total / len(STAGES)).softmax(1)[:, :-1], [len(box) for box in boxes]       # (n K)
         for box, score, delta, size in zip(boxes, scores.split(counts), deltas.split(counts), sizes):
-            which, label = (score > 0.05).nonzero(as_tuple=True)            # one box may be of several classes
+            which, label = (score > 0.05).nonzero(as_tuple=True)            # a box may show several classes
             box, score = decode(box[which], delta[which, label], std, size), score[which, label]
             keep = batched_nms(box, score, label, 0.5)[:100]
             found.append(dict(boxes=box[keep], scores=score[keep], labels=label[keep]))
