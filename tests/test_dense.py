@@ -12,7 +12,7 @@ import fastvim
 pytest.importorskip("torchvision")
 
 import finetune_dense as dense  # noqa: E402
-from finetune_dense import BACKGROUND, IGNORED, STAGES  # noqa: E402
+from finetune_dense import BACKGROUND, IGNORED  # noqa: E402
 from test_golden import GOLDEN, read  # noqa: E402
 
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden references of ../shared/golden are not here")
@@ -59,6 +59,7 @@ def target_of(boxes, labels, H=64, W=64):
 
 
 EMPTY = target_of([], [])
+STAGES = [(0.5, (0.1, 0.2), 1.0), (0.6, (0.05, 0.1), 0.5), (0.7, (0.033, 0.067), 0.25)]     # recipe: IoU, std, weight
 
 
 # ---- parity with the released models ---------------------------------------------------------------------------------
@@ -194,7 +195,18 @@ def test_gradients_reach_every_parameter_of_the_segmenter():
     model = segmenter().train()
     sum(model(torch.randn(2, 3, 32, 32), torch.randint(0, 5, (2, 32, 32))).values()).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
-    assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout2d)] == [0.1, 0.1]
+
+
+def test_dropout_of_channels_comes_before_both_classifiers():
+    model, maps = segmenter(), [torch.randn(1, 16, 4, 4) for _ in range(4)]
+    for head, x in ((model.decode_head, maps), (model.auxiliary_head, maps[2])):
+        inputs = []
+        head.conv_seg.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        head(x), head.dropout.train(), [head(x) for _ in range(100)]
+        whole, kept = inputs[0], torch.cat(inputs[1:])                      # (1 C h w) (100 C h w)
+        scale = kept.sum((2, 3)) / whole.sum((2, 3))                        # (100 C) of each channel, as one
+        torch.testing.assert_close(kept, whole * scale[..., None, None])
+        assert (((scale - 1 / 0.9).abs() < 1e-5) | (scale == 0)).all() and 0.03 < (scale == 0).float().mean() < 0.2
 
 
 # ---- boxes -----------------------------------------------------------------------------------------------------------
@@ -388,10 +400,12 @@ def test_cascade_losses_are_those_of_each_stage():
         torch.nn.init.normal_(box_head.fc_reg.weight, std=0.2)
     maps = [torch.randn(2, 8, 64 // s, 64 // s) for s in (4, 8, 16, 32, 64)]
     target, sizes = target_of([[4, 6, 30, 40], [20, 10, 60, 52], [8, 40, 22, 61]], [2, 0, 1]), [(64, 64), (60, 50)]
-    proposals = [torch.cat([target["boxes"].repeat(12, 1) + torch.randn(36, 4), random_boxes(20, 64, 64)]),
+    proposals = [torch.cat([target["boxes"].repeat(12, 1) + 4 * torch.randn(36, 4), random_boxes(20, 64, 64)]),
                  random_boxes(30, 60, 50)]
     losses = head.losses(maps, proposals, [target, EMPTY], sizes)           # fewer than 512: all are drawn
     assert len(losses) == 9
+    first = head.bbox_head[0].fc_reg.weight     # a stage's boxes are given: its losses do not train the stage before
+    assert torch.autograd.grad(losses["box_2"], first, retain_graph=True, allow_unused=True) == (None,)
     for stage, (iou, std, weight) in enumerate(STAGES):
         entropy, box_loss, mask_loss, count, masks, refined = 0, 0, 0, 0, 0, []
         for image, (boxes, objects) in enumerate(zip(proposals, (target["boxes"], EMPTY["boxes"]))):
@@ -445,6 +459,9 @@ def test_gradients_reach_every_parameter_of_the_detector():
     losses = losses_of(model, [target, EMPTY])
     assert len(losses) == 11 and all(loss > 0 for loss in losses.values())
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    losses = losses_of(model, [target, EMPTY])
+    again = model(torch.randn(2, 3, 64, 64), [target, EMPTY])               # nor do they train the proposals
+    assert torch.autograd.grad(again["box_1"], model.rpn_head.rpn_reg.weight, allow_unused=True) == (None,)
     again = losses_of(model, [target, EMPTY])
     assert all(losses[k].equal(again[k]) for k in losses)
 
@@ -470,15 +487,16 @@ def test_impossible_targets_are_refused(target):
 
 
 def test_results_lie_within_the_image_and_come_in_its_own_size():
-    model, images = detector(), torch.randn(2, 3, 64, 50)
+    model, images = detector(), torch.randn(2, 3, 45, 36)
     with torch.no_grad():
-        whole, part = model(images, sizes=[(64, 50), (40, 24)])
-        _, scaled = model(images, sizes=[(64, 50), (40, 24)], originals=[(64, 50), (20, 72)])
-        [alone] = model(F.pad(images[:1], (0, 14)), sizes=[(64, 50)])       # more padding changes nothing
-    assert len(whole["boxes"]) == 100 and whole["masks"].shape == (100, 64, 50)
+        whole, part = model(images, sizes=[(45, 36), (40, 24)])
+        _, scaled = model(images, sizes=[(45, 36), (40, 24)], originals=[(45, 36), (20, 72)])
+        [alone] = model(F.pad(images[:1], (0, 28, 0, 19)), sizes=[(45, 36)])    # it pads to multiples of 32 itself
+    assert len(whole["boxes"]) == 100 and whole["masks"].shape == (100, 45, 36)
     for k in whole:
-        torch.testing.assert_close(alone[k][..., :50] if k == "masks" else alone[k], whole[k])
-    assert (part["boxes"] >= 0).all() and part["boxes"].amax(0)[2:].tolist() == [24, 40]
+        torch.testing.assert_close(alone[k], whole[k])
+    reach = part["boxes"].amax(0)[2:] / torch.tensor([24, 40])
+    assert (part["boxes"] >= 0).all() and (0.99 < reach).all() and (reach <= 1).all()
     assert part["masks"].shape[1:] == (40, 24) and scaled["masks"].shape[1:] == (20, 72)
     torch.testing.assert_close(scaled["boxes"], part["boxes"] * torch.tensor([3, 0.5, 3, 0.5]))
     for found in (whole, part):
