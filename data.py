@@ -13,19 +13,23 @@ The data of the experiments: readers of real data sets, a built-in one that need
    week; a failing disk should not train it on a tenth of the data.
 """
 
+import collections
 import functools
 import hashlib
 import importlib
+import io
 import math
 import os
 import random
 import signal
+import time
 import warnings
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from tqdm import tqdm
 
 
 def extra(module):
@@ -38,7 +42,7 @@ def extra(module):
 
 # ---- Image files -----------------------------------------------------------------------------------------------------
 
-Image, ImageOps = extra("PIL.Image"), extra("PIL.ImageOps")
+Image, ImageOps, ImageSequence = extra("PIL.Image"), extra("PIL.ImageOps"), extra("PIL.ImageSequence")
 EXTENSIONS = (".jpg", ".jpeg", ".png")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_BAD = 0.01                                            # a larger share of unreadable files stops the run
@@ -67,15 +71,15 @@ def some(names):
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def find_images(folder):
+def find_images(folder, extensions=EXTENSIONS):
     """Sorted paths of the images in `folder` and below. scandir knows folder from file: no stat per file (1.28 M)."""
     found = []
     for entry in os.scandir(folder):
         if entry.name.startswith("."):                    # .ipynb_checkpoints; macOS' ._name.JPEG, which are no JPEGs
             continue
         if entry.is_dir():
-            found += find_images(entry.path)
-        elif entry.name.lower().endswith(EXTENSIONS):
+            found += find_images(entry.path, extensions)
+        elif entry.name.lower().endswith(extensions):
             found.append(entry.path)
     return sorted(found)
 
@@ -84,38 +88,16 @@ class BadDataError(RuntimeError):
     """Too much of the data cannot be read."""
 
 
-class ImageFolder(Dataset):
-    """Images in ROOT/split/CLASS/ and below. Item i is (transform(PIL RGB image), label), None when the file is bad.
+class Files(Dataset):
+    """Labelled files. Item i is (transform(load(path)), label), None when the file is bad.
 
-    classes: the class names in the order of the labels, by default the sorted folder names. Give the training split's
-    `.classes` to the validation split, or a missing folder would shift the meaning of its labels in silence.
-    .classes: list of names; .samples: list of (path, label); .bad_count: files found bad so far, by all workers.
-    FileNotFoundError: ROOT or ROOT/split is missing. ValueError: no class folders, a class without images, folders
-    other than `classes`. BadDataError, from an item: more than 1% of the files are bad.
+    samples: list of (path, label); where: what the data set is called in messages; load(path) may raise anything.
+    .bad_count: files found bad so far, by all workers. BadDataError, from an item: more than 1% of the files are bad.
     """
 
-    def __init__(self, root, split, transform, classes=None):
-        self.folder, self.transform = os.path.join(root, split), transform
-        layout = f"Expected ROOT/{split}/CLASS/*.jpg (or .jpeg, .png)"
-        for folder in (root, self.folder):
-            if not os.path.isdir(folder):
-                raise FileNotFoundError(f"{folder}: no such folder. {layout}; check the path of the data set.")
-        found = sorted(e.name for e in os.scandir(self.folder) if e.is_dir() and not e.name.startswith("."))
-        if not found:
-            raise ValueError(f"{self.folder}: no class folders. {layout}; sort the images into one folder per class.")
-        self.classes = found if classes is None else list(classes)
-        missing, unknown = sorted(set(self.classes) - set(found)), sorted(set(found) - set(self.classes))
-        if missing or unknown:
-            raise ValueError(f"{self.folder}: its class folders are not the {len(self.classes)} classes of training. "
-                             f"Missing: {some(missing) or 'none'}. Unknown: {some(unknown) or 'none'}. "
-                             "Give both splits the same class folders.")
-        files = {name: find_images(os.path.join(self.folder, name)) for name in self.classes}
-        empty = [os.path.join(self.folder, name) for name in self.classes if not files[name]]
-        if empty:
-            raise ValueError(f"{some(empty)}: no images ({', '.join(EXTENSIONS)}) in this class folder. "
-                             "Fill it, or remove it from every split.")
-        self.samples = [(path, label) for label, name in enumerate(self.classes) for path in files[name]]
-        self.bad = torch.zeros(len(self.samples), dtype=torch.uint8).share_memory_()    # flags that all workers see
+    def __init__(self, samples, classes, load, transform, where):
+        self.samples, self.classes, self.load, self.transform, self.where = samples, classes, load, transform, where
+        self.bad = torch.zeros(len(samples), dtype=torch.uint8).share_memory_()         # flags that all workers see
 
     @property
     def bad_count(self):
@@ -127,7 +109,7 @@ class ImageFolder(Dataset):
     def __getitem__(self, i):
         path, label = self.samples[i]
         try:
-            image = load_rgb(path)
+            image = self.load(path)
         except Exception as error:                        # decoders of damaged data raise nearly anything
             self.mark_bad(i, error)
             return None
@@ -140,8 +122,43 @@ class ImageFolder(Dataset):
         share = len(self) / int(os.environ.get("WORLD_SIZE", 1))            # torchrun: each process sees only its own
         if self.bad_count > MAX_BAD * share:
             names = [self.samples[j][0] for j in self.bad.nonzero().flatten().tolist()]
-            raise BadDataError(f"{len(names)} of the {share:.0f} images in {self.folder} cannot be read, more than "
-                               f"{MAX_BAD:.0%}: {some(names)}. Check the disk; replace or delete them.")
+            raise BadDataError(f"{len(names)} of the {share:.0f} images in {self.where} cannot be read, more than "
+                               f"{MAX_BAD:.0%}: {some(names)}. Check the disk; replace or delete them. The last one: "
+                               f"{type(error).__name__}: {error}")
+
+
+class ImageFolder(Files):
+    """Images in ROOT/split/CLASS/ and below; split "": in ROOT/CLASS/. As Files, of PIL RGB images.
+
+    classes: the class names in the order of the labels, by default the sorted folder names. Give the training split's
+    `.classes` to the validation split, or a missing folder would shift the meaning of its labels in silence.
+    FileNotFoundError: ROOT or ROOT/split is missing. ValueError: no class folders, a class without images, folders
+    other than `classes`.
+    """
+
+    def __init__(self, root, split, transform, classes=None, load=load_rgb, extensions=EXTENSIONS):
+        folder = os.path.join(root, split) if split else root
+        layout = f"Expected {'/'.join(filter(None, ('ROOT', split, 'CLASS')))}/*{extensions[0]} (or " \
+                 f"{', '.join(extensions[1:])})"
+        for needed in (root, folder):
+            if not os.path.isdir(needed):
+                raise FileNotFoundError(f"{needed}: no such folder. {layout}; check the path of the data set.")
+        found = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+        if not found:
+            raise ValueError(f"{folder}: no class folders. {layout}; sort the images into one folder per class.")
+        classes = found if classes is None else list(classes)
+        missing, unknown = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
+        if missing or unknown:
+            raise ValueError(f"{folder}: its class folders are not the {len(classes)} classes of training. "
+                             f"Missing: {some(missing) or 'none'}. Unknown: {some(unknown) or 'none'}. "
+                             "Give both splits the same class folders.")
+        files = {name: find_images(os.path.join(folder, name), extensions) for name in classes}
+        empty = [os.path.join(folder, name) for name in classes if not files[name]]
+        if empty:
+            raise ValueError(f"{some(empty)}: no images ({', '.join(extensions)}) in this class folder. "
+                             "Fill it, or remove it from every split.")
+        samples = [(path, label) for label, name in enumerate(classes) for path in files[name]]
+        super().__init__(samples, classes, load, transform, folder)
 
 
 def posterize(image, bits, **_):
@@ -229,6 +246,319 @@ class Digits(Dataset):
     def __getitem__(self, i):
         draw = 2 * torch.rand(5) - 1 if self.augment else torch.zeros(5)
         return enlarge(self.images[i:i + 1], self.img_size, draw), self.labels[i]
+
+
+# ---- Multi-channel images: microscopy --------------------------------------------------------------------------------
+
+CELL_EXTENSIONS = (".npy", ".tif", ".tiff")
+JUMP_CHANNELS = tuple(f"fluorescence{i}" for i in range(1, 6)) + tuple(f"brightfield{i}" for i in range(1, 4))
+JUMP_MEAN = (4.0317, 1.5659, 3.7737, 3.4605, 4.1723, 6.7805, 6.7874, 6.7781)             # of plate BR00116991
+JUMP_STD = (17.3184, 12.0159, 16.9661, 15.0648, 17.9641, 21.6388, 21.6706, 21.6395)
+
+
+def fetch(path, attempts=5, wait=0.5):
+    """The bytes at `path`: a local path, or a URL that fsspec knows (s3://, gs://, https://, memory://).
+
+    Object stores fail now and then: a URL is tried `attempts` times, the pauses growing from `wait` seconds (0.5, 1, 2,
+    4). Then OSError; at once what trying again would not change: FileNotFoundError, PermissionError, ImportError (no
+    library for this store), ValueError (no such kind of store)."""
+    if "://" not in path:
+        with open(path, "rb") as file:
+            return file.read()
+    fsspec = extra("fsspec")
+    for attempt in range(attempts):
+        try:
+            store, name = fsspec.url_to_fs(path)          # in each process its own: connections survive no fork
+            return store.cat_file(name)
+        except (FileNotFoundError, PermissionError, ImportError, ValueError):
+            raise
+        except Exception as error:                        # every store's library has its own
+            if attempt + 1 == attempts:
+                raise OSError(f"{path}: failed {attempts} times, at last {type(error).__name__}: {error}") from error
+            time.sleep(wait * 2 ** attempt)
+
+
+def load_cells(path):
+    """The multi-channel image at `path` -> array (channels, H, W) of the numbers as they are stored.
+
+    A .npy of that shape, or a TIFF with a page for each channel; a path or URL as for fetch.
+    ValueError: a pickle, another shape, no numbers, NaN or infinite pixels; or what NumPy and Pillow raise."""
+    content = io.BytesIO(fetch(path))
+    if path.lower().endswith(".npy"):
+        try:
+            image = np.load(content, allow_pickle=False)
+        except ValueError as error:
+            if "pickle" not in str(error).lower():
+                raise
+            raise ValueError("an array of Python objects is a pickle, which can run any code when it is read. If you "
+                             "trust the file, convert it once: numpy.save(path, numpy.stack(list(numpy.load(path, "
+                             "allow_pickle=True))).astype('float32'))") from None
+    else:
+        with Image.open(content, formats=["TIFF"]) as tiff:
+            image = np.stack([np.asarray(page) for page in ImageSequence.Iterator(tiff)])         # (pages, H, W)
+        if image.ndim == 4 and len(image) == 1:
+            image = image[0].transpose(2, 0, 1)           # one page in colour
+    if not isinstance(image, np.ndarray) or image.ndim != 3 or 0 in image.shape or image.dtype.kind not in "buif":
+        what = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"expected real numbers of shape (channels, height, width), got {what}")
+    if image.dtype.kind == "f" and (bad := image.size - int(np.isfinite(image).sum())):
+        raise ValueError(f"{bad} of {image.size} pixels are NaN or infinite")
+    return image
+
+
+def take_channels(load, count, channels, path):
+    """load(path), which must have `count` channels, with those at the indices `channels`, in that order; -1: zeros."""
+    image = load(path)
+    if len(image) != count:
+        raise ValueError(f"{len(image)} channels, expected {count}: shape {image.shape}, channels come first")
+    if -1 in channels:
+        image = np.concatenate([image, np.zeros_like(image[:1])])
+    return image[channels]
+
+
+class CellTransform:
+    """array (C, H, W) -> (C, img_size, img_size) float32: (x - mean) / std by channel (C numbers each, in the units of
+    the files), zero in the channels `masked`.
+
+    Images of another size are cropped, or padded with zeros, in the centre. augment: the recipe of the paper's
+    microscopy experiments, given for 224 px and scaled to img_size: padded to 256, a random crop; then, each with
+    probability 0.5, a flip, another flip or a rotation; defocus of radius 1, 2 or 3; up to ten holes of 10 x 10.
+    """
+
+    def __init__(self, img_size, mean, std, augment, masked=()):
+        self.mean, self.std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))
+        self.img_size, self.augment, self.masked = img_size, augment, list(masked)
+
+    def __call__(self, image):
+        x = self.window(image)                                              # (C S S)
+        if self.augment:
+            unit = self.img_size / 224
+            turn, blur, holes = (torch.rand(3) < 0.5).tolist()
+            if turn:
+                kind = int(torch.randint(3, ()))
+                x = x.flip(2 - kind) if kind < 2 else self.rotate(x, 360 * torch.rand(()).item())
+            radius = unit * int(torch.randint(1, 4, ()))
+            if blur and radius > 0.5:                                       # else the disc is one pixel
+                x = defocus(x, radius)
+            if holes:
+                count, side = int(torch.randint(1, 11, ())), max(1, round(10 * unit))
+                for top, left in torch.randint(max(1, self.img_size - side + 1), (count, 2)).tolist():
+                    x[:, top:top + side, left:left + side] = 0
+        x = x.sub_(self.mean).div_(self.std)
+        x[self.masked] = 0
+        return x
+
+    def window(self, image):
+        """Copies out of the image, and of the dark around it: the one pass that also makes float32 of any type."""
+        size, padded = self.img_size, round(self.img_size * 256 / 224)
+        out, target, source = np.zeros((len(image), size, size), np.float32), [slice(None)], [slice(None)]
+        for length in image.shape[1:]:
+            start = (length - size) // 2                                    # below 0: in the padding
+            if self.augment:
+                room = max(length, padded)
+                start = int(torch.randint(room - size + 1, ())) - (room - length) // 2
+            first, last = max(start, 0), min(start + size, length)
+            source.append(slice(first, last))
+            target.append(slice(first - start, last - start))
+        out[tuple(target)] = image[tuple(source)]
+        return torch.from_numpy(out)
+
+    @staticmethod
+    def rotate(x, degrees):
+        v2 = extra("torchvision.transforms.v2")
+        return v2.functional.rotate(x, degrees, v2.InterpolationMode.BILINEAR)
+
+
+def defocus(x, radius):
+    """(C, H, W): every point becomes a disc, whose rim weighs by its share of the pixel."""
+    reach = math.ceil(radius - 0.5)
+    axis = torch.arange(-reach, reach + 1)
+    disc = (radius + 0.5 - torch.hypot(axis[:, None].float(), axis[None].float())).clamp(0, 1)           # (k k)
+    x = F.pad(x[:, None], 4 * [reach], mode="reflect")
+    return F.conv2d(x, (disc / disc.sum())[None, None])[:, 0]
+
+
+def first_readable(files):
+    """The first image of a Files that can be read. ValueError: none of the first ten can."""
+    for path, _ in files.samples[:10]:
+        try:
+            return files.load(path)
+        except Exception as error:
+            last = path, error
+    raise ValueError(f"the first images of {files.where} cannot be read. {last[0]}: {last[1]}") from last[1]
+
+
+def channel_statistics(files, limit=None):
+    """(means, standard deviations) of the channels over all images of a Files of arrays (C, H, W), or over `limit` of
+    them at even distances: two lists of C floats, in the units of the files. Bad files are skipped as in training."""
+    count = len(first_readable(files))
+    load = functools.partial(take_channels, files.load, count, list(range(count)))
+    chosen = np.linspace(0, len(files) - 1, min(limit or len(files), len(files))).astype(int)
+    images = Files([files.samples[i] for i in chosen], files.classes, load, sums_of_pixels, files.where)
+    total = 0
+    for i in tqdm(range(len(images)), "mean and deviation", disable=None):
+        item = images[i]
+        total = total + (item[0] if item else 0)
+    pixels, first, second = total                                           # (3 C)
+    mean = first / pixels
+    return mean.tolist(), np.sqrt(np.maximum(second / pixels - mean ** 2, 0)).tolist()
+
+
+def sums_of_pixels(image):
+    """array (C, H, W) -> (3, C) float64: how many pixels, their sum, the sum of their squares."""
+    x = image.reshape(len(image), -1).astype(np.float64)
+    return np.stack([np.full(len(x), x.shape[1], np.float64), x.sum(1), np.square(x).sum(1)])
+
+
+def split_of(n, split):
+    """The indices of a split of n samples: 60 % "train", 20 % "val", 20 % "test", drawn as in the JUMP-CP benchmark."""
+    first, last = {"train": (0, 6), "val": (6, 8), "test": (8, 10)}[split]
+    return np.sort(np.random.RandomState(0).permutation(n)[n * first // 10:n * last // 10])
+
+
+def cell_folder(root, split, transform, classes=None, load=load_cells):
+    """Multi-channel images in ROOT/train/CLASS/, ROOT/val/CLASS/ and perhaps ROOT/test/CLASS/; or, without such
+    folders, in ROOT/CLASS/, each class split 60 : 20 : 20. As ImageFolder, of arrays (channels, H, W).
+
+    ValueError: a class without images in this split, besides what ImageFolder raises."""
+    if os.path.isdir(os.path.join(root, "train")):
+        return ImageFolder(root, split, transform, classes, load, CELL_EXTENSIONS)
+    all_of = ImageFolder(root, "", transform, classes, load, CELL_EXTENSIONS)
+    samples = []
+    for label, name in enumerate(all_of.classes):
+        of_class = [sample for sample in all_of.samples if sample[1] == label]
+        chosen = split_of(len(of_class), split)
+        if not len(chosen):
+            raise ValueError(f"{root}/{name}: {len(of_class)} images are too few to split 60 : 20 : 20, {split!r} gets "
+                             "none. Give it at least 5, or sort the files into train/CLASS, val/CLASS and test/CLASS")
+        samples += [of_class[i] for i in chosen]
+    return Files(samples, all_of.classes, load, transform, f"{root} ({split})")
+
+
+def read_table(path, columns):
+    """The table at `path` (Parquet, or text with tabs or commas; a path or URL) -> {column: list of str or None}.
+
+    columns: those wanted; ("a", "b") means a if the table has it, else b. ValueError: one is missing, or no table."""
+    parquet, csv, pyarrow = extra("pyarrow.parquet"), extra("pyarrow.csv"), extra("pyarrow")
+    content = fetch(path)                                 # the released benchmark has Parquet under the name .tsv
+    try:
+        if content[:4] == b"PAR1":
+            table = parquet.read_table(io.BytesIO(content))
+        else:
+            head = content.partition(b"\n")[0]
+            delimiter = "\t" if b"\t" in head else ","
+            names = head.decode("utf-8-sig").rstrip("\r").replace('"', "").split(delimiter)
+            table = csv.read_csv(io.BytesIO(content), parse_options=csv.ParseOptions(delimiter=delimiter),
+                                 convert_options=csv.ConvertOptions(strings_can_be_null=True, column_types={
+                                     name: pyarrow.string() for name in names}))       # "01" is a name, not a 1
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path}: neither a Parquet nor a text table ({error})") from error
+    found = {}
+    for wanted in columns:
+        choices = (wanted,) if isinstance(wanted, str) else wanted
+        name = next((c for c in choices if c in table.column_names), None)
+        if name is None:
+            raise ValueError(f"{path}: no column {' or '.join(choices)}; it has {', '.join(table.column_names)}")
+        found[choices[0]] = [None if v is None or v != v else str(v) for v in table[name].to_pylist()]
+    return found
+
+
+class JumpCP(Files):
+    """The JUMP-CP benchmark: an index of images with their wells, and what was in the wells. As Files, of arrays
+    (channels, H, W).
+
+    index: path or URL, or a list of them, of tables with columns path and well_loc: one image each. Relative paths
+        begin at the index's folder. images="OLD=NEW" replaces the beginning OLD of every path: for a copy of the files.
+    platemap: table of well_position and broad_sample; metadata: of broad_sample and target, or gene (CRISPR and ORF).
+    A well's label: 0, "control", if what is in it has no target, else 1 + the number of its target in the order in
+    which targets appear when metadata is joined with platemap; of duplicate wells the last one holds. Images in wells
+    that are not in the join have no label: left out, and counted by a warning.
+    .classes: control and the targets. ValueError: no image has a label, an empty split, or as read_table.
+    """
+
+    def __init__(self, index, platemap, metadata, split, transform, load=load_cells, images=""):
+        plate, meta = (read_table(path, columns) for path, columns in (
+            (platemap, ("broad_sample", "well_position")), (metadata, ("broad_sample", ("target", "gene")))))
+        wells = collections.defaultdict(list)             # untreated wells, and their row of metadata, name no sample
+        for sample, well in zip(plate["broad_sample"], plate["well_position"]):
+            wells[sample].append(well)
+        targets, label_of = {None: 0}, {}
+        for sample, target in zip(meta["broad_sample"], meta["target"]):
+            for well in wells[sample]:
+                label_of[well] = targets.setdefault(target, len(targets))
+        rows = []
+        for table in [index] if isinstance(index, str) else index:
+            found = read_table(table, ("path", "well_loc"))
+            rows += [(self.locate(path, table, images), well) for path, well in zip(found["path"], found["well_loc"])]
+        where = f"{index if isinstance(index, str) else some(list(index))} ({split})"
+        lost = [well for path, well in rows if path is None or well not in label_of]
+        if lost:
+            wells = some(sorted({str(well) for well in lost}))
+            message = f"{len(lost)} of {len(rows)} images have no label: their wells ({wells}) are not in {platemap} " \
+                      f"joined with {metadata}, which names {some(sorted(map(str, label_of))) or 'no wells'}"
+            if len(lost) == len(rows):
+                raise ValueError(f"{where}: {message}")
+            warnings.warn(f"{message}. They are left out.")
+        samples = [(rows[i][0], label_of[rows[i][1]]) for i in split_of(len(rows), split)
+                   if rows[i][0] is not None and rows[i][1] in label_of]
+        if not samples:
+            raise ValueError(f"{where}: no images in this split of {len(rows)}")
+        super().__init__(samples, ["control", *list(targets)[1:]], load, transform, where)
+
+    @staticmethod
+    def locate(path, index, images):
+        if path is None:
+            return None
+        old, equals, new = images.partition("=")
+        if equals and path.startswith(old):
+            return new + path[len(old):]
+        if "://" in path or os.path.isabs(path):
+            return path
+        return f"{index.rpartition('/')[0]}/{path}" if "/" in index else path
+
+
+# ---- Built-in data: drawn cells --------------------------------------------------------------------------------------
+
+class Cells(Files):
+    """Drawn cells in 8 channels, of 8 classes that differ only in which channels show the same.
+
+    A cell holds organelles of two kinds, spots that lie at random, and each channel stains one kind: channel i of class
+    k the first kind if k & i has an even number of bits, else the second (the rows of a Hadamard matrix). Both kinds
+    are drawn alike, so no channel by itself says anything of the class, two tell its half, three its quarter; what
+    counts is which channels agree. How brightly a channel is stained varies up to 64-fold from cell to cell.
+
+    Item i, a function of (split, i) alone, is (transform(array (8, img_size, img_size) float32), label).
+    .classes: which kind each channel shows, such as "ABABABAB".
+    """
+
+    code = np.array([[(k & i).bit_count() % 2 for i in range(8)] for k in range(8)])    # (class, channel)
+    sizes = {"train": 2000, "val": 500, "test": 500}
+
+    def __init__(self, split, transform, img_size=32):
+        self.split, self.img_size = split, img_size
+        classes = ["".join("AB"[kind] for kind in row) for row in self.code]
+        super().__init__([(i, i % 8) for i in range(self.sizes[split])], classes, self.draw, transform,
+                         f"the drawn cells ({split})")
+
+    def draw(self, i, spots=8):
+        rng = np.random.default_rng([list(self.sizes).index(self.split), i])
+        axis = (np.arange(self.img_size) + 0.5) / self.img_size
+        center, radius = rng.uniform(0.4, 0.6, 2), rng.uniform(0.3, 0.42, 2)
+        distance, angle = np.sqrt(rng.uniform(0, 1, (2, spots))), rng.uniform(0, 2 * np.pi, (2, spots))    # (kind spot)
+        y, x = (m + r * distance * f(angle) for m, r, f in zip(center, radius, (np.sin, np.cos)))
+        width = 0.05 * rng.uniform(0.8, 1.25, (8, 1, 1))                    # of a spot: sharpness is the channel's
+        ys, xs = (np.exp(-((axis - v[self.code[i % 8], :, None]) / width) ** 2 / 2) for v in (y, x))     # (8 spot S)
+        image = np.einsum("cny,cnx->cyx", ys, xs)
+        ellipse = sum(np.meshgrid(*(((axis - m) / r) ** 2 for m, r in zip(center, radius)), indexing="ij"))
+        image += 0.3 / (1 + np.exp(8 * (ellipse - 1.1)))                    # the cell's body
+        image *= 8 ** rng.uniform(-1, 1, (8, 1, 1))
+        return (image + 0.1 * rng.standard_normal(image.shape)).astype(np.float32)      # (8 S S)
+
+    @classmethod
+    def best(cls, channels):
+        """The accuracy in percent that a perfect classifier has on these channels."""
+        rows = cls.code[:, list(channels)]
+        return 100 * len({tuple(row ^ row[0]) for row in rows}) / len(rows)
 
 
 # ---- Order, randomness, batches --------------------------------------------------------------------------------------

@@ -715,6 +715,13 @@ class PatchEmbed(nn.Module):
         return self.proj(x[:, None]) + channel[..., None, None]             # (B D c h w)
 
 
+def sample_channels(C, keep_order=True):
+    """Hierarchical channel sampling (section 3.3): how many of C channels, then which -> their ids (c) int64. Drawn
+    once a batch from torch's generator. keep_order: sorted, as a sequence model needs them (Table 19)."""
+    pick = torch.randperm(C)[:int(torch.randint(1, C + 1, ()))]
+    return pick.sort().values if keep_order else pick
+
+
 class Layout(NamedTuple):
     """How the tokens of a batch lie in memory."""
     sizes: dict                                 # {axis: length} of the token grid
@@ -778,9 +785,7 @@ class FastVim(nn.Module):
             raise ValueError(f"images of shape {tuple(x.shape)} have no pixels")
         channels = self._channels(x, channels)
         if cfg.per_channel and cfg.hcs and self.training:
-            # Hierarchical channel sampling: how many, then which. A sequence model needs them in order (Table 19).
-            pick = torch.randperm(x.shape[1])[:int(torch.randint(1, x.shape[1] + 1, ()))]
-            pick = (pick.sort().values if cfg.hcs_sorted else pick).to(x.device)
+            pick = sample_channels(x.shape[1], cfg.hcs_sorted).to(x.device)
             x, channels = x[:, pick], channels[pick]
         x = self.patch_embed(x, channels)                                   # (B D h w) or (B D c h w)
         sizes = dict(zip("chw" if cfg.per_channel else "hw", x.shape[2:]))
@@ -816,12 +821,12 @@ class FastVim(nn.Module):
                 raise ValueError(f"images have {C} channels, the model in_chans={cfg.in_chans}: say which they are by "
                                  f"channels=[ids between 0 and {cfg.in_chans - 1}]")
             return torch.arange(C, device=x.device)
-        channels = torch.as_tensor(channels, device=x.device)
+        channels = torch.as_tensor(channels)                                # checked where they are: no wait for a GPU
         if channels.shape != (C,) or channels.dtype not in INTEGERS or C == 0 or len(channels.unique()) < C or not (
                 0 <= int(channels.min()) and int(channels.max()) < cfg.in_chans):
             raise ValueError(f"channels={channels.tolist()} must give another id between 0 and {cfg.in_chans - 1} for "
                              f"each of the image's {C} channels")
-        return channels.long()
+        return channels.long().to(x.device)
 
     def _check_keep(self, keep, x):
         """keep (B S) integer ids of tokens, -1 for padding -> slots (B S), sorted as they lie, padding last."""

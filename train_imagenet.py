@@ -359,9 +359,13 @@ def predict(args, ctx):
         if classes is None:                                                 # released weights: ImageNet's order
             info = data.extra("timm.data").ImageNetInfo()
             classes = [info.index_to_description(i) if len(p) == 1000 else str(i) for i in range(len(p))]
-        p, top = p.topk(min(5, len(p)))
-        print(path, *(f"  {100 * q:5.1f} %  {classes[i]}" for q, i in zip(p.tolist(), top.tolist())), sep="\n")
+        print_likeliest(path, p, classes)
     return unreadable
+
+
+def print_likeliest(path, p, classes):
+    p, top = p.topk(min(5, len(p)))
+    print(path, *(f"  {100 * q:5.1f} %  {classes[i]}" for q, i in zip(p.tolist(), top.tolist())), sep="\n")
 
 
 def main():
