@@ -1,7 +1,21 @@
 """
 Dense prediction with FastVim: UperNet for segmentation (section 4.5), Cascade Mask R-CNN for detection (section 4.6).
 
-Both take what single blocks of the backbone put out, a map with a vector for each patch, and add heads that are older
+    python finetune_dense.py seg                                     without data: drawn scenes, minutes on a CPU
+    python finetune_dense.py det
+    torchrun --nproc-per-node 8 finetune_dense.py seg --data ADE20K_DIR --backbone FastVim_tiny.ckpt --batch-size 2
+    torchrun --nproc-per-node 8 finetune_dense.py det --data COCO_DIR --backbone FastVim_tiny.ckpt --batch-size 8
+    python finetune_dense.py seg --data ADE20K_DIR --eval FastVim_tiny_iter_160000.pth       released weights, or our own
+    python finetune_dense.py det --predict street.jpg --eval runs/det/best.pt --out pictures
+
+What the paper reports: mIoU on ADE20K's and AP of boxes / masks on COCO's validation images.
+
+               --model          seg        det                               --model        seg        det
+    FastVim-T  fastvim_tiny    41.8    45.1 / 39.0            Vim-T         vim_tiny       41.0    45.7 / 39.2
+    FastVim-S  fastvim_small   44.9    48.4 / 41.8            Vim-S         vim_small      44.9    47.1 / 40.6
+    FastVim-B  fastvim_base    47.8    50.0 / 43.2            DeiT-T        deit_tiny      39.2    44.4 / 38.1
+
+Both models take what single blocks of the backbone put out, a map with a vector for each patch, and add heads that are older
 than Mamba. Written from their papers, with torchvision's operators, under the released checkpoints' parameter names:
 
     UperNet         Xiao et al. 2018, Unified Perceptual Parsing for Scene Understanding
@@ -19,15 +33,56 @@ Symbols, the same everywhere:
     boxes (n 4) float32: left, top, right, bottom in pixels;  [(n 4)]: a list, one for each image
     sizes [(height, width)]: of each image without the padding that makes them a batch
 """
+import argparse
 import collections
+import colorsys
+import contextlib
 import functools
+import io
 import math
+import pathlib
+import types
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torchvision.ops import batched_nms, box_area, box_convert, box_iou, clip_boxes_to_image, roi_align
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+import data
+import fastvim
+import train_imagenet
+import training
+from data import IGNORE_INDEX
+
+# The recipes of the paper, in optimizer steps, for ADE20K and COCO. Its text says that the detector's learning rate
+# falls linearly; the released configuration divides it by ten after 8/9 and 26/27 of the run.
+RECIPES = dict(
+    seg=dict(steps=160_000, warmup=1500, batch_size=16, recipe_lr=6e-5, recipe_batch=16, weight_decay=0.01, img_size=512,
+             jitter=(0.5, 2.0), channels=512, eval_every=12, layer_decay=1.0, out="runs/seg"),
+    det=dict(steps=184_375, warmup=250, batch_size=8, recipe_lr=1e-4, recipe_batch=64, weight_decay=0.05, img_size=1024,
+             jitter=(0.1, 2.0), channels=256, hidden=1024, regions=512, clip=35.0, eval_every=10, layer_decay=0.7,
+             out="runs/det"))
+DROPS = 8 / 9, 26 / 27
+DROP_PATH = dict(seg=dict(tiny=0.05, small=0.05, base=0.4, large=0.4, huge=0.4),     # released T and S: 0.1
+                 det=dict(tiny=0.1, small=0.1, base=0.4, large=0.4, huge=0.4))
+
+# The same on 800 drawn scenes, from random weights, scaled to two CPU cores.
+SCENES = dict(
+    seg=dict(steps=1000, warmup=50, batch_size=16, recipe_lr=1e-3, recipe_batch=16, img_size=64, patch_size=8, depth=8,
+             jitter=(0.8, 1.25), channels=64, eval_every=5, drop_path=0.0, out="runs/seg-scenes"),
+    det=dict(steps=1000, warmup=50, batch_size=8, recipe_lr=1e-3, recipe_batch=8, img_size=96, depth=8,
+             jitter=(0.8, 1.25), channels=32, hidden=128, regions=64, eval_every=2, drop_path=0.0, layer_decay=1.0,
+             out="runs/det-scenes"))
+
+# What a checkpoint says of its model where the command line leaves it open.
+BACKBONE_FLAGS = "size", "model", "patch_size", "depth", "pool", "pool_scale", "schedule"
+MODEL_FLAGS = (*BACKBONE_FLAGS, "img_size", "channels", "hidden", "regions", "drop_path", "jitter", "warmup",
+               "layer_decay", "classes")
+VITS = "deit_tiny", "deit_small", "deit_base"
 
 # ---- What both models are made of ------------------------------------------------------------------------------------
 
@@ -69,7 +124,6 @@ def init_heads(model):
 POOL_SCALES = (1, 2, 3, 6)                      # PSPNet, section 3.2
 AUXILIARY_TAP, AUXILIARY_WEIGHT = 2, 0.4        # PSPNet, section 3.3: a loss halfway helps the blocks before it
 DROPOUT = 0.1                                   # of whole channels, before the classifier
-IGNORE_INDEX = 255                              # label of the pixels that nobody labelled
 
 
 class UperHead(nn.Module):
@@ -102,7 +156,7 @@ class UperHead(nn.Module):
 
 
 class UperNet(nn.Module):
-    """backbone: a FastVim with four out_indices.
+    """backbone: a FastVim with four out_indices, or a ViT.
 
     In training BatchNorm sees one value per image and channel of the coarsest pooled map, so give two images at least;
     on several GPUs convert the model to SyncBatchNorm."""
@@ -354,19 +408,19 @@ def mask_head(channels, num_classes):
 class CascadeHead(nn.Module):
     """Cascade R-CNN, section 4: each stage classifies the boxes of the one before and moves them nearer to objects."""
 
-    def __init__(self, channels, hidden, num_classes):
+    def __init__(self, channels, hidden, num_classes, regions=512):
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.regions = num_classes, regions
         self.bbox_head = nn.ModuleList(BoxHead(channels, hidden, num_classes) for _ in STAGES)
         self.mask_head = nn.ModuleList(mask_head(channels, num_classes) for _ in STAGES)
 
     def sample(self, proposals, target, iou):
-        """What a stage trains on: 512 of the proposals (n 4) and the objects themselves, up to a quarter positive ->
-        boxes (512 4), the object that each shows (512), its class (512), whether it is that object's own box (512)."""
+        """What a stage trains on: some (n') of the proposals (n 4) and the objects themselves, up to a quarter positive ->
+        boxes (n' 4), the object that each shows (n'), its class (n'), whether it is that object's own box (n')."""
         objects, K = target["boxes"], self.num_classes
         own = torch.arange(len(objects), device=objects.device)
         matched = torch.cat([own, match(proposals, objects, iou, iou)])
-        at = draw(matched, 512, 0.25)
+        at = draw(matched, self.regions, 0.25)
         label = F.pad(target["labels"], (0, 1), value=K)[matched[at]]       # BACKGROUND, -1, picks the K at the end
         return torch.cat([objects, proposals])[at], matched[at], label, at < len(objects)
 
@@ -433,14 +487,15 @@ def paste_masks(masks, boxes, size):
 
 
 class CascadeMaskRCNN(nn.Module):
-    """backbone: a FastVim of patch size 16 with one of out_indices, its last block."""
+    """backbone: a FastVim of patch size 16 with one of out_indices, its last block, or a ViT. regions: how many of each
+    image a stage trains on."""
 
-    def __init__(self, backbone, num_classes=80, channels=256, hidden=1024):
+    def __init__(self, backbone, num_classes=80, channels=256, hidden=1024, regions=512):
         super().__init__()
         self.backbone = backbone
         self.neck = SimpleFeaturePyramid(backbone.cfg.embed_dim, channels)
         self.rpn_head = RPNHead(channels)
-        self.roi_head = CascadeHead(channels, hidden, num_classes)
+        self.roi_head = CascadeHead(channels, hidden, num_classes, regions)
         init_heads(self)
 
     def forward(self, images, targets=None, sizes=None, originals=None):
@@ -471,3 +526,464 @@ class CascadeMaskRCNN(nn.Module):
             x["boxes"] = x["boxes"] * x["boxes"].new_tensor([original[1] / w, original[0] / h] * 2)
             x["masks"] = paste_masks(x["masks"], x["boxes"], original)
         return found
+
+
+# ---- Options ---------------------------------------------------------------------------------------------------------
+
+def get_args(argv=None):
+    """The command line -> args. The recipe is that of ADE20K or COCO or, without --data, of the drawn scenes."""
+    parser = argparse.ArgumentParser(description="Train, evaluate or use a segmenter or a detector. Without --data: on "
+                                     "drawn scenes, from random weights, by a recipe scaled to them.")
+    tasks = parser.add_subparsers(dest="task", required=True)
+    parsers = {task: tasks.add_parser(task, usage="%(prog)s [options]", help=text) for task, text in (
+        ("seg", "segmentation by UperNet"), ("det", "detection by Cascade Mask R-CNN"))}
+    for task, sub in parsers.items():
+        add_arguments(sub, task)
+    first = parser.parse_known_args(argv)[0]
+    if not (first.data or first.eval or first.predict):
+        parsers[first.task].set_defaults(**{k: v for k, v in SCENES[first.task].items() if k not in MODEL_FLAGS})
+    args = parser.parse_args(argv)
+    if args.backbone and args.init:
+        parsers[args.task].error("--backbone gives the encoder, --init the whole model: give one of them")
+    return args
+
+
+def add_arguments(parser, task):
+    recipe, whole = RECIPES[task], train_imagenet.WHOLE
+    parser.set_defaults(multi_scale=False, **dict.fromkeys(MODEL_FLAGS))    # of which a checkpoint says the rest
+    layout = dict(seg="ADE20K's layout: DIR/images/{training,validation}/*.jpg, DIR/annotations/.../*.png",
+                  det="COCO's layout: DIR/{train,val}2017/*.jpg, DIR/annotations/instances_{train,val}2017.json")
+    add = parser.add_argument_group("what to do").add_argument
+    add("--data", metavar="DIR", help=layout[task])
+    add("--backbone", metavar="CKPT", help="start from the encoder of this classifier or autoencoder, ours or a "
+        "released one")
+    add("--init", metavar="CKPT", help="start from this model of the same task, ours or a released one; for other "
+        "classes than its own its classifiers are left out")
+    add("--eval", metavar="CKPT", help="only evaluate this checkpoint, ours or a released one")
+    if task == "seg":
+        add("--multi-scale", action="store_true", help="evaluate the mean over six sizes and their mirror images")
+    add("--predict", metavar="IMAGE", nargs="+", help="draw into OUT what is seen in each image, by --eval CKPT "
+        "(default: OUT/best.pt)")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="NAME", help="fastvim_tiny (default), vim_small, ... (python fastvim.py lists them), or "
+        "deit_tiny, deit_small, deit_base from timm")
+    add("--img-size", type=whole, help=f"pixels (default {recipe['img_size']})")
+    if task == "seg":
+        add("--patch-size", type=whole, help="pixels (default: the model's own)")
+    add("--depth", type=whole, help="blocks (default: the model's own)")
+    add("--channels", type=whole, help=f"width of the heads (default {recipe['channels']})")
+    if task == "det":
+        add("--hidden", type=whole, help=f"width of their linear layers (default {recipe['hidden']})")
+        add("--regions", type=whole, help=f"of an image, that each stage trains on (default {recipe['regions']})")
+    add("--drop-path", type=train_imagenet.SHARE, help="stochastic depth at the last block (default: the recipe's)")
+    add("--freeze", action="store_true", help="leave the backbone as it is")
+    add("--grad-checkpointing", action="store_true", help="less memory, more time, the same result")
+    add = parser.add_argument_group("augmentation and schedule").add_argument
+    add("--jitter", type=training.number(float, 0.01), nargs=2, metavar=("LOW", "HIGH"), help="range of a random factor "
+        "of the images' size (default {:g} {:g})".format(*recipe["jitter"]))
+    add("--warmup", type=training.number(int, 0), help=f"steps of linear warmup (default {recipe['warmup']})")
+    add("--layer-decay", type=training.number(float, 0.01), help="patch and position embeddings learn slower by this to "
+        f"the power of half the depth + 1 (default {recipe['layer_decay']:g})")
+    add("--decay-blocks", action="store_true", help="blocks, too, every two of them by one power less, as the released "
+        "configuration of the detectors meant it; but it found no block by name")
+    options = dict(lr=recipe["recipe_lr"], recipe_batch=recipe["recipe_batch"])
+    training.add_training_arguments(parser, **options)
+    parser.set_defaults(**{k: v for k, v in recipe.items() if k not in MODEL_FLAGS})
+
+
+def complete(args, content, flags=MODEL_FLAGS):
+    """What the command line leaves open of the model: as the checkpoint `content` says, else by the recipe."""
+    saved = train_imagenet.adopt(args, content, flags)
+    drawn = not args.data and (not (args.eval or args.predict) or saved and not saved["data"])
+    recipe = RECIPES[args.task] | (SCENES[args.task] if drawn else {})
+    if args.size or args.model not in (None, "fastvim_tiny"):
+        recipe.pop("depth", None)                                           # it belongs to that model
+    vars(args).update({k: recipe.get(k) for k in MODEL_FLAGS if getattr(args, k) is None})
+    return drawn
+
+
+# ---- Models ----------------------------------------------------------------------------------------------------------
+
+class ViT(nn.Module):
+    """The baseline: a ViT of timm as a backbone, with a LayerNorm for each tap as FastVim has it."""
+
+    def __init__(self, name, taps, **options):
+        super().__init__()
+        self.taps = taps
+        self.vit = data.extra("timm").create_model(name, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True,
+                                                   **options)
+        self.vit.norm = nn.Identity()                                       # that of the classifier
+        self.cfg = types.SimpleNamespace(embed_dim=self.vit.embed_dim, patch_size=self.vit.patch_embed.patch_size[0])
+        self.outnorm = nn.ModuleList(ChannelNorm(self.vit.embed_dim) for _ in taps)
+
+    def forward_intermediates(self, x):
+        maps = self.vit.forward_intermediates(x, indices=self.taps, intermediates_only=True)         # [(B D h w)]
+        return [norm(x) for norm, x in zip(self.outnorm, maps)]
+
+
+def taps_of(task, depth):
+    """Which blocks the heads see: the last one; for segmentation also those after one, two and three quarters."""
+    return [depth - 1] if task == "det" else [depth * i // 4 - 1 for i in (1, 2, 3, 4)]
+
+
+def build_model(args, num_classes, weights):
+    """The model that args ask for, weights (those to be loaded, if any) telling whether it has Vim's first mixer.
+    ValueError: an unknown name, or a depth or patch size that does not go."""
+    name = train_imagenet.model_name(args)
+    rate = DROP_PATH[args.task][name.rpartition("_")[2]] if args.drop_path is None else args.drop_path
+    given = {k: getattr(args, k) for k in ("patch_size", "pool", "pool_scale", "schedule") if getattr(args, k)}
+    depth = args.depth or (12 if name in VITS else fastvim.SIZES[name.rpartition("_")[2]]["depth"])
+    options = dict(img_size=args.img_size, depth=depth, drop_path_rate=rate, **given)
+    if args.task == "seg" and depth < 4:
+        raise ValueError(f"--depth {depth}: segmentation looks at four blocks")
+    if name in VITS:
+        backbone = ViT(f"{name}_patch16_224", taps_of(args.task, depth), **options)
+        backbone.vit.set_grad_checkpointing(args.grad_checkpointing)
+    else:
+        if any("layers.0.mixer." in k for k in weights) and not any("mixer.layernorm." in k for k in weights):
+            options["ssm_norm"] = None
+        backbone = fastvim.create_model(name, num_classes=0, block_norm="layernorm",
+                                        out_indices=taps_of(args.task, depth), **options)
+        backbone.grad_checkpointing = args.grad_checkpointing
+    if args.task == "seg":
+        return UperNet(backbone, num_classes, args.channels, max(args.channels // 2, 1))
+    if backbone.cfg.patch_size != 16:
+        raise ValueError(f"--model {name}: its patches have {backbone.cfg.patch_size} pixels, the detector's need 16")
+    return CascadeMaskRCNN(backbone, num_classes, args.channels, args.hidden, args.regions)
+
+
+def load_backbone(backbone, content):
+    """A classifier's or an autoencoder's encoder into the backbone; returns what was taken, in words.
+
+    Dense backbones have LayerNorm blocks: they take an RMSNorm's weights, and their biases start at 0."""
+    weights = fastvim.model_weights(content)[0]
+    own, dropped = backbone.state_dict(), {k for k in weights if k.startswith(("norm_f.", "norm.", "head", "fc_norm."))}
+    if isinstance(backbone, ViT):
+        weights = data.extra("timm.models.vision_transformer").checkpoint_filter_fn(
+            {k: v for k, v in weights.items() if k not in dropped}, backbone.vit)
+        load_strictly(backbone.vit, weights)
+        return f"{len(weights)} weights taken, {len(dropped)} dropped ({', '.join(sorted(dropped))})"
+    fresh = {k: v for k, v in own.items() if k not in weights and (k.startswith("outnorm_") or k.endswith(".norm.bias"))}
+    note = fastvim.load_checkpoint(backbone, fresh | {k: v for k, v in weights.items() if not k.startswith("norm_f.")},
+                                   encoder_only=True)
+    biases = sum(not k.startswith("outnorm_") for k in fresh)
+    return f"{note}; norm_f dropped; fresh: {biases} biases of the blocks' norms, the taps' norms"
+
+
+def load_strictly(model, weights):
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint belongs to another model: {str(error)[:1500]}") from error
+
+
+CLASSIFIERS = "conv_seg", "fc_cls", "fc_reg", "conv_logits"                # whose shape depends on the classes
+
+
+def dense_weights(content):
+    """What fastvim.read_checkpoint returned -> {name: tensor}, those of the heads among them."""
+    source = next((k for k in ("ema", "state_dict", "model") if content.get(k)), None)
+    weights = {k: v for k, v in (content[source] if source else content).items() if isinstance(v, torch.Tensor)}
+    if not {k.partition(".")[0] for k in weights} & {"decode_head", "roi_head"}:
+        raise ValueError("the checkpoint holds no segmenter or detector; --backbone takes a classifier's encoder")
+    return weights
+
+
+def count_classes(weights):
+    bias = weights.get("decode_head.conv_seg.bias", weights.get("roi_head.mask_head.0.conv_logits.bias"))
+    if bias is None:
+        raise ValueError("the checkpoint holds no classifier to count its classes by")
+    return len(bias)
+
+
+def load_dense(model, weights, num_classes):
+    """Loads the weights strictly into a segmenter or detector; returns what was taken, in words. Position embeddings
+    of another grid are resized, classifiers of another number of classes stay as initialised."""
+    own, note = model.state_dict(), f"{len(weights)} weights"
+    if count_classes(weights) != num_classes:
+        kept = {k for k in own if set(k.split(".")) & set(CLASSIFIERS)}
+        note += f", but {len(kept)} of the classifiers, which tell {count_classes(weights)} classes apart"
+        weights = weights | {k: own[k] for k in kept}
+    inner = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
+    if isinstance(model.backbone, fastvim.FastVim):
+        note += f", backbone: {fastvim.load_checkpoint(model.backbone, inner)}"
+        weights = weights | {f"backbone.{k}": v for k, v in model.backbone.state_dict().items()}
+    load_strictly(model, weights)
+    return note
+
+
+def keeps_its_size(task, name, param):
+    """Which parameters weight decay leaves alone."""
+    last = name.split(".")[-1]
+    if task == "det":
+        return last == "pos_embed"
+    return name.startswith("backbone.") and ("norm" in name or last in (
+        "pos_embed", "cls_token", "A_log", "A_b_log", "D", "D_b"))
+
+
+def share_of_lr(args, depth, name, param):
+    """Layer-wise decay of the learning rate, by pairs of blocks; of the blocks themselves only with --decay-blocks."""
+    parts = name.split(".")
+    if parts[0] != "backbone":
+        return 1.0
+    if {"patch_embed", "pos_embed", "cls_token"} & set(parts):
+        return args.layer_decay ** (math.ceil(depth / 2) + 1)
+    block = next((int(b) for a, b in zip(parts, parts[1:]) if a in ("layers", "blocks")), None)
+    return 1.0 if block is None or not args.decay_blocks else args.layer_decay ** math.ceil((depth - block) / 2)
+
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
+
+def open_split(args, split, classes=None):
+    """A split of --data or of the drawn scenes. classes: those that it must have, or how many."""
+    train, reader = split == "train", dict(seg=data.ADE20K, det=data.Coco)[args.task]
+    transform = dict(seg=data.SegmentationTransform, det=data.DetectionTransform)[args.task](
+        args.img_size, train, args.jitter)
+    found = reader(args.data, split, transform) if args.data else data.Scenes(
+        split, transform, args.img_size, args.task == "det")
+    if classes not in (None, found.classes, len(found.classes)):
+        known = classes if isinstance(classes, int) else f"{len(classes)} ({data.some(classes)})"
+        raise ValueError(f"{found.where} has {len(found.classes)} classes ({data.some(found.classes)}), expected {known}")
+    return found
+
+
+def loader_of(args, ctx, dataset, train=False):
+    """Segmentation is evaluated image by image, as each has a size of its own."""
+    size = args.batch_size if train or args.task == "det" else 1
+    return data.make_loader(dataset, size, train=train, seed=args.seed, workers=args.workers if args.data else 0,
+                            rank=ctx.rank, world_size=ctx.world_size,
+                            merge=data.merge_detections if args.task == "det" else data.default_collate)
+
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+
+def count_confusions(labels, found, K):
+    """labels, found: any shape -> (K K) int64, how many pixels of which label were found to be what."""
+    known = labels != IGNORE_INDEX
+    return (labels[known] * K + found[known]).bincount(minlength=K * K).reshape(K, K)
+
+
+def iou_of(confusion):
+    """(K K) -> (K) intersection over union, in percent; NaN for a class that is neither there nor found."""
+    hit = confusion.diag().double()
+    return 100 * hit / (confusion.sum(0) + confusion.sum(1) - hit)
+
+
+def evaluate_segmenter(args, ctx, model, loader):
+    """-> {"miou", "pixels": percent of the labelled pixels that are right, "images"}, IoU of each class (K)"""
+    K = len(loader.dataset.dataset.classes)
+    confusion, images = torch.zeros(K, K, dtype=torch.long, device=ctx.device), torch.zeros((), device=ctx.device)
+    more = dict(scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), flip=True) if args.multi_scale else {}
+    with torch.no_grad():
+        for image, labels in filter(None, loader):
+            labels = labels.to(ctx.device)
+            with torch.autocast(ctx.device.type, torch.bfloat16, enabled=args.amp):
+                found = segment(model, image.to(ctx.device), labels.shape[1:], crop=args.img_size,
+                                stride=args.img_size * 2 // 3, **more).argmax(1)             # (1 H W)
+            confusion += count_confusions(labels, found, K)
+            images += 1
+    confusion, iou = ctx.sum(confusion), iou_of(ctx.sum(confusion))
+    pixels = 100 * (confusion.diag().sum() / confusion.sum()).item()
+    return dict(miou=iou.nanmean().item(), pixels=pixels, images=ctx.sum(images).item()), iou
+
+
+def evaluate_detector(args, ctx, model, loader):
+    """-> {"box_ap", "mask_ap", each also at IoU 0.5 and 0.75, in percent, "images"}, by pycocotools"""
+    rle, dataset, found, images = data.extra("pycocotools.mask"), loader.dataset.dataset, [], []
+    with torch.no_grad():
+        for image, _, infos in filter(None, loader):
+            with torch.autocast(ctx.device.type, torch.bfloat16, enabled=args.amp):
+                outputs = model(image.to(ctx.device), sizes=[x["size"] for x in infos],
+                                originals=[x["original"] for x in infos])
+            for info, x in zip(infos, outputs):
+                images.append(info["id"])
+                coded = rle.encode(rearrange(x["masks"].byte(), "n h w -> h w n").cpu().numpy().copy(order="F"))
+                boxes = box_convert(x["boxes"], "xyxy", "xywh").tolist()
+                found += [dict(image_id=info["id"], category_id=dataset.category_ids[label], score=score, bbox=box,
+                               segmentation=mask) for label, score, box, mask in zip(
+                                   x["labels"].tolist(), x["scores"].tolist(), boxes, coded)]
+    everyone = [(found, images)]
+    if ctx.world_size > 1:
+        everyone = [None] * ctx.world_size
+        dist.all_gather_object(everyone, (found, images))
+    return average_precision(dataset.coco, [x for found, _ in everyone for x in found],
+                             sorted(i for _, images in everyone for i in images))
+
+
+def average_precision(coco, found, images):
+    """found: in COCO's format of results; images: the ids of those looked at."""
+    evaluation, metrics = data.extra("pycocotools.cocoeval").COCOeval, dict(images=len(images))
+    for kind, name, other in (("bbox", "box", "segmentation"), ("segm", "mask", "bbox")):
+        values = [0.0] * 3
+        if found:                                                           # pycocotools cannot do without
+            with contextlib.redirect_stdout(io.StringIO()):
+                # A result is small, medium or large by its own kind of area, so it may have one only.
+                result = evaluation(coco, coco.loadRes([{k: v for k, v in x.items() if k != other} for x in found]), kind)
+                result.params.imgIds = images
+                result.evaluate()
+                result.accumulate()
+                result.summarize()
+            values = result.stats[:3]
+        metrics |= {f"{name}_ap{at}": 100 * float(value) for at, value in zip(("", "50", "75"), values)}
+    return metrics
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+def train(args, ctx):
+    path = args.backbone or args.init
+    content = fastvim.read_checkpoint(path) if path else {}                 # a resumed run needs it for the flags
+    complete(args, content, BACKBONE_FLAGS if args.backbone else [f for f in MODEL_FLAGS if f != "classes"])
+    train_set = open_split(args, "train")
+    args.classes = train_set.classes                                        # kept in the checkpoint
+    val_set = open_split(args, "val", args.classes)
+    weights = fastvim.model_weights(content)[0] if args.backbone else dense_weights(content) if args.init else {}
+    model = build_model(args, len(args.classes), weights)
+    if path and not training.checkpoint_to_resume(args):
+        ctx.print(f"{path}:", load_backbone(model.backbone, content) if args.backbone else
+                  load_dense(model, weights, len(args.classes)))
+    model.backbone.requires_grad_(not args.freeze)
+    if ctx.world_size > 1 and ctx.device.type == "cuda":                    # PyTorch has it for GPUs only
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = model.to(ctx.device)
+    loader, val_loader = loader_of(args, ctx, train_set, train=True), loader_of(args, ctx, val_set)
+    ctx.print(f"{train_imagenet.model_name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+              f"{len(args.classes)} classes, {len(train_set):,} training and {len(val_set):,} validation images")
+
+    def loss_fn(net, batch):
+        if args.task == "seg":
+            return sum(net(*batch).values())
+        images, targets, infos = batch
+        return sum(net(images, targets, [info["size"] for info in infos]).values())
+
+    def evaluate(model, epoch):
+        bad = torch.tensor(float(train_set.bad_count + val_set.bad_count), device=ctx.device)
+        return measure(args, ctx, model, val_loader)[0] | {"unreadable": ctx.sum(bad).item()}
+
+    depth = len(model.backbone.vit.blocks if isinstance(model.backbone, ViT) else model.backbone.layers)
+    groups = training.parameter_groups(model, args.weight_decay, functools.partial(keeps_its_size, args.task),
+                                       functools.partial(share_of_lr, args, depth))
+    total, _ = training.run_length(args, loader)
+
+    def lr(step):
+        if args.task == "seg":
+            return training.polynomial(step, total, args.lr, warmup=args.warmup)
+        return training.step_decay(step, args.lr, [round(total * share) for share in DROPS], warmup=args.warmup)
+
+    training.fit(args, ctx, model, loader, loss_fn, torch.optim.AdamW(groups, lr=args.lr), lr, evaluate=evaluate,
+                 metric=dict(seg="miou", det="box_ap")[args.task],
+                 harmless=("data", "eval", "predict", "backbone", "init", "grad_checkpointing", "multi_scale"))
+    if ctx.is_main:
+        draw_examples(args, ctx, model, val_set)
+
+
+def measure(args, ctx, model, loader):
+    """-> metrics, and for segmentation the IoU of each class"""
+    if args.task == "seg":
+        return evaluate_segmenter(args, ctx, model, loader)
+    return evaluate_detector(args, ctx, model, loader), None
+
+
+def restore(args, ctx, path):
+    """-> the model with the weights at path, and its class names, or numbers where the checkpoint does not say."""
+    content = fastvim.read_checkpoint(path)
+    drawn = complete(args, content)
+    weights = dense_weights(content)
+    model = build_model(args, count_classes(weights), weights)
+    ctx.print(f"{path}: {load_dense(model, weights, count_classes(weights))}")
+    if not (args.predict or args.data or drawn):
+        raise ValueError("--eval: this model was trained on files, so --data has to say where they are")
+    return model.to(ctx.device).eval(), args.classes or [str(i) for i in range(count_classes(weights))]
+
+
+def evaluate(args, ctx):
+    model, classes = restore(args, ctx, args.eval)
+    dataset = open_split(args, "val", args.classes or len(classes))
+    metrics, iou = measure(args, ctx, model, loader_of(args, ctx, dataset))
+    if iou is not None:
+        ctx.print("\n".join(f"{value:6.1f}  {name}" for name, value in zip(dataset.classes, iou.tolist())))
+    ctx.print(", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+
+
+# ---- Pictures --------------------------------------------------------------------------------------------------------
+
+def colour(i):
+    """A colour for class i: hues at the golden angle never come close to each other soon."""
+    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.5 + 0.5 * (i % 3 != 1), 1.0))
+
+
+@torch.no_grad()
+def draw_seen(args, ctx, model, classes, pixels):
+    """pixels (3 H W) uint8 -> a picture of what the model sees there, PIL. Small images are enlarged."""
+    H, W = (length * max(1, 400 // max(pixels.shape[1:])) for length in pixels.shape[1:])
+    canvas = F.interpolate(pixels[None], (H, W))[0]                         # (3 H W)
+    if args.task == "det":
+        image, _, info = data.DetectionTransform(args.img_size, False)(
+            pixels, dict(id=0, labels=torch.zeros(0), masks=pixels[:0]))
+        [found] = model(image[None].to(ctx.device), sizes=[info["size"]], originals=[(H, W)])
+        found = {k: v[found["scores"] >= 0.5].cpu() for k, v in found.items()}
+        colours = [colour(i) for i in found["labels"].tolist()]
+        texts = [f"{classes[i]} {score:.2f}" for i, score in zip(found["labels"].tolist(), found["scores"].tolist())]
+        if texts:
+            canvas = draw_segmentation_masks(canvas, found["masks"], 0.5, colours)
+            canvas = draw_bounding_boxes(canvas, found["boxes"], texts, colours, width=2)
+        return to_pil_image(canvas)
+    image, _ = data.SegmentationTransform(args.img_size, False)(pixels, pixels[0])
+    found = segment(model, image[None].to(ctx.device), (H, W), crop=args.img_size, stride=args.img_size * 2 // 3)
+    found = found[0].argmax(0).cpu()                                        # (H W)
+    shown = found.unique()                                                  # (classes)
+    colours = [colour(i) for i in shown.tolist()]
+    canvas = to_pil_image(F.pad(draw_segmentation_masks(canvas, found == shown[:, None, None], 0.5, colours), (0, 120)))
+    pencil = data.extra("PIL.ImageDraw").Draw(canvas)                       # a legend at the right
+    for line, (i, fill) in enumerate(zip(shown.tolist(), colours)):
+        pencil.text((W + 8, 6 + 14 * line), classes[i], fill=fill)
+    return canvas
+
+
+def save_picture(args, name, picture):
+    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+    training.write_whole(pathlib.Path(args.out, name), lambda file: picture.save(file, format="PNG"))
+    print(f"{args.out}/{name}")
+
+
+def draw_examples(args, ctx, model, dataset, count=4):
+    """OUT/example-0.png ...: what the model sees in the first validation images."""
+    for i, sample in enumerate(dataset.samples[:count]):
+        with contextlib.suppress(Exception):                                # it has been reported as a bad file
+            pixels = dataset.load(*sample)[0]
+            save_picture(args, f"example-{i}.png", draw_seen(args, ctx, model.eval(), args.classes, pixels))
+
+
+def predict(args, ctx):
+    """Draws OUT/NAME.png of each image; returns the number of files that cannot be read."""
+    model, classes = restore(args, ctx, args.eval or f"{args.out}/best.pt")
+    unreadable = 0
+    for path in args.predict:
+        try:
+            pixels = data.to_pixels(data.load_rgb(path))
+        except Exception as error:                                          # a damaged file can fail in any way
+            print(f"{path}: cannot be read ({type(error).__name__}: {error})")
+            unreadable += 1
+            continue
+        save_picture(args, f"{pathlib.Path(path).stem}-{args.task}.png", draw_seen(args, ctx, model, classes, pixels))
+    return unreadable
+
+
+def main():
+    args = get_args()
+    with training.plain_errors("finetune_dense.py", args, data.BadDataError):
+        ctx = training.setup(args, training=not (args.eval or args.predict))
+        if args.predict:
+            if predict(args, ctx):
+                raise SystemExit(1)
+        elif args.eval:
+            evaluate(args, ctx)
+        else:
+            if not args.data:
+                ctx.print("no --data: training on drawn scenes, by a recipe scaled to them")
+            train(args, ctx)
+        ctx.close()
+
+
+if __name__ == "__main__":
+    main()
