@@ -818,10 +818,10 @@ class Coco(DenseFiles):
 # ---- Built-in data: drawn scenes -------------------------------------------------------------------------------------
 
 class Scenes(DenseFiles):
-    """Drawn scenes: up to six shapes, one over the other, on a meadow or on water, behind lines that mean nothing.
+    """Drawn scenes: up to four shapes, one over the other, on a meadow or on water, behind lines that mean nothing.
 
     A shape has any place, size, colour, angle and texture, so that only its outline tells its class; of what lies
-    below, the visible part counts. The ground is told by its texture: blots or waves, in any colour.
+    below, the visible part counts. A meadow is green with blots, water blue with waves.
 
     objects=False: as DenseFiles of (pixels (3 S S) uint8, labels (S S) uint8), ground and shapes; True: of (pixels,
     dict(labels (m), masks (m S S) uint8, id)), shapes only. Item i is a function of (split, i) alone. .coco: as in Coco.
@@ -845,17 +845,19 @@ class Scenes(DenseFiles):
         rng, S = np.random.default_rng([list(self.sizes).index(split), i]), self.img_size
         y, x = np.mgrid[:S, :S] + 0.5                                       # (S S) each
         ground = int(rng.integers(len(self.grounds)))
-        image = self.paint(rng, S / 12, y, x, waves=ground == 1)            # (3 S S)
+        colour = rng.uniform((0.1, 0.4, 0.1), (0.5, 0.7, 0.3)) if ground == 0 else rng.uniform((0.1,) * 3, (0.3, 0.5, 0.9))
+        image = self.paint(rng, colour, S / 12, y, x, waves=ground == 1)    # (3 S S)
         owner, kinds = np.full((S, S), -1), []                              # which shape is seen at a pixel
-        for number in range(int(rng.integers(1, 7))):
+        for number in range(int(rng.integers(1, 5))):
             kinds.append(int(rng.integers(len(self.shapes))))
-            radius, angle = S * rng.uniform(0.1, 0.27), rng.uniform(0, 2 * np.pi)
+            radius, angle = S * rng.uniform(0.14, 0.28), rng.uniform(0, 2 * np.pi)
             dy, dx = ((axis - rng.uniform(0.1, 0.9) * S) / radius for axis in (y, x))
             u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
             inside = [*self.shapes.values()][kinds[-1]](u, v)               # (S S)
             owner[inside] = number
-            image = np.where(inside, self.paint(rng, S / 8, y, x, waves=rng.random() < 0.5), image)
-        for _ in range(int(rng.integers(0, 5))):                            # lines
+            texture = self.paint(rng, rng.uniform(0, 1, 3), S / 8, y, x, waves=rng.random() < 0.5)
+            image = np.where(inside, texture, image)
+        for _ in range(int(rng.integers(0, 4))):                            # lines
             angle, place = rng.uniform(0, np.pi), rng.uniform(0.2, 0.8, 2) * S
             across = np.cos(angle) * (y - place[0]) + np.sin(angle) * (x - place[1])
             along = np.cos(angle) * (x - place[1]) - np.sin(angle) * (y - place[0])
@@ -872,14 +874,14 @@ class Scenes(DenseFiles):
                                                             ).astype(np.uint8)))
 
     @staticmethod
-    def paint(rng, wavelength, y, x, waves):
-        """A colour (3 S S) with waves of one direction and length, or with blots: a sum of waves of many directions."""
+    def paint(rng, colour, wavelength, y, x, waves):
+        """colour (3) with waves of one direction, or with blots, the sum of waves of many directions -> (3 S S)."""
         texture, count = 0, 1 if waves else 8
         for _ in range(count):
             angle, phase = rng.uniform(0, 2 * np.pi, 2)
             length = wavelength * rng.uniform(0.8, 1.25)
             texture = texture + np.sin(2 * np.pi / length * (np.cos(angle) * x + np.sin(angle) * y) + phase)
-        return rng.uniform(0.2, 0.8, (3, 1, 1)) + rng.uniform(-0.2, 0.2, (3, 1, 1)) * texture / count ** 0.5
+        return colour[:, None, None] + rng.uniform(0.05, 0.15) * texture / count ** 0.5
 
     def annotations(self):
         """What COCO's annotation file would say of these scenes."""

@@ -72,7 +72,7 @@ DROP_PATH = dict(seg=dict(tiny=0.05, small=0.05, base=0.4, large=0.4, huge=0.4),
 
 # The same on 800 drawn scenes, from random weights, scaled to two CPU cores.
 SCENES = dict(
-    seg=dict(steps=1000, warmup=50, batch_size=16, recipe_lr=1e-3, recipe_batch=16, img_size=64, patch_size=8, depth=8,
+    seg=dict(steps=1000, warmup=50, batch_size=16, recipe_lr=1e-3, recipe_batch=16, img_size=64, patch_size=8, depth=4,
              jitter=(0.8, 1.25), channels=64, eval_every=5, drop_path=0.0, out="runs/seg-scenes"),
     det=dict(steps=1000, warmup=50, batch_size=8, recipe_lr=1e-3, recipe_batch=8, img_size=96, depth=8,
              jitter=(0.8, 1.25), channels=32, hidden=128, regions=64, eval_every=2, drop_path=0.0, layer_decay=1.0,
@@ -591,13 +591,17 @@ def add_arguments(parser, task):
     parser.set_defaults(**{k: v for k, v in recipe.items() if k not in MODEL_FLAGS})
 
 
-def complete(args, content, flags=MODEL_FLAGS):
-    """What the command line leaves open of the model: as the checkpoint `content` says, else by the recipe."""
+def complete(args, content, weights, flags=MODEL_FLAGS):
+    """What the command line leaves open of the model: as the checkpoint `content` says or its weights show, else by the
+    recipe. -> whether the drawn scenes are meant"""
     saved = train_imagenet.adopt(args, content, flags)
+    parts = [k.split(".") for k in weights]
+    blocks = [int(b) for name in parts for a, b in zip(name, name[1:]) if a in ("layers", "blocks")]
+    args.depth = args.depth or (1 + max(blocks) if blocks else None)
+    patch = next((w.shape[-1] for k, w in weights.items() if k.endswith("patch_embed.proj.weight")), None)
+    args.patch_size = args.patch_size or patch
     drawn = not args.data and (not (args.eval or args.predict) or saved and not saved["data"])
     recipe = RECIPES[args.task] | (SCENES[args.task] if drawn else {})
-    if args.size or args.model not in (None, "fastvim_tiny"):
-        recipe.pop("depth", None)                                           # it belongs to that model
     vars(args).update({k: recipe.get(k) for k in MODEL_FLAGS if getattr(args, k) is None})
     return drawn
 
@@ -630,6 +634,8 @@ def build_model(args, num_classes, weights):
     """The model that args ask for, weights (those to be loaded, if any) telling whether it has Vim's first mixer.
     ValueError: an unknown name, or a depth or patch size that does not go."""
     name = train_imagenet.model_name(args)
+    if name not in (*fastvim.list_models(), *VITS):
+        raise ValueError(f"--model {name}: choose from {', '.join((*fastvim.list_models(), *VITS))}")
     rate = DROP_PATH[args.task][name.rpartition("_")[2]] if args.drop_path is None else args.drop_path
     given = {k: getattr(args, k) for k in ("patch_size", "pool", "pool_scale", "schedule") if getattr(args, k)}
     depth = args.depth or (12 if name in VITS else fastvim.SIZES[name.rpartition("_")[2]]["depth"])
@@ -833,11 +839,11 @@ def average_precision(coco, found, images):
 def train(args, ctx):
     path = args.backbone or args.init
     content = fastvim.read_checkpoint(path) if path else {}                 # a resumed run needs it for the flags
-    complete(args, content, BACKBONE_FLAGS if args.backbone else [f for f in MODEL_FLAGS if f != "classes"])
+    weights = fastvim.model_weights(content)[0] if args.backbone else dense_weights(content) if args.init else {}
+    complete(args, content, weights, BACKBONE_FLAGS if args.backbone else [f for f in MODEL_FLAGS if f != "classes"])
     train_set = open_split(args, "train")
     args.classes = train_set.classes                                        # kept in the checkpoint
     val_set = open_split(args, "val", args.classes)
-    weights = fastvim.model_weights(content)[0] if args.backbone else dense_weights(content) if args.init else {}
     model = build_model(args, len(args.classes), weights)
     if path and not training.checkpoint_to_resume(args):
         ctx.print(f"{path}:", load_backbone(model.backbone, content) if args.backbone else
@@ -887,8 +893,8 @@ def measure(args, ctx, model, loader):
 def restore(args, ctx, path):
     """-> the model with the weights at path, and its class names, or numbers where the checkpoint does not say."""
     content = fastvim.read_checkpoint(path)
-    drawn = complete(args, content)
     weights = dense_weights(content)
+    drawn = complete(args, content, weights)
     model = build_model(args, count_classes(weights), weights)
     ctx.print(f"{path}: {load_dense(model, weights, count_classes(weights))}")
     if not (args.predict or args.data or drawn):
