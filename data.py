@@ -710,8 +710,8 @@ class ADE20K(DenseFiles):
         folders = [os.path.join(root, kind, split) for kind in ("images", "annotations")]
         for folder in folders:
             if not os.path.isdir(folder):
-                raise FileNotFoundError(f"{folder}: no such folder. Expected {root}/images/{{training,validation}}/*.jpg "
-                                        f"and {root}/annotations/{{training,validation}}/*.png")
+                raise FileNotFoundError(f"{folder}: no such folder. Expected {root}/images/{{training,validation}}/"
+                                        f"*.jpg and {root}/annotations/{{training,validation}}/*.png")
         classes, table = [str(i) for i in range(1, 151)], os.path.join(root, "objectInfo150.txt")
         if os.path.exists(table):
             with open(table) as file:
@@ -824,7 +824,8 @@ class Scenes(DenseFiles):
     below, the visible part counts. A meadow is green with blots, water blue with waves.
 
     objects=False: as DenseFiles of (pixels (3 S S) uint8, labels (S S) uint8), ground and shapes; True: of (pixels,
-    dict(labels (m), masks (m S S) uint8, id)), shapes only. Item i is a function of (split, i) alone. .coco: as in Coco.
+    dict(labels (m), masks (m S S) uint8, id)), shapes only. Item i is a function of (split, i) alone.
+    .coco: as in Coco.
     """
 
     grounds, sizes = ("meadow", "water"), {"train": 800, "val": 100}
@@ -845,7 +846,8 @@ class Scenes(DenseFiles):
         rng, S = np.random.default_rng([list(self.sizes).index(split), i]), self.img_size
         y, x = np.mgrid[:S, :S] + 0.5                                       # (S S) each
         ground = int(rng.integers(len(self.grounds)))
-        colour = rng.uniform((0.1, 0.4, 0.1), (0.5, 0.7, 0.3)) if ground == 0 else rng.uniform((0.1,) * 3, (0.3, 0.5, 0.9))
+        darkest, brightest = (((0.1, 0.4, 0.1), (0.5, 0.7, 0.3)), ((0.1, 0.1, 0.1), (0.3, 0.5, 0.9)))[ground]
+        colour = rng.uniform(darkest, brightest)                            # (3)
         image = self.paint(rng, colour, S / 12, y, x, waves=ground == 1)    # (3 S S)
         owner, kinds = np.full((S, S), -1), []                              # which shape is seen at a pixel
         for number in range(int(rng.integers(1, 5))):

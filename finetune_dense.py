@@ -5,7 +5,7 @@ Dense prediction with FastVim: UperNet for segmentation (section 4.5), Cascade M
     python finetune_dense.py det
     torchrun --nproc-per-node 8 finetune_dense.py seg --data ADE20K_DIR --backbone FastVim_tiny.ckpt --batch-size 2
     torchrun --nproc-per-node 8 finetune_dense.py det --data COCO_DIR --backbone FastVim_tiny.ckpt --batch-size 8
-    python finetune_dense.py seg --data ADE20K_DIR --eval FastVim_tiny_iter_160000.pth       released weights, or our own
+    python finetune_dense.py seg --data ADE20K_DIR --eval FastVim_tiny_iter_160000.pth      released weights, or our own
     python finetune_dense.py det --predict street.jpg --eval runs/det/best.pt --out pictures
 
 What the paper reports: mIoU on ADE20K's and AP of boxes / masks on COCO's validation images.
@@ -15,8 +15,8 @@ What the paper reports: mIoU on ADE20K's and AP of boxes / masks on COCO's valid
     FastVim-S  fastvim_small   44.9    48.4 / 41.8            Vim-S         vim_small      44.9    47.1 / 40.6
     FastVim-B  fastvim_base    47.8    50.0 / 43.2            DeiT-T        deit_tiny      39.2    44.4 / 38.1
 
-Both models take what single blocks of the backbone put out, a map with a vector for each patch, and add heads that are older
-than Mamba. Written from their papers, with torchvision's operators, under the released checkpoints' parameter names:
+Both models take what single blocks of the backbone put out, a map with a vector for each patch, and add heads that are
+older than Mamba. Written from their papers, with torchvision's operators, under the released checkpoints' names:
 
     UperNet         Xiao et al. 2018, Unified Perceptual Parsing for Scene Understanding
     PSPNet          Zhao et al. 2017, Pyramid Scene Parsing Network: its pooling pyramid, its auxiliary loss
@@ -61,8 +61,8 @@ from data import IGNORE_INDEX
 # The recipes of the paper, in optimizer steps, for ADE20K and COCO. Its text says that the detector's learning rate
 # falls linearly; the released configuration divides it by ten after 8/9 and 26/27 of the run.
 RECIPES = dict(
-    seg=dict(steps=160_000, warmup=1500, batch_size=16, recipe_lr=6e-5, recipe_batch=16, weight_decay=0.01, img_size=512,
-             jitter=(0.5, 2.0), channels=512, eval_every=12, layer_decay=1.0, out="runs/seg"),
+    seg=dict(steps=160_000, warmup=1500, batch_size=16, recipe_lr=6e-5, recipe_batch=16, weight_decay=0.01,
+             img_size=512, jitter=(0.5, 2.0), channels=512, eval_every=12, layer_decay=1.0, out="runs/seg"),
     det=dict(steps=184_375, warmup=250, batch_size=8, recipe_lr=1e-4, recipe_batch=64, weight_decay=0.05, img_size=1024,
              jitter=(0.1, 2.0), channels=256, hidden=1024, regions=512, clip=35.0, eval_every=10, layer_decay=0.7,
              out="runs/det"))
@@ -74,14 +74,14 @@ DROP_PATH = dict(seg=dict(tiny=0.05, small=0.05, base=0.4, large=0.4, huge=0.4),
 SCENES = dict(
     seg=dict(steps=1000, warmup=50, batch_size=16, recipe_lr=1e-3, recipe_batch=16, img_size=64, patch_size=8, depth=4,
              jitter=(0.8, 1.25), channels=64, eval_every=5, drop_path=0.0, out="runs/seg-scenes"),
-    det=dict(steps=1000, warmup=50, batch_size=8, recipe_lr=1e-3, recipe_batch=8, img_size=96, depth=8,
+    det=dict(steps=1000, warmup=50, batch_size=8, recipe_lr=1e-3, recipe_batch=8, img_size=96, depth=4,
              jitter=(0.8, 1.25), channels=32, hidden=128, regions=64, eval_every=2, drop_path=0.0, layer_decay=1.0,
              out="runs/det-scenes"))
 
 # What a checkpoint says of its model where the command line leaves it open.
-BACKBONE_FLAGS = "size", "model", "patch_size", "depth", "pool", "pool_scale", "schedule"
-MODEL_FLAGS = (*BACKBONE_FLAGS, "img_size", "channels", "hidden", "regions", "drop_path", "jitter", "warmup",
-               "layer_decay", "classes")
+BACKBONE_FLAGS = "size", "model", "patch_size", "depth", "class_token", "pool", "pool_scale", "schedule"
+MODEL_FLAGS = (*BACKBONE_FLAGS, "channels", "hidden")
+FLAGS = (*MODEL_FLAGS, "img_size", "regions", "drop_path", "jitter", "warmup", "layer_decay", "classes")
 VITS = "deit_tiny", "deit_small", "deit_base"
 
 # ---- What both models are made of ------------------------------------------------------------------------------------
@@ -415,8 +415,8 @@ class CascadeHead(nn.Module):
         self.mask_head = nn.ModuleList(mask_head(channels, num_classes) for _ in STAGES)
 
     def sample(self, proposals, target, iou):
-        """What a stage trains on: some (n') of the proposals (n 4) and the objects themselves, up to a quarter positive ->
-        boxes (n' 4), the object that each shows (n'), its class (n'), whether it is that object's own box (n')."""
+        """What a stage trains on: r = self.regions of the proposals (n 4) and the objects themselves, up to a quarter
+        positive -> boxes (r 4), the object that each shows (r), its class (r), is it the object's own box? (r)"""
         objects, K = target["boxes"], self.num_classes
         own = torch.arange(len(objects), device=objects.device)
         matched = torch.cat([own, match(proposals, objects, iou, iou)])
@@ -541,7 +541,7 @@ def get_args(argv=None):
         add_arguments(sub, task)
     first = parser.parse_known_args(argv)[0]
     if not (first.data or first.eval or first.predict):
-        parsers[first.task].set_defaults(**{k: v for k, v in SCENES[first.task].items() if k not in MODEL_FLAGS})
+        parsers[first.task].set_defaults(**{k: v for k, v in SCENES[first.task].items() if k not in FLAGS})
     args = parser.parse_args(argv)
     if args.backbone and args.init:
         parsers[args.task].error("--backbone gives the encoder, --init the whole model: give one of them")
@@ -550,7 +550,7 @@ def get_args(argv=None):
 
 def add_arguments(parser, task):
     recipe, whole = RECIPES[task], train_imagenet.WHOLE
-    parser.set_defaults(multi_scale=False, **dict.fromkeys(MODEL_FLAGS))    # of which a checkpoint says the rest
+    parser.set_defaults(multi_scale=False, **dict.fromkeys(FLAGS))          # see complete
     layout = dict(seg="ADE20K's layout: DIR/images/{training,validation}/*.jpg, DIR/annotations/.../*.png",
                   det="COCO's layout: DIR/{train,val}2017/*.jpg, DIR/annotations/instances_{train,val}2017.json")
     add = parser.add_argument_group("what to do").add_argument
@@ -579,19 +579,18 @@ def add_arguments(parser, task):
     add("--freeze", action="store_true", help="leave the backbone as it is")
     add("--grad-checkpointing", action="store_true", help="less memory, more time, the same result")
     add = parser.add_argument_group("augmentation and schedule").add_argument
-    add("--jitter", type=training.number(float, 0.01), nargs=2, metavar=("LOW", "HIGH"), help="range of a random factor "
-        "of the images' size (default {:g} {:g})".format(*recipe["jitter"]))
+    add("--jitter", type=training.number(float, 0.01), nargs=2, metavar=("LOW", "HIGH"), help="range of a random "
+        "factor of the images' size (default {:g} {:g})".format(*recipe["jitter"]))
     add("--warmup", type=training.number(int, 0), help=f"steps of linear warmup (default {recipe['warmup']})")
-    add("--layer-decay", type=training.number(float, 0.01), help="patch and position embeddings learn slower by this to "
-        f"the power of half the depth + 1 (default {recipe['layer_decay']:g})")
+    add("--layer-decay", type=training.number(float, 0.01), help="patch and position embeddings learn slower by this "
+        f"to the power of half the depth + 1 (default {recipe['layer_decay']:g})")
     add("--decay-blocks", action="store_true", help="blocks, too, every two of them by one power less, as the released "
         "configuration of the detectors meant it; but it found no block by name")
-    options = dict(lr=recipe["recipe_lr"], recipe_batch=recipe["recipe_batch"])
-    training.add_training_arguments(parser, **options)
-    parser.set_defaults(**{k: v for k, v in recipe.items() if k not in MODEL_FLAGS})
+    training.add_training_arguments(parser, lr=recipe["recipe_lr"], recipe_batch=recipe["recipe_batch"])
+    parser.set_defaults(**{k: v for k, v in recipe.items() if k not in FLAGS})
 
 
-def complete(args, content, weights, flags=MODEL_FLAGS):
+def complete(args, content, weights, flags=FLAGS):
     """What the command line leaves open of the model: as the checkpoint `content` says or its weights show, else by the
     recipe. -> whether the drawn scenes are meant"""
     saved = train_imagenet.adopt(args, content, flags)
@@ -602,7 +601,7 @@ def complete(args, content, weights, flags=MODEL_FLAGS):
     args.patch_size = args.patch_size or patch
     drawn = not args.data and (not (args.eval or args.predict) or saved and not saved["data"])
     recipe = RECIPES[args.task] | (SCENES[args.task] if drawn else {})
-    vars(args).update({k: recipe.get(k) for k in MODEL_FLAGS if getattr(args, k) is None})
+    vars(args).update({k: recipe.get(k) for k in FLAGS if getattr(args, k) is None})
     return drawn
 
 
@@ -637,7 +636,8 @@ def build_model(args, num_classes, weights):
     if name not in (*fastvim.list_models(), *VITS):
         raise ValueError(f"--model {name}: choose from {', '.join((*fastvim.list_models(), *VITS))}")
     rate = DROP_PATH[args.task][name.rpartition("_")[2]] if args.drop_path is None else args.drop_path
-    given = {k: getattr(args, k) for k in ("patch_size", "pool", "pool_scale", "schedule") if getattr(args, k)}
+    given = {k: getattr(args, k) for k in ("patch_size", "class_token", "pool", "pool_scale", "schedule")
+             if getattr(args, k) is not None}
     depth = args.depth or (12 if name in VITS else fastvim.SIZES[name.rpartition("_")[2]]["depth"])
     options = dict(img_size=args.img_size, depth=depth, drop_path_rate=rate, **given)
     if args.task == "seg" and depth < 4:
@@ -669,7 +669,8 @@ def load_backbone(backbone, content):
             {k: v for k, v in weights.items() if k not in dropped}, backbone.vit)
         load_strictly(backbone.vit, weights)
         return f"{len(weights)} weights taken, {len(dropped)} dropped ({', '.join(sorted(dropped))})"
-    fresh = {k: v for k, v in own.items() if k not in weights and (k.startswith("outnorm_") or k.endswith(".norm.bias"))}
+    fresh = {k: v for k, v in own.items() if k not in weights and (
+        k.startswith("outnorm_") or k.endswith(".norm.bias"))}
     note = fastvim.load_checkpoint(backbone, fresh | {k: v for k, v in weights.items() if not k.startswith("norm_f.")},
                                    encoder_only=True)
     biases = sum(not k.startswith("outnorm_") for k in fresh)
@@ -749,7 +750,8 @@ def open_split(args, split, classes=None):
         split, transform, args.img_size, args.task == "det")
     if classes not in (None, found.classes, len(found.classes)):
         known = classes if isinstance(classes, int) else f"{len(classes)} ({data.some(classes)})"
-        raise ValueError(f"{found.where} has {len(found.classes)} classes ({data.some(found.classes)}), expected {known}")
+        raise ValueError(f"{found.where} has {len(found.classes)} classes ({data.some(found.classes)}), the model "
+                         f"knows {known}")
     return found
 
 
@@ -788,7 +790,7 @@ def evaluate_segmenter(args, ctx, model, loader):
                                 stride=args.img_size * 2 // 3, **more).argmax(1)             # (1 H W)
             confusion += count_confusions(labels, found, K)
             images += 1
-    confusion, iou = ctx.sum(confusion), iou_of(ctx.sum(confusion))
+    iou = iou_of(ctx.sum(confusion))                                        # the sum is in place
     pixels = 100 * (confusion.diag().sum() / confusion.sum()).item()
     return dict(miou=iou.nanmean().item(), pixels=pixels, images=ctx.sum(images).item()), iou
 
@@ -824,7 +826,8 @@ def average_precision(coco, found, images):
         if found:                                                           # pycocotools cannot do without
             with contextlib.redirect_stdout(io.StringIO()):
                 # A result is small, medium or large by its own kind of area, so it may have one only.
-                result = evaluation(coco, coco.loadRes([{k: v for k, v in x.items() if k != other} for x in found]), kind)
+                results = coco.loadRes([{k: v for k, v in x.items() if k != other} for x in found])
+                result = evaluation(coco, results, kind)
                 result.params.imgIds = images
                 result.evaluate()
                 result.accumulate()
@@ -840,7 +843,7 @@ def train(args, ctx):
     path = args.backbone or args.init
     content = fastvim.read_checkpoint(path) if path else {}                 # a resumed run needs it for the flags
     weights = fastvim.model_weights(content)[0] if args.backbone else dense_weights(content) if args.init else {}
-    complete(args, content, weights, BACKBONE_FLAGS if args.backbone else [f for f in MODEL_FLAGS if f != "classes"])
+    complete(args, content, weights, BACKBONE_FLAGS if args.backbone else MODEL_FLAGS)
     train_set = open_split(args, "train")
     args.classes = train_set.classes                                        # kept in the checkpoint
     val_set = open_split(args, "val", args.classes)

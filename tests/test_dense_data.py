@@ -48,7 +48,7 @@ def test_ade20k(tmp_path):
 
 
 @pytest.mark.parametrize("fault, message", [
-    ("no map", "No such file"), ("no image", "No such file"), ("size", "10 x 32 and not one number for each of 24 x 32"),
+    ("no map", "No such file"), ("no image", "No such file"), ("size", "10 x 32 and not one number for each of 24 x"),
     ("colour", "24 x 32 x 3 and not"), ("label", "label 151, there are 150"), ("damaged", "cannot identify")])
 def test_bad_files_of_ade20k_are_counted_and_named(tmp_path, monkeypatch, fault, message):
     path = make_ade(tmp_path)
@@ -221,7 +221,8 @@ def test_boxes_are_drawn_around_masks(train):
     torch.manual_seed(0)
     pixels, masks = torch.full((3, 24, 48), 255, dtype=torch.uint8), torch.zeros(2, 24, 48, dtype=torch.uint8)
     masks[0, 4:12, 6:22], masks[1, 20:, 40:] = 1, 1
-    image, target, info = data.DetectionTransform(96, train)(pixels, dict(labels=torch.tensor([3, 4]), masks=masks, id=5))
+    given = dict(labels=torch.tensor([3, 4]), masks=masks, id=5)
+    image, target, info = data.DetectionTransform(96, train)(pixels, given)
     h, w = info["size"]
     assert image.shape == (3, 96, 96) and info["original"] == (24, 48) and target["masks"].shape[1:] == (96, 96)
     assert (undo(image)[:, :h, :w] - 255).abs().max() < 1e-3 and (undo(image)[:, h:] - 114).abs().max() < 1e-3
