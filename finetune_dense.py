@@ -575,6 +575,7 @@ def add_arguments(parser, task):
     if task == "det":
         add("--hidden", type=whole, help=f"width of their linear layers (default {recipe['hidden']})")
         add("--regions", type=whole, help=f"of an image, that each stage trains on (default {recipe['regions']})")
+    add("--pool-scale", type=float, help="factor of mean pooling (default 1; 0.25 for what was pretrained masked)")
     add("--drop-path", type=train_imagenet.SHARE, help="stochastic depth at the last block (default: the recipe's)")
     add("--freeze", action="store_true", help="leave the backbone as it is")
     add("--grad-checkpointing", action="store_true", help="less memory, more time, the same result")
@@ -583,9 +584,9 @@ def add_arguments(parser, task):
         "factor of the images' size (default {:g} {:g})".format(*recipe["jitter"]))
     add("--warmup", type=training.number(int, 0), help=f"steps of linear warmup (default {recipe['warmup']})")
     add("--layer-decay", type=training.number(float, 0.01), help="patch and position embeddings learn slower by this "
-        f"to the power of half the depth + 1 (default {recipe['layer_decay']:g})")
-    add("--decay-blocks", action="store_true", help="blocks, too, every two of them by one power less, as the released "
-        "configuration of the detectors meant it; but it found no block by name")
+        f"to the power of 13 (default {recipe['layer_decay']:g})")
+    add("--decay-blocks", action="store_true", help="blocks, too, in twelve steps of a power less each, as the "
+        "released configuration of the detectors meant it; but it found no block by name")
     training.add_training_arguments(parser, lr=recipe["recipe_lr"], recipe_batch=recipe["recipe_batch"])
     parser.set_defaults(**{k: v for k, v in recipe.items() if k not in FLAGS})
 
@@ -599,6 +600,8 @@ def complete(args, content, weights, flags=FLAGS):
     args.depth = args.depth or (1 + max(blocks) if blocks else None)
     patch = next((w.shape[-1] for k, w in weights.items() if k.endswith("patch_embed.proj.weight")), None)
     args.patch_size = args.patch_size or patch
+    if "mask_token" in weights and args.pool_scale is None and saved.get("mask_divisor") != "count":
+        args.pool_scale = 1 - saved.get("mask_ratio", 0.75)                 # as in train_imagenet.starting_point
     drawn = not args.data and (not (args.eval or args.predict) or saved and not saved["data"])
     recipe = RECIPES[args.task] | (SCENES[args.task] if drawn else {})
     vars(args).update({k: recipe.get(k) for k in FLAGS if getattr(args, k) is None})
@@ -643,6 +646,8 @@ def build_model(args, num_classes, weights):
     if args.task == "seg" and depth < 4:
         raise ValueError(f"--depth {depth}: segmentation looks at four blocks")
     if name in VITS:
+        if wrong := given.keys() - {"patch_size"}:
+            raise ValueError(f"--model {name} is timm's and does not know {', '.join(wrong)}")
         backbone = ViT(f"{name}_patch16_224", taps_of(args.task, depth), **options)
         backbone.vit.set_grad_checkpointing(args.grad_checkpointing)
     else:
@@ -729,14 +734,16 @@ def keeps_its_size(task, name, param):
 
 
 def share_of_lr(args, depth, name, param):
-    """Layer-wise decay of the learning rate, by pairs of blocks; of the blocks themselves only with --decay-blocks."""
+    """A parameter's share of the learning rate: that of a layer is smaller the earlier it comes."""
     parts = name.split(".")
     if parts[0] != "backbone":
         return 1.0
     if {"patch_embed", "pos_embed", "cls_token"} & set(parts):
-        return args.layer_decay ** (math.ceil(depth / 2) + 1)
+        return args.layer_decay ** 13
     block = next((int(b) for a, b in zip(parts, parts[1:]) if a in ("layers", "blocks")), None)
-    return 1.0 if block is None or not args.decay_blocks else args.layer_decay ** math.ceil((depth - block) / 2)
+    if block is None or not args.decay_blocks:
+        return 1.0
+    return args.layer_decay ** math.ceil(12 * (depth - block) / depth)
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
