@@ -141,6 +141,16 @@ def test_backbone_without_the_post_ssm_norm():
     dense.load_backbone(model.backbone, weights)
 
 
+def test_backbone_that_was_pretrained_masked(tmp_path):
+    torch.manual_seed(0)
+    autoencoder = fastvim.create_model("fastmaskvim_tiny", True, img_size=32, depth=4, decoder_embed_dim=16)
+    weights = autoencoder.state_dict()
+    model, _ = model_of("seg", weights=weights)
+    assert model.backbone.cfg.pool_scale == 0.25 and model.backbone.cfg.patch_size == 16
+    dense.load_backbone(model.backbone, weights)
+    assert model.backbone.layers[3].mixer.D.equal(weights["layers.3.mixer.D"])
+
+
 @pytest.mark.parametrize("task", ["seg", "det"])
 def test_vit_backbone(task):
     torch.manual_seed(0)
