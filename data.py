@@ -820,8 +820,8 @@ class Coco(DenseFiles):
 class Scenes(DenseFiles):
     """Drawn scenes: up to four shapes, one over the other, on a meadow or on water, behind lines that mean nothing.
 
-    A shape has any place, size, colour, angle and texture, so that only its outline tells its class; of what lies
-    below, the visible part counts. A meadow is green with blots, water blue with waves.
+    A shape has any place, size, colour and texture, so that only its outline tells its class; it is tilted a bit, and
+    of what lies below, the visible part counts. A meadow is green with blots, water blue with waves.
 
     objects=False: as DenseFiles of (pixels (3 S S) uint8, labels (S S) uint8), ground and shapes; True: of (pixels,
     dict(labels (m), masks (m S S) uint8, id)), shapes only. Item i is a function of (split, i) alone.
@@ -852,7 +852,7 @@ class Scenes(DenseFiles):
         owner, kinds = np.full((S, S), -1), []                              # which shape is seen at a pixel
         for number in range(int(rng.integers(1, 5))):
             kinds.append(int(rng.integers(len(self.shapes))))
-            radius, angle = S * rng.uniform(0.14, 0.28), rng.uniform(0, 2 * np.pi)
+            radius, angle = S * rng.uniform(0.16, 0.3), rng.uniform(-0.3, 0.3)
             dy, dx = ((axis - rng.uniform(0.1, 0.9) * S) / radius for axis in (y, x))
             u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
             inside = [*self.shapes.values()][kinds[-1]](u, v)               # (S S)
