@@ -14,10 +14,12 @@ The data of the experiments: readers of real data sets, a built-in one that need
 """
 
 import collections
+import contextlib
 import functools
 import hashlib
 import importlib
 import io
+import json
 import math
 import os
 import random
@@ -582,6 +584,341 @@ class Cells(Files):
         return 100 * len({tuple(row ^ row[:1]) for row in rows}) / len(rows)
 
 
+# ---- Dense tasks: a label for each pixel, or objects with boxes and masks --------------------------------------------
+
+IGNORE_INDEX = 255                                        # label of the pixels that nobody labelled
+PAD_VALUE = 114                                           # gray beside the images of detection
+
+
+class DenseFiles(Files):
+    """Images with more than one label. Item i is transform(*load(*samples[i])), None when the file is bad."""
+
+    def __init__(self, samples, classes, load, transform, where):
+        if not samples:
+            raise ValueError(f"{where}: no images")
+        super().__init__(samples, classes, load, transform, where)
+
+    def __getitem__(self, i):
+        try:
+            found = self.load(*self.samples[i])
+        except Exception as error:                        # as in Files
+            self.mark_bad(i, error)
+            return None
+        return self.transform(*found)
+
+
+def to_pixels(image):
+    """RGB image -> (3 H W) uint8."""
+    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+
+
+def normalized(pixels):
+    """(3 H W) uint8 -> float32 by ImageNet's mean and standard deviation."""
+    return extra("torchvision.transforms.v2").functional.normalize(pixels / 255, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def random_window(shape, ratio, size):
+    """An image (height, width), enlarged by `ratio`, then cropped at random to at most size x size: which of its pixels
+    that takes, and how large they become -> (top, left, height, width), [new height, new width].
+
+    Cropping first and resizing only what is needed gives the same up to rounding: at ratio 2 in a quarter of the
+    time."""
+    taken = [min(length, max(1, round(size / ratio))) for length in shape]
+    starts = [int(torch.randint(length - part + 1, ())) for length, part in zip(shape, taken)]
+    return (*starts, *taken), [min(size, max(1, round(part * ratio))) for part in taken]
+
+
+def resized_crop(pixels, window, size, nearest=False):
+    """Bilinear without smoothing, as OpenCV does it, on which the published numbers rest."""
+    v2 = extra("torchvision.transforms.v2")
+    mode = v2.InterpolationMode.NEAREST if nearest else v2.InterpolationMode.BILINEAR
+    return v2.functional.resized_crop(pixels, *window, size, mode, antialias=False)
+
+
+def uniform(low, high):
+    return low + (high - low) * torch.rand(()).item()
+
+
+class SegmentationTransform:
+    """(pixels (3 H W) uint8, labels (H W) uint8) -> (image (3 h w) float32, labels int64).
+
+    The image is enlarged to a short side of `size`, a long side of at most 4 x size. train: times a random factor of
+    `scale`; a crop of size x size, drawn again up to ten times while one class fills 75 % of it; flip; brightness,
+    contrast, saturation and hue each change with probability 0.5. Else labels stay in the size of the file."""
+
+    def __init__(self, size, train, scale=(0.5, 2.0)):
+        v2 = extra("torchvision.transforms.v2")
+        self.size, self.train, self.scale = size, train, scale
+        self.distort = v2.Compose([v2.RandomApply([v2.ColorJitter(**change)], 0.5) for change in (
+            dict(brightness=32 / 255), dict(contrast=0.5), dict(saturation=0.5), dict(hue=18 / 360))])
+
+    def __call__(self, pixels, labels):
+        short, long = sorted(labels.shape)
+        ratio = min(self.size / short, 4 * self.size / long)
+        if not self.train:
+            new = [max(1, round(length * ratio)) for length in labels.shape]
+            return normalized(resized_crop(pixels, (0, 0, *labels.shape), new)), labels.long()
+        ratio *= uniform(*self.scale)
+        for _ in range(11):
+            window, new = random_window(labels.shape, ratio, self.size)
+            counts = labels[window[0]:window[0] + window[2], window[1]:window[1] + window[3]].flatten().bincount(
+                minlength=256)[:IGNORE_INDEX]
+            if counts.max() < 0.75 * counts.sum():
+                break
+        pixels, labels = resized_crop(pixels, window, new), resized_crop(labels[None], window, new, nearest=True)[0]
+        if torch.rand(()) < 0.5:
+            pixels, labels = pixels.flip(2), labels.flip(1)
+        rest = (0, self.size - new[1], 0, self.size - new[0])
+        return F.pad(normalized(self.distort(pixels)), rest), F.pad(labels.long(), rest, value=IGNORE_INDEX)
+
+
+class DetectionTransform:
+    """(pixels (3 H W) uint8, dict(labels (m), masks (m H W) uint8, id)) -> (image (3 size size) float32, target, info).
+
+    The image is enlarged to fit size x size, padded at the right and below. train, "large-scale jitter": times a random
+    factor of `scale`, a crop, flip. target: dict(boxes (n 4), labels (n), masks (n size size) bool) of the objects that
+    are still to be seen, the boxes drawn tightly around the masks; info: dict(id, size: (height, width) without
+    padding, original: that of the file)."""
+
+    def __init__(self, size, train, scale=(0.1, 2.0)):
+        self.size, self.train, self.scale = size, train, scale
+
+    def __call__(self, pixels, target):
+        original, masks = tuple(pixels.shape[1:]), target["masks"]
+        ratio = self.size / max(original) * (uniform(*self.scale) if self.train else 1)
+        window, new = random_window(original, ratio, self.size)             # in evaluation: all of it
+        pixels = resized_crop(pixels, window, new)
+        masks = resized_crop(masks, window, new, nearest=True) if len(masks) else masks.new_zeros(0, *new)
+        if self.train and torch.rand(()) < 0.5:
+            pixels, masks = pixels.flip(2), masks.flip(2)
+        rest = (0, self.size - new[1], 0, self.size - new[0])
+        seen = masks.bool().flatten(1).any(1)
+        masks = F.pad(masks[seen], rest).bool()                             # (n size size)
+        boxes = extra("torchvision.ops").masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])      # ends of pixels
+        return (normalized(F.pad(pixels, rest, value=PAD_VALUE)),
+                dict(boxes=boxes.float(), labels=target["labels"][seen], masks=masks),
+                dict(id=target["id"], size=tuple(new), original=original))
+
+
+def merge_detections(samples):
+    """Images without equal numbers of objects: (images (B 3 H W), [target], [info])."""
+    images, targets, infos = zip(*samples)
+    return torch.stack(images), list(targets), list(infos)
+
+
+def load_labels(classes, path, label_path):
+    """An image and its map of labels, 0 for none, 1 for the first class -> pixels (3 H W), labels (H W) from 0."""
+    pixels = to_pixels(load_rgb(path))
+    with Image.open(label_path) as image:
+        labels = np.array(image)                          # of a palette image: the numbers, not the colours
+    if labels.shape != tuple(pixels.shape[1:]):
+        raise ValueError(f"{label_path} is {' x '.join(map(str, labels.shape))} and not one number for each of "
+                         f"{pixels.shape[1]} x {pixels.shape[2]} pixels")
+    if labels.max() > classes:
+        raise ValueError(f"{label_path} holds label {labels.max()}, there are {classes} classes")
+    return pixels, torch.from_numpy(labels.astype(np.uint8) - np.uint8(1))  # 0 becomes 255, IGNORE_INDEX
+
+
+class ADE20K(DenseFiles):
+    """ROOT/images/{training,validation}/*.jpg with ROOT/annotations/{training,validation}/*.png, whose pixels are 0
+    where nobody labelled them, else the number of a class from 1. As DenseFiles, of what load_labels gives.
+
+    .classes: the last column of ROOT/objectInfo150.txt, which comes with the data set; without it numbers, 150.
+    An image without its map, or a map without its image, is a bad file. FileNotFoundError: a folder is missing."""
+
+    def __init__(self, root, split, transform):
+        split = {"train": "training", "val": "validation"}[split]
+        folders = [os.path.join(root, kind, split) for kind in ("images", "annotations")]
+        for folder in folders:
+            if not os.path.isdir(folder):
+                raise FileNotFoundError(f"{folder}: no such folder. Expected {root}/images/{{training,validation}}/"
+                                        f"*.jpg and {root}/annotations/{{training,validation}}/*.png")
+        classes, table = [str(i) for i in range(1, 151)], os.path.join(root, "objectInfo150.txt")
+        if os.path.exists(table):
+            with open(table) as file:
+                classes = [line.strip().split("\t")[-1].split(",")[0].strip() for line in file.readlines()[1:]]
+        if len(classes) > IGNORE_INDEX:
+            raise ValueError(f"{table}: {len(classes)} classes, there can be {IGNORE_INDEX}")
+        images, maps = ({os.path.splitext(os.path.basename(path))[0]: path for path in find_images(folder)}
+                        for folder in folders)
+        samples = [(images.get(stem) or os.path.join(folders[0], stem + ".jpg"),
+                    maps.get(stem) or os.path.join(folders[1], stem + ".png")) for stem in sorted({*images, *maps})]
+        super().__init__(samples, classes, functools.partial(load_labels, len(classes)), transform, folders[0])
+
+
+def object_mask(segmentation, height, width):
+    """COCO's polygons, or a run-length encoding, packed or not -> mask (height width) uint8."""
+    rle = extra("pycocotools.mask")
+    if isinstance(segmentation, dict):
+        if list(segmentation["size"]) != [height, width]:
+            raise ValueError(f"a mask of {segmentation['size']} pixels in an image of {height} x {width}")
+        if isinstance(segmentation["counts"], list):
+            segmentation = rle.frPyObjects(segmentation, height, width)
+        return rle.decode(segmentation)
+    return rle.decode(rle.merge(rle.frPyObjects(segmentation, height, width)))
+
+
+def load_objects(path, text):
+    """An image and its objects, as Coco notes them -> pixels (3 H W), dict(labels (m), masks (m H W) uint8, id)."""
+    known, pixels = json.loads(text), to_pixels(load_rgb(path))
+    H, W = pixels.shape[1:]
+    if [H, W] != known["size"]:
+        raise ValueError(f"the image has {H} x {W} pixels, its annotation says {' x '.join(map(str, known['size']))}")
+    masks = [object_mask(segmentation, H, W) for segmentation in known["masks"]]
+    return pixels, dict(labels=torch.tensor(known["labels"], dtype=torch.long), id=known["id"],
+                        masks=torch.from_numpy(np.stack(masks) if masks else np.zeros((0, H, W), np.uint8)))
+
+
+def as_coco(content):
+    """The contents of an annotation file -> pycocotools' COCO, which otherwise prints how it gets on."""
+    coco = extra("pycocotools.coco").COCO()
+    coco.dataset = content
+    with contextlib.redirect_stdout(None):
+        coco.createIndex()
+    return coco
+
+
+class Coco(DenseFiles):
+    """ROOT/{train,val}2017/*.jpg with ROOT/annotations/instances_{train,val}2017.json. As DenseFiles, of what
+    load_objects gives.
+
+    .classes: names in the order of their ids. .coco: pycocotools' COCO, for the evaluation (val only).
+    Left out, with a warning that counts them, are in training crowds, objects without a polygon of three points or a
+    box of one pixel, and images without objects. The evaluation takes all images, and pycocotools judges the rest.
+    FileNotFoundError: the folder or file is missing. ValueError: no JSON of this layout, an object of an unknown
+    category or image."""
+
+    def __init__(self, root, split, transform):
+        folder = os.path.join(root, f"{split}2017")
+        path = os.path.join(root, "annotations", f"instances_{split}2017.json")
+        for needed in (folder, path):
+            if not os.path.exists(needed):
+                raise FileNotFoundError(f"{needed}: not found. Expected {root}/{{train,val}}2017/*.jpg and "
+                                        f"{root}/annotations/instances_{{train,val}}2017.json")
+        try:
+            with open(path) as file:
+                content = json.load(file)
+            categories = {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
+            label_of = {number: label for label, number in enumerate(categories)}
+            images = {image["id"]: dict(id=image["id"], size=[image["height"], image["width"]], labels=[], masks=[])
+                      for image in content["images"]}
+            skipped = collections.Counter()
+            for item in content["annotations"]:
+                if item["category_id"] not in label_of or item["image_id"] not in images:
+                    raise ValueError(f"object {item['id']} is of category {item['category_id']} in image "
+                                     f"{item['image_id']}, and there is no such category or image")
+                segmentation, (_, _, width, height) = item["segmentation"], item["bbox"]
+                if isinstance(segmentation, list):
+                    segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
+                reason = ("in a crowd" if item.get("iscrowd") else "without a polygon of three points"
+                          if not segmentation else "smaller than a pixel" if min(width, height) < 1 else None)
+                if reason:
+                    skipped[reason] += 1
+                else:
+                    images[item["image_id"]]["labels"].append(label_of[item["category_id"]])
+                    images[item["image_id"]]["masks"].append(segmentation)
+            samples = [(os.path.join(folder, image["file_name"]), images[image["id"]]) for image in content["images"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: no annotations of COCO's layout ({type(error).__name__}: {error})") from error
+        self.coco = None
+        if split == "val":
+            self.coco, self.category_ids = as_coco(content), list(categories)
+        else:
+            kept = [sample for sample in samples if sample[1]["labels"]]
+            reasons = [f"{n:,} objects {why}" for why, n in sorted(skipped.items())]
+            if len(kept) < len(samples):
+                reasons.append(f"{len(samples) - len(kept):,} of {len(samples):,} images without objects")
+            if reasons:
+                warnings.warn(f"{path}: left out {', '.join(reasons)}")
+            samples = kept
+        # As text: a loading process that only looked at 860,000 lists would, by their reference counts, copy them all.
+        samples = [(name, json.dumps(known).encode()) for name, known in samples]
+        super().__init__(samples, list(categories.values()), load_objects, transform, folder)
+
+
+# ---- Built-in data: drawn scenes -------------------------------------------------------------------------------------
+
+class Scenes(DenseFiles):
+    """Drawn scenes: up to four shapes, one over the other, on a meadow or on water, behind lines that mean nothing.
+
+    A shape has any place, size, colour and texture, so that only its outline tells its class; it is tilted a bit, and
+    of what lies below, the visible part counts. A meadow is green with blots, water blue with waves.
+
+    objects=False: as DenseFiles of (pixels (3 S S) uint8, labels (S S) uint8), ground and shapes; True: of (pixels,
+    dict(labels (m), masks (m S S) uint8, id)), shapes only. Item i is a function of (split, i) alone.
+    .coco: as in Coco.
+    """
+
+    grounds, sizes = ("meadow", "water"), {"train": 800, "val": 100}
+    shapes = dict(disc=lambda u, v: np.hypot(u, v) < 0.9,                   # u, v: in units of the shape's radius
+                  square=lambda u, v: np.maximum(abs(u), abs(v)) < 0.8,
+                  triangle=lambda u, v: (v < 0.6) & (abs(u) < 0.55 * (v + 1)),
+                  cross=lambda u, v: (np.maximum(abs(u), abs(v)) < 0.95) & (np.minimum(abs(u), abs(v)) < 0.32))
+
+    def __init__(self, split, transform, img_size, objects):
+        self.split, self.img_size, self.objects, self.coco = split, img_size, objects, None
+        classes = [*self.shapes] if objects else [*self.grounds, *self.shapes]
+        super().__init__([(i, split) for i in range(self.sizes[split])], classes, self.draw, transform,
+                         f"the drawn scenes ({split})")
+        if objects and split == "val":
+            self.category_ids, self.coco = list(range(len(classes))), as_coco(self.annotations())
+
+    def draw(self, i, split):
+        rng, S = np.random.default_rng([list(self.sizes).index(split), i]), self.img_size
+        y, x = np.mgrid[:S, :S] + 0.5                                       # (S S) each
+        ground = int(rng.integers(len(self.grounds)))
+        darkest, brightest = (((0.1, 0.4, 0.1), (0.5, 0.7, 0.3)), ((0.1, 0.1, 0.1), (0.3, 0.5, 0.9)))[ground]
+        colour = rng.uniform(darkest, brightest)                            # (3)
+        image = self.paint(rng, colour, S / 12, y, x, waves=ground == 1)    # (3 S S)
+        owner, kinds = np.full((S, S), -1), []                              # which shape is seen at a pixel
+        for number in range(int(rng.integers(1, 5))):
+            kinds.append(int(rng.integers(len(self.shapes))))
+            radius, angle = S * rng.uniform(0.16, 0.3), rng.uniform(-0.3, 0.3)
+            dy, dx = ((axis - rng.uniform(0.1, 0.9) * S) / radius for axis in (y, x))
+            u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
+            inside = [*self.shapes.values()][kinds[-1]](u, v)               # (S S)
+            owner[inside] = number
+            texture = self.paint(rng, rng.uniform(0, 1, 3), S / 8, y, x, waves=rng.random() < 0.5)
+            image = np.where(inside, texture, image)
+        for _ in range(int(rng.integers(0, 4))):                            # lines
+            angle, place = rng.uniform(0, np.pi), rng.uniform(0.2, 0.8, 2) * S
+            across = np.cos(angle) * (y - place[0]) + np.sin(angle) * (x - place[1])
+            along = np.cos(angle) * (x - place[1]) - np.sin(angle) * (y - place[0])
+            image = np.where((abs(across) < S / 64) & (abs(along) < S / 5), rng.uniform(0, 1, (3, 1, 1)), image)
+        image = image + 0.04 * rng.standard_normal(image.shape)
+        pixels = torch.from_numpy((255 * image.clip(0, 1)).astype(np.uint8))
+        if not self.objects:
+            labels = np.array([*(len(self.grounds) + kind for kind in kinds), ground], np.uint8)[owner]
+            return pixels, torch.from_numpy(labels)
+        masks = [owner == number for number in range(len(kinds))]
+        seen = [number for number, mask in enumerate(masks) if mask.sum() >= (S / 16) ** 2]
+        return pixels, dict(id=i, labels=torch.tensor([kinds[number] for number in seen], dtype=torch.long),
+                            masks=torch.from_numpy(np.stack([masks[n] for n in seen] or np.zeros((0, S, S), bool)
+                                                            ).astype(np.uint8)))
+
+    @staticmethod
+    def paint(rng, colour, wavelength, y, x, waves):
+        """colour (3) with waves of one direction, or with blots, the sum of waves of many directions -> (3 S S)."""
+        texture, count = 0, 1 if waves else 8
+        for _ in range(count):
+            angle, phase = rng.uniform(0, 2 * np.pi, 2)
+            length = wavelength * rng.uniform(0.8, 1.25)
+            texture = texture + np.sin(2 * np.pi / length * (np.cos(angle) * x + np.sin(angle) * y) + phase)
+        return colour[:, None, None] + rng.uniform(0.05, 0.15) * texture / count ** 0.5
+
+    def annotations(self):
+        """What COCO's annotation file would say of these scenes."""
+        rle, items = extra("pycocotools.mask"), []
+        for i in range(len(self)):
+            target = self.draw(i, self.split)[1]
+            for label, mask in zip(target["labels"].tolist(), target["masks"].numpy()):
+                coded = rle.encode(np.asfortranarray(mask))
+                items.append(dict(id=len(items) + 1, image_id=i, category_id=label, iscrowd=0, segmentation=coded,
+                                  area=float(mask.sum()), bbox=rle.toBbox(coded).tolist()))
+        return dict(annotations=items, categories=[dict(id=k, name=name) for k, name in enumerate(self.classes)],
+                    images=[dict(id=i, height=self.img_size, width=self.img_size) for i in range(len(self))])
+
+
 # ---- Order, randomness, batches --------------------------------------------------------------------------------------
 
 def stable_hash(*key):
@@ -656,15 +993,15 @@ class BatchSampler(Sampler):
             yield [(epoch, index) for index in order[i * size:(i + 1) * size][self.rank::self.world_size].tolist()]
 
 
-def collate(samples, refill):
-    """Samples, None for a bad one -> a batch of the good ones; refill: repeats them, so that the batch keeps the size
-    of the recipe (and mixup an even one). None is good: None in evaluation, BadDataError with refill."""
+def collate(samples, refill, merge=default_collate):
+    """Samples, None for a bad one -> a batch of the good ones, merge([sample]); refill: repeats them, so that the batch
+    keeps the size of the recipe (and mixup an even one). None is good: None in evaluation, BadDataError with refill."""
     good = [sample for sample in samples if sample is not None]
     if not good and refill:
         raise BadDataError(f"all {len(samples)} samples of a batch are unreadable; the warnings above name the files")
     if not good:
         return None
-    return default_collate([good[i % len(good)] for i in range(len(samples))] if refill else good)
+    return merge([good[i % len(good)] for i in range(len(samples))] if refill else good)
 
 
 def ignore_interrupt(worker):
@@ -673,15 +1010,17 @@ def ignore_interrupt(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)         # torch ends workers whose process has gone
 
 
-def make_loader(dataset, batch_size, *, train, seed=0, workers=0, rank=0, world_size=1, pin_memory=None):
+def make_loader(dataset, batch_size, *, train, seed=0, workers=0, rank=0, world_size=1, pin_memory=None,
+                merge=default_collate):
     """A DataLoader of (input, label) batches. train: shuffled, whole batches only; else in order and complete.
 
-    batch_size: per process; workers: loading processes, 0 to load in this one; pin_memory: by default with a GPU.
+    batch_size: per process; workers: loading processes, 0 to load in this one; pin_memory: by default with a GPU;
+    merge([sample]) makes a batch of samples.
     Call loader.batch_sampler.set_epoch(epoch, skip) before each epoch. It reaches persistent workers with the indices.
     """
     sampler = BatchSampler(len(dataset), batch_size, seed, train, train, rank, world_size)
     return DataLoader(Seeded(dataset, seed), batch_sampler=sampler, num_workers=workers,
                       worker_init_fn=ignore_interrupt,
-                      collate_fn=functools.partial(collate, refill=train), persistent_workers=workers > 0,
+                      collate_fn=functools.partial(collate, refill=train, merge=merge), persistent_workers=workers > 0,
                       pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
                       generator=torch.Generator())        # its own: else each epoch draws from the training's generator

@@ -1,0 +1,274 @@
+"""Readers of ADE20K and COCO on small files in their layouts, good and bad; augmentation; the drawn scenes."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+for module in ("torchvision", "PIL", "pycocotools"):
+    pytest.importorskip(module)
+
+import data
+from PIL import Image
+from pycocotools import mask as rle
+
+
+def plain(*found):
+    return found
+
+
+def jpeg(path, height=24, width=32, value=128):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((height, width, 3), value, np.uint8)).save(path)
+
+
+# ---- ADE20K ----------------------------------------------------------------------------------------------------------
+
+
+def make_ade(root, n=3):
+    for split in ("training", "validation"):
+        for i in range(n):
+            jpeg(root / "images" / split / f"ADE_{i}.jpg")
+            labels = np.zeros((24, 32), np.uint8)
+            labels[:, 8:], labels[:, 20:] = 1, 150
+            (root / "annotations" / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(labels).save(root / "annotations" / split / f"ADE_{i}.png")
+    return root / "annotations" / "training" / "ADE_1.png"
+
+
+def test_ade20k(tmp_path):
+    make_ade(tmp_path)
+    found = data.ADE20K(str(tmp_path), "train", plain)
+    pixels, labels = found[0]
+    assert len(found) == 3 and len(found.classes) == 150 and pixels.shape == (3, 24, 32) and pixels.dtype == torch.uint8
+    assert labels[0].tolist() == [255] * 8 + [0] * 12 + [149] * 12          # what nobody labelled is not learnt
+    (tmp_path / "objectInfo150.txt").write_text("Idx\tRatio\tName\n" + "".join(
+        f"{i}\t0.1\tthing{i}, stuff\n" for i in range(1, 151)))
+    assert data.ADE20K(str(tmp_path), "val", plain).classes[149] == "thing150"
+
+
+@pytest.mark.parametrize("fault, message", [
+    ("no map", "No such file"), ("no image", "No such file"), ("size", "10 x 32 and not one number for each of 24 x"),
+    ("colour", "24 x 32 x 3 and not"), ("label", "label 151, there are 150"), ("damaged", "cannot identify")])
+def test_bad_files_of_ade20k_are_counted_and_named(tmp_path, fault, message):
+    path = make_ade(tmp_path)
+    if fault == "no map":
+        path.unlink()
+    elif fault == "no image":
+        (tmp_path / "images" / "training" / "ADE_1.jpg").unlink()
+    elif fault == "damaged":
+        path.write_bytes(b"no png")
+    else:
+        shape = dict(size=(10, 32), colour=(24, 32, 3), label=(24, 32))[fault]
+        Image.fromarray(np.full(shape, 151, np.uint8)).save(path)
+    found = data.ADE20K(str(tmp_path), "train", plain)
+    with pytest.warns(UserWarning, match=message):
+        assert found[1] is None                           # one may be bad, however few there are
+    assert len(found) == 3 and found.bad_count == 1 and found[0] is not None
+    with pytest.warns(UserWarning), pytest.raises(data.BadDataError, match="ADE_1"):
+        found.mark_bad(0, ValueError("another"))
+
+
+def test_folders_of_ade20k_that_are_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="annotations/{training"):
+        data.ADE20K(str(tmp_path), "train", plain)
+    (tmp_path / "images" / "training").mkdir(parents=True)
+    (tmp_path / "annotations" / "training").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no images"):
+        data.ADE20K(str(tmp_path), "train", plain)
+
+
+# ---- COCO ------------------------------------------------------------------------------------------------------------
+
+
+def triangle(number, image=1, category=7, **more):
+    return dict(id=number, image_id=image, category_id=category, iscrowd=0, bbox=[2, 2, 10, 10], area=50.0,
+                segmentation=[[2, 2, 12, 2, 2, 12]]) | more
+
+
+def make_coco(root, objects, images=2):
+    for split in ("train", "val"):
+        (root / "annotations").mkdir(parents=True, exist_ok=True)
+        for i in range(1, images + 1):
+            jpeg(root / f"{split}2017" / f"{i:012}.jpg")
+        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(dict(
+            images=[dict(id=i, file_name=f"{i:012}.jpg", height=24, width=32) for i in range(1, images + 1)],
+            categories=[dict(id=9, name="dog"), dict(id=7, name="cat")], annotations=objects)))
+    return str(root)
+
+
+def square_mask(top, left, bottom, right):
+    mask = np.zeros((24, 32), np.uint8, order="F")
+    mask[top:bottom, left:right] = 1
+    return mask
+
+
+def test_coco_polygons_and_both_run_lengths(tmp_path):
+    mask = square_mask(5, 6, 9, 16)
+    packed = rle.encode(mask)
+    packed["counts"] = packed["counts"].decode()
+    flat = mask.flatten(order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff([0, *edges, len(flat)]).tolist()
+    objects = [triangle(1), triangle(2, category=9, segmentation=packed), triangle(
+        3, segmentation=dict(size=[24, 32], counts=counts)), triangle(4, 2)]
+    found = data.Coco(make_coco(tmp_path, objects), "train", plain)
+    pixels, target = found[0]
+    assert found.classes == ["cat", "dog"] and len(found) == 2              # in the order of their ids
+    assert target["labels"].tolist() == [0, 1, 0] and target["id"] == 1
+    assert (target["masks"][1].numpy() == mask).all() and (target["masks"][2].numpy() == mask).all()
+    assert 40 <= target["masks"][0].sum() <= 60 and target["masks"][0, 3, 3] and not target["masks"][0, 11, 11]
+
+
+def test_what_is_left_out_of_coco_is_counted(tmp_path):
+    objects = [triangle(1), triangle(2, iscrowd=1, segmentation=dict(size=[24, 32], counts=[700, 68])),
+               triangle(3, segmentation=[[2, 2, 9, 9]]), triangle(4, bbox=[2, 2, 0.5, 9]),
+               triangle(5, bbox=[3, 3, 1, 1], segmentation=[[3, 3, 4, 3, 4, 4, 3, 4]])]
+    root = make_coco(tmp_path, objects)
+    with pytest.warns(UserWarning, match="1 objects in a crowd, 1 objects smaller than a pixel, 1 objects without a "
+                      "polygon of three points, 1 of 2 images without objects"):
+        found = data.Coco(root, "train", data.DetectionTransform(32, False))
+    image, target, info = found[0]
+    assert len(found) == 1 and info == dict(id=1, size=(24, 32), original=(24, 32))
+    assert target["boxes"][1].tolist() == [3, 3, 4, 4] and target["labels"].tolist() == [0, 0]
+    val = data.Coco(root, "val", data.DetectionTransform(32, False))
+    assert len(val) == 2 and len(val[1][1]["boxes"]) == 0 and val.category_ids == [7, 9]
+    assert len(val.coco.anns) == 5 and val[1][1]["masks"].shape == (0, 32, 32)
+
+
+@pytest.mark.parametrize("objects, message", [
+    ([triangle(1, category=8)], "category 8 in image 1"), ([triangle(1, image=5)], "image 5"),
+    ([dict(id=1)], "KeyError"), ([triangle(1, bbox=[1, 2])], "ValueError")])
+def test_annotations_that_make_no_sense(tmp_path, objects, message):
+    with pytest.raises(ValueError, match=message):
+        data.Coco(make_coco(tmp_path, objects), "train", plain)
+
+
+def test_bad_files_of_coco(tmp_path, monkeypatch):
+    root = make_coco(tmp_path, [triangle(i, i) for i in range(1, 5)] + [
+        triangle(9, 4, segmentation=dict(size=[10, 32], counts=[320]))], 4)
+    (tmp_path / "train2017" / f"{1:012}.jpg").unlink()
+    jpeg(tmp_path / "train2017" / f"{2:012}.jpg", 20)
+    file = tmp_path / "train2017" / f"{3:012}.jpg"
+    file.write_bytes(file.read_bytes()[:300])
+    monkeypatch.setattr(data, "MAX_BAD", 1)
+    found = data.Coco(root, "train", plain)
+    for i, message in enumerate(("No such file", "has 20 x 32 pixels, its annotation says 24 x 32", "(?i)truncated",
+                                 "a mask of .10, 32. pixels in an image of 24 x 32")):
+        with pytest.warns(UserWarning, match=message):
+            assert found[i] is None
+    assert found.bad_count == 4
+    with pytest.raises(FileNotFoundError, match="instances_"):
+        data.Coco(str(tmp_path / "x"), "train", plain)
+    (tmp_path / "annotations" / "instances_val2017.json").write_text("{")
+    with pytest.raises(ValueError, match="JSONDecodeError"):
+        data.Coco(root, "val", plain)
+
+
+# ---- augmentation ----------------------------------------------------------------------------------------------------
+
+
+def marked(H=40, W=60):
+    """An image whose pixels tell their label: red is 1 + label."""
+    labels = torch.zeros(H, W, dtype=torch.uint8)
+    labels[:, W // 2:], labels[:H // 4] = 1, 2
+    return torch.stack([10 * labels + 10, labels * 0, labels * 0]), labels
+
+
+def undo(image):
+    mean, std = (torch.tensor(v)[:, None, None] for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    return 255 * (image * std + mean)
+
+
+def test_segmentation_pixels_and_labels_move_together(monkeypatch):
+    transform, sizes = data.SegmentationTransform(32, True), set()
+    transform.distort = lambda x: x
+    for seed in range(20):
+        torch.manual_seed(seed)
+        image, labels = transform(*marked())
+        assert image.shape == (3, 32, 32) and labels.shape == (32, 32) and labels.dtype == torch.int64
+        known = labels != 255
+        sizes.add(int(known.sum()))
+        agree = (undo(image)[0][known] - 10 * labels[known] - 10).abs() < 1
+        assert agree.float().mean() > 0.8                                   # but at edges
+        assert (image[:, ~known] == 0).all()
+    assert 1024 in sizes and min(sizes) < 700                               # some are smaller than the crop: padded
+
+
+def test_crops_of_one_class_are_drawn_again():
+    labels = torch.zeros(40, 200, dtype=torch.uint8)
+    labels[:, 30:60] = 1
+    transform, mixed = data.SegmentationTransform(20, True, (1.0, 1.0)), 0
+    for seed in range(30):
+        torch.manual_seed(seed)
+        counts = transform(torch.zeros(3, 40, 200, dtype=torch.uint8), labels)[1].flatten().bincount()
+        mixed += len(counts) > 1 and counts.max() < 0.77 * 400
+    assert mixed > 15                           # of crops drawn once a fifth would be
+
+
+def test_evaluation_keeps_labels_and_fits_both_sides():
+    pixels, labels = marked()
+    image, kept = data.SegmentationTransform(80, False)(pixels, labels)
+    assert image.shape == (3, 80, 120) and kept.equal(labels.long())
+    image, _ = data.SegmentationTransform(80, False)(*marked(10, 100))
+    assert image.shape == (3, 32, 320)          # 4 x 80 is the most for the long side
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_boxes_are_drawn_around_masks(train):
+    torch.manual_seed(0)
+    pixels, masks = torch.full((3, 24, 48), 255, dtype=torch.uint8), torch.zeros(2, 24, 48, dtype=torch.uint8)
+    masks[0, 4:12, 6:22], masks[1, 20:, 40:] = 1, 1
+    given = dict(labels=torch.tensor([3, 4]), masks=masks, id=5)
+    image, target, info = data.DetectionTransform(96, train)(pixels, given)
+    h, w = info["size"]
+    assert image.shape == (3, 96, 96) and info["original"] == (24, 48) and target["masks"].shape[1:] == (96, 96)
+    assert (undo(image)[:, :h, :w] - 255).abs().max() < 1e-3 and (undo(image)[:, h:] - 114).abs().max() < 1e-3
+    for box, mask in zip(target["boxes"].long().tolist(), target["masks"]):
+        y, x = mask.nonzero(as_tuple=True)
+        assert box == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+    if not train:
+        assert (h, w) == (48, 96) and target["labels"].tolist() == [3, 4]
+        assert target["boxes"].tolist() == [[12, 8, 44, 24], [80, 40, 96, 48]]
+
+
+def test_jitter_reaches_both_ends_and_drops_what_is_no_longer_seen():
+    pixels, masks = torch.zeros(3, 64, 64, dtype=torch.uint8), torch.zeros(1, 64, 64, dtype=torch.uint8)
+    masks[0, :4, :4] = 1
+    sizes, counts = [], []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        _, target, info = data.DetectionTransform(64, True)(pixels, dict(labels=torch.tensor([0]), masks=masks, id=0))
+        sizes.append(info["size"][0])
+        counts.append(len(target["boxes"]))
+    assert min(sizes) < 20 and max(sizes) == 64 and set(counts) == {0, 1}
+
+
+# ---- drawn scenes ----------------------------------------------------------------------------------------------------
+
+
+def test_scenes_are_a_function_of_split_and_index():
+    first, again, val = (data.Scenes(split, plain, 48, False) for split in ("train", "train", "val"))
+    assert all(a.equal(b) for i in (0, 5) for a, b in zip(first[i], again[i]))
+    assert not first[0][0].equal(val[0][0]) and not first[0][0].equal(first[1][0])
+    labels = torch.stack([first[i][1] for i in range(40)])
+    share = labels.flatten().bincount() / labels.numel()
+    assert len(share) == 6 == len(first.classes) and share.min() > 0.02 and share.max() < 0.6
+
+
+def test_scenes_as_objects_are_those_of_the_map_of_labels():
+    whole, parts = data.Scenes("val", plain, 48, False), data.Scenes("val", plain, 48, True)
+    for i in range(10):
+        (pixels, labels), (same, target) = whole[i], parts[i]
+        assert pixels.equal(same) and (target["masks"].sum(0) <= 1).all()   # only the visible part
+        for mask, label in zip(target["masks"].bool(), target["labels"]):
+            assert (labels[mask] == len(data.Scenes.grounds) + label).all() and mask.sum() >= 9
+    assert len(parts.coco.imgs) == len(parts) and len(parts.coco.cats) == 4
+
+
+def test_batches_of_detection_keep_their_lists():
+    dataset = data.Scenes("train", data.DetectionTransform(48, True), 48, True)
+    loader = data.make_loader(dataset, 4, train=True, merge=data.merge_detections)
+    images, targets, infos = next(iter(loader))
+    assert images.shape == (4, 3, 48, 48) and len(targets) == len(infos) == 4
+    assert all(len(t["boxes"]) == len(t["labels"]) == len(t["masks"]) for t in targets)

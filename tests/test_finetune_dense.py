@@ -1,0 +1,309 @@
+"""The dense script from its command line: recipes, backbones, measures, training, exact resume, pictures."""
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+for module in ("timm", "torchvision", "sklearn", "PIL", "pycocotools"):
+    pytest.importorskip(module)
+
+import data
+import fastvim
+import finetune_dense as dense
+import training
+from PIL import Image
+from test_dense_data import make_ade, make_coco, triangle
+
+TINY = dict(seg=["--img-size", 32, "--depth", 4, "--channels", 8, "--batch-size", 4],
+            det=["--img-size", 32, "--depth", 2, "--channels", 8, "--hidden", 16, "--regions", 16, "--batch-size", 4])
+
+
+def run(task, *argv):
+    """The script in this process."""
+    sys.argv, old = ["finetune_dense.py", task, "--device", "cpu", "--workers", "0", *map(str, argv)], sys.argv
+    try:
+        dense.main()
+    finally:
+        sys.argv = old
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def model_of(task, *argv, classes=3, weights={}):
+    args = dense.get_args([task, "--device", "cpu", *map(str, (*TINY[task], *argv))])
+    dense.complete(args, {}, weights)
+    return dense.build_model(args, classes, weights), args
+
+
+@pytest.fixture
+def few_scenes(monkeypatch):
+    monkeypatch.setattr(data.Scenes, "sizes", dict(train=8, val=3))
+
+
+# ---- recipes and options ---------------------------------------------------------------------------------------------
+
+
+def test_recipes():
+    """recipes.md, sections 4 and 5; and without --data one scaled to the drawn scenes."""
+    expected = dict(
+        seg=dict(steps=160_000, warmup=1500, recipe_lr=6e-5, recipe_batch=16, weight_decay=0.01, img_size=512,
+                 jitter=(0.5, 2.0), channels=512, clip=0, layer_decay=1.0),
+        det=dict(steps=184_375, warmup=250, recipe_lr=1e-4, recipe_batch=64, weight_decay=0.05, img_size=1024,
+                 jitter=(0.1, 2.0), channels=256, hidden=1024, regions=512, clip=35, layer_decay=0.7))
+    for task, recipe in expected.items():
+        args = dense.get_args([task, "--data", "x"])
+        assert not dense.complete(args, {}, {})
+        assert recipe == {k: vars(args)[k] for k in recipe} and not args.amp and args.ema == 0 and args.epochs is None
+        drawn = dense.get_args([task])
+        assert dense.complete(drawn, {}, {}) and drawn.img_size < 100 and drawn.depth == 4 and drawn.steps <= 1500
+    assert [round(184_375 * share) for share in dense.DROPS] == [163_889, 177_546]
+    assert dense.taps_of("seg", 24) == [5, 11, 17, 23] and dense.taps_of("seg", 12) == [2, 5, 8, 11]
+    assert dense.taps_of("det", 24) == [23]
+    for task, model, rate in (("seg", "tiny", 0.05), ("det", "small", 0.1), ("det", "base", 0.4)):
+        args = dense.get_args([task, "--data", "x", "--model", f"fastvim_{model}", "--depth", "4", "--channels", "8"])
+        dense.complete(args, {}, {})
+        assert dense.build_model(args, 2, {}).backbone.drop_path_rates[-1] == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["seg", "--model", "fastvim_giant"], "fastvim_giant"), (["seg", "--depth", "3"], "four blocks"),
+    (["det", "--model", "fastvim_huge", "--depth", "1"], "14 pixels"), (["seg", "--data", "nowhere"], "no such folder"),
+    (["det", "--data", "nowhere"], "not found"), (["seg", "--eval", "nowhere.pt"], "no checkpoint at"),
+    (["det", "--init", "x.pt", "--backbone", "y.pt"], "2")])
+def test_errors_are_one_line(argv, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        run(*argv, "--out", tmp_path)
+
+
+def test_weight_decay():
+    model, args = model_of("seg", "--model", "vim_tiny")
+    kept = {n for n, p in model.named_parameters() if dense.keeps_its_size("seg", n, p)}
+    assert {"backbone.pos_embed", "backbone.cls_token", "backbone.layers.0.norm.bias", "backbone.outnorm_3.weight",
+            "backbone.layers.1.mixer.A_log", "backbone.layers.1.mixer.D", "backbone.layers.1.mixer.D_b",
+            "backbone.layers.2.mixer.A_b_log", "backbone.layers.2.mixer.layernorm.weight"} <= kept
+    assert not any(n.startswith(("decode", "auxiliary")) or "conv1d" in n or "proj" in n for n in kept)
+    model, args = model_of("det")
+    assert [n for n, p in model.named_parameters() if dense.keeps_its_size("det", n, p)] == ["backbone.pos_embed"]
+
+
+def test_layer_decay():
+    """Erratum 5: 0.7 ** 13 for the embeddings alone; as meant, block i of 24 has 0.7 ** (12 - i // 2)."""
+    args = dense.get_args(["det", "--data", "x"])
+    args.layer_decay = 0.7
+
+    def share(name):
+        return dense.share_of_lr(args, 24, name, None)
+
+    assert share("backbone.pos_embed") == share("backbone.patch_embed.proj.bias") == pytest.approx(0.7 ** 13)
+    assert [share(name) for name in ("backbone.layers.0.norm.weight", "neck.fpn1.0.weight", "backbone.outnorm_0.bias")
+            ] == [1, 1, 1]
+    args.decay_blocks = True
+    assert [share(f"backbone.layers.{i}.mixer.D") for i in range(24)] == pytest.approx(
+        [0.7 ** (12 - i // 2) for i in range(24)])
+
+
+# ---- backbones and checkpoints ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fastvim_tiny", "vim_tiny"])
+def test_backbone_from_a_classifier(name, tmp_path):
+    torch.manual_seed(1)
+    classifier = fastvim.create_model(name, img_size=64, depth=4)
+    for p in classifier.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    torch.save(dict(state_dict={f"backbone.{k}": v for k, v in classifier.state_dict().items()}), tmp_path / "c.ckpt")
+    model, args = model_of("seg", "--model", name, weights=classifier.state_dict())
+    before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
+    note = dense.load_backbone(model.backbone, fastvim.read_checkpoint(tmp_path / "c.ckpt"))
+    assert "resized from 4 x 4 to 2 x 2" in note and "norm_f dropped" in note and "4 biases" in note
+    own, given = model.backbone.state_dict(), classifier.state_dict()
+    for k, v in own.items():
+        fresh = k.startswith("outnorm_") or k.endswith(".norm.bias")
+        assert k == "pos_embed" or v.equal((before if fresh else given)[k]), k
+    assert not any(own[f"layers.{i}.norm.bias"].any() for i in range(4))
+    with pytest.raises(ValueError, match="another model"):
+        deeper, _ = model_of("seg", "--patch-size", 16, "--depth", 5, "--model", name)
+        dense.load_backbone(deeper.backbone, classifier.state_dict())
+
+
+def test_backbone_without_the_post_ssm_norm():
+    weights = fastvim.create_model("vim_tiny", img_size=32, depth=4, ssm_norm=None).state_dict()
+    model, _ = model_of("seg", "--model", "vim_tiny", weights=weights)
+    assert model.backbone.layers[0].mixer.layernorm is None
+    dense.load_backbone(model.backbone, weights)
+
+
+def test_backbone_that_was_pretrained_masked(tmp_path):
+    torch.manual_seed(0)
+    autoencoder = fastvim.create_model("fastmaskvim_tiny", True, img_size=32, depth=4, decoder_embed_dim=16)
+    weights = autoencoder.state_dict()
+    model, _ = model_of("seg", weights=weights)
+    assert model.backbone.cfg.pool_scale == 0.25 and model.backbone.cfg.patch_size == 16
+    dense.load_backbone(model.backbone, weights)
+    assert model.backbone.layers[3].mixer.D.equal(weights["layers.3.mixer.D"])
+
+
+@pytest.mark.parametrize("task", ["seg", "det"])
+def test_vit_backbone(task):
+    torch.manual_seed(0)
+    model, args = model_of(task, "--model", "deit_tiny", "--img-size", 48)
+    assert len(model.backbone.forward_intermediates(torch.zeros(1, 3, 40, 64))) == (4 if task == "seg" else 1)
+    classifier = data.extra("timm").create_model("deit_tiny_patch16_224", depth=TINY[task][3])
+    assert "dropped (head.bias, head.weight, norm.bias, norm.weight)" in dense.load_backbone(
+        model.backbone, dict(model=classifier.state_dict()))
+    assert model.backbone.vit.blocks[1].attn.qkv.weight.equal(classifier.blocks[1].attn.qkv.weight)
+    model.train()
+    if task == "seg":
+        loss = sum(model(torch.randn(2, 3, 48, 48), torch.randint(0, 3, (2, 48, 48))).values())
+    else:
+        target = dict(boxes=torch.tensor([[4.0, 4, 30, 30]]), labels=torch.tensor([1]),
+                      masks=torch.ones(1, 64, 64, dtype=torch.bool))
+        loss = sum(model(torch.randn(1, 3, 64, 64), [target]).values())
+    loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("task", ["seg", "det"])
+def test_whole_models_by_their_released_names(task):
+    torch.manual_seed(0)
+    model, args = model_of(task)
+    weights = dense.dense_weights(dict(meta={}, state_dict=dict(model.state_dict())))
+    assert dense.count_classes(weights) == 3
+    other, _ = model_of(task)
+    dense.load_dense(other, weights, 3)
+    assert all(v.equal(model.state_dict()[k]) for k, v in other.state_dict().items())
+    more, _ = model_of(task, "--img-size", 64, classes=5)
+    assert "tell 3 classes apart" in dense.load_dense(more, weights, 5)     # and position embeddings are resized
+    with pytest.raises(ValueError, match="another model"):
+        dense.load_dense(other, {k: v for k, v in weights.items() if "convs" not in k}, 3)
+    with pytest.raises(ValueError, match="no segmenter or detector"):
+        dense.dense_weights(fastvim.create_model("fastvim_tiny", depth=1).state_dict())
+
+
+# ---- measures --------------------------------------------------------------------------------------------------------
+
+
+def test_iou_is_that_of_scikit_learn():
+    from sklearn.metrics import jaccard_score
+    rng = np.random.default_rng(0)
+    labels, found = rng.integers(0, 7, (3, 20, 30)), rng.integers(0, 7, (3, 20, 30))
+    found[rng.random(found.shape) < 0.6] = 0
+    labels[labels == 5], found[found == 5] = 6, 6                           # a class that is nowhere
+    known = rng.random(labels.shape) < 0.8
+    given = torch.from_numpy(np.where(known, labels, 255))
+    confusion = sum(dense.count_confusions(a, b, 7) for a, b in zip(given, torch.from_numpy(found)))
+    iou = dense.iou_of(confusion)
+    expected = 100 * jaccard_score(labels[known], found[known], average=None, labels=[0, 1, 2, 3, 4, 6])
+    assert iou[[0, 1, 2, 3, 4, 6]].numpy() == pytest.approx(expected) and iou[5].isnan()
+
+
+class Oracle(torch.nn.Module):
+    """Finds what the annotations say, moved by some pixels."""
+
+    def __init__(self, dataset, shift=0):
+        super().__init__()
+        self.dataset, self.shift, self.next = dataset, shift, 0
+
+    def forward(self, images, sizes, originals):
+        found = []
+        for size in originals:
+            target = self.dataset.load(*self.dataset.samples[self.next])[1]
+            self.next += 1
+            masks = target["masks"].bool().roll(self.shift, 2)
+            boxes = data.extra("torchvision.ops").masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
+            found.append(dict(boxes=boxes, scores=torch.ones(len(boxes)), labels=target["labels"], masks=masks))
+        return found
+
+
+@pytest.mark.parametrize("shift", [0, 40, None])
+def test_average_precision(shift, few_scenes):
+    args = dense.get_args(["det", "--device", "cpu"])
+    dense.complete(args, {}, {})
+    dataset = dense.open_split(args, "val")
+    ctx = training.setup(args, training=False)
+    loader = dense.loader_of(args, ctx, dataset)
+    if shift is None:
+        metrics = dense.average_precision(dataset.coco, [], [0, 1, 2])
+    else:
+        metrics = dense.evaluate_detector(args, ctx, Oracle(dataset, shift), loader)
+    for name in ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"):
+        assert metrics[name] == pytest.approx(100) if shift == 0 else metrics[name] < 30
+    assert metrics["images"] == 3
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What no handler of the training sees."""
+
+
+@pytest.mark.parametrize("task", ["seg", "det"])
+def test_drawn_scenes_end_to_end(task, few_scenes, tmp_path, monkeypatch, capsys):
+    """Training, evaluation, a kill with exact resume, pictures."""
+    flags = [*TINY[task], "--steps", 3, "--save-minutes", 0, "--drop-path", 0.2, "--warmup", 1]
+    run(task, *flags, "--out", tmp_path / "a")
+    metric = dict(seg="miou", det="mask_ap")[task]
+    lines = log(tmp_path / "a")
+    assert metric in lines[-1]["metrics"] and (tmp_path / "a" / "example-2.png").exists()
+
+    step, calls = torch.optim.AdamW.step, []
+    with monkeypatch.context() as patch:
+        def dying_step(self, *args, **kwargs):
+            calls.append(1)
+            if len(calls) == 3:
+                raise Killed
+            return step(self, *args, **kwargs)
+
+        patch.setattr(torch.optim.AdamW, "step", dying_step)
+        with pytest.raises(Killed):
+            run(task, *flags, "--out", tmp_path / "b")
+    run(task, *flags, "--out", tmp_path / "b", "--resume")
+    assert "at step 2 of 3" in capsys.readouterr().out
+    whole, resumed = weights_of(tmp_path / "a" / "last.pt"), weights_of(tmp_path / "b" / "last.pt")
+    assert all(v.equal(resumed[k]) for k, v in whole.items())
+
+    run(task, "--eval", tmp_path / "a" / "last.pt", "--batch-size", 2)      # it says which model it holds
+    assert f"{metric} {lines[-1]['metrics'][metric]:.2f}" in capsys.readouterr().out
+    (tmp_path / "bad.jpg").write_bytes(b"")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 90, 3), np.uint8)).save(tmp_path / "street.png")
+    with pytest.raises(SystemExit) as end:
+        run(task, "--predict", tmp_path / "bad.jpg", tmp_path / "street.png", "--eval", tmp_path / "a" / "last.pt",
+            "--out", tmp_path / "pictures")
+    assert end.value.code == 1 and "bad.jpg: cannot be read" in capsys.readouterr().out
+    with Image.open(tmp_path / "pictures" / f"street-{task}.png") as picture:
+        assert picture.size == (360 + 120 * (task == "seg"), 200)
+
+
+@pytest.mark.parametrize("task", ["seg", "det"])
+def test_real_layouts_and_the_other_flags(task, tmp_path, capsys):
+    root = tmp_path / "data"
+    if task == "seg":
+        make_ade(root, 4)
+    else:
+        make_coco(root, [triangle(i, i) for i in range(1, 5)], 4)
+    torch.save(dict(model=fastvim.create_model("fastvim_tiny", img_size=32, depth=4).state_dict()), tmp_path / "c.pt")
+    flags = ["--data", root, *TINY[task], "--depth", 4, "--steps", 1, "--warmup", 0]
+    run(task, *flags, "--out", tmp_path / "a", "--backbone", tmp_path / "c.pt", "--freeze", "--amp", "--accum", 1)
+    frozen = weights_of(tmp_path / "a" / "last.pt")
+    given = fastvim.model_weights(fastvim.read_checkpoint(tmp_path / "c.pt"))[0]
+    assert all(frozen[f"backbone.{k}"].equal(v) for k, v in given.items() if not k.startswith(("head", "norm_f")))
+    flags += ["--init", tmp_path / "a" / "last.pt", "--ema", 0.5, "--decay-blocks"]
+    run(task, *flags, "--out", tmp_path / "b", "--grad-checkpointing")
+    run(task, *flags, "--out", tmp_path / "c")
+    one, other = weights_of(tmp_path / "b" / "last.pt"), weights_of(tmp_path / "c" / "last.pt")
+    assert all(torch.allclose(v, other[k], atol=1e-6) for k, v in one.items())
+    assert not one["backbone.layers.0.mixer.in_proj.weight"].equal(frozen["backbone.layers.0.mixer.in_proj.weight"])
+    more = ["--multi-scale"] if task == "seg" else []
+    run(task, "--data", root, "--eval", tmp_path / "b" / "best.pt", *more)
+    assert dict(seg="miou", det="box_ap")[task] in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--data has to say"):
+        run(task, "--eval", tmp_path / "b" / "best.pt")
