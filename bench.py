@@ -325,7 +325,8 @@ def groups(figure, args):
             ("FastVim-T, max pooling", "fastvim_tiny", best, dict(pool="max"))]
         plan = [(chosen[:1], models)]
         for p in (16, 8):
-            plan.append(([(px, min(batch, 8)) for px, batch in chosen[:1]], [
+            largest = 1 if p == 8 and args.device == "cpu" else 8           # 6,272 tokens an image
+            plan.append(([(px, min(batch, largest)) for px, batch in chosen[:1]], [
                 (f"ChannelVim-S/{p}", "channelvim_small", best, dict(patch_size=p)),
                 (f"FastChannelVim-S/{p}", "fastchannelvim_small", best, dict(patch_size=p)),
                 (f"FastChannelVim-S/{p}, max pooling", "fastchannelvim_small", best, dict(patch_size=p, pool="max"))]))

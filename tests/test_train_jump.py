@@ -292,8 +292,17 @@ def test_evaluation_on_some_channels(cells_run, tmp_path):
 
 def test_numbers_are_those_of_the_files(tmp_path):
     """Trained on channels 3, 1, 7, 0 in that order: "1" is the file's channel 1 everywhere, not the model's second."""
-    run(*SMALL, "--channels", "3,1,7,0", "--mask-channels", "7", "--out", tmp_path)
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["args"]["mask_channels"] == ["7"]
+    run(*SMALL, "--channels", "3,1,7,0", "--mask-channels", "7", "--out", tmp_path, "--mean", "0,.1,.2,.3,.4,.5,.6,.7",
+        "--std", "1,2,3,4,5,6,7,8")
+    args = torch.load(tmp_path / "last.pt", weights_only=True)["args"]
+    assert args["mask_channels"] == ["7"] and args["taken"] == [3, 1, 7, 0]
+    assert args["mean"] == [0.3, 0.1, 0.7, 0] and args["std"] == [4, 2, 8, 1]
+    args = train_jump.get_args(["--eval", str(tmp_path / "best.pt"), "--device", "cpu"])
+    raw = train_jump.restore(args, training.setup(args, training=False), args.eval)[1]
+    image, x = raw[5][0], train_jump.ready(args, raw)[5][0]
+    assert_close(x[[0, 1, 3]], torch.from_numpy((image[[3, 1, 0]] - np.float32([[[0.3]], [[0.1]], [[0]]]))
+                                                / np.float32([[[4]], [[2]], [[1]]])), rtol=1e-6, atol=1e-6)
+    assert (x[2] == 0).all()
     run("--eval", tmp_path / "best.pt", "--subsets", "a=1,3", "--device", "cpu", "--subset-samples", 0)
     rows = json.loads((tmp_path / "channels.json").read_text())["subsets"]       # beside the checkpoint
     assert rows[0]["channels"] == ["1", "3"] and rows[-1]["best"] == data.Cells.best([0, 1, 3]) == 50
@@ -424,7 +433,16 @@ def test_a_released_checkpoint(tmp_path, capsys):
                  model.patch_embed.channel_embed.weight.detach()[[7, 0]])
 
 
-def test_bad_data_ends_in_one_line(tmp_path):
+@pytest.mark.parametrize("flag", ["--augment", "--no-augment"])
+def test_only_training_images_are_augmented(monkeypatch, tmp_path, only_training, flag):
+    made, init = [], data.CellTransform.__init__
+    monkeypatch.setattr(data.CellTransform, "__init__", lambda self, size, mean, std, augment, masked: (
+        made.append(augment), init(self, size, mean, std, augment, masked))[1])
+    run(*SMALL, flag, "--out", tmp_path)
+    assert made == [flag == "--augment", False]
+
+
+def test_bad_data_ends_in_one_line(tmp_path, only_training):
     (tmp_path / "images").mkdir()
     options = [*SMALL, *jump(str(tmp_path), images=60), "--model", "fastchannelvim_tiny", "--batch-size", 8, "--out",
                tmp_path / "out"]
