@@ -98,7 +98,7 @@ def test_every_option_trains_an_epoch(tmp_path, capsys, options):
     line = json.loads((tmp_path / "log.jsonl").read_text())
     assert line["epoch"] == 1 and 0 < line["loss"] < 10 and line["metrics"]["images"] == 32
     table = json.loads((tmp_path / "channels.json").read_text())
-    assert table["images"] == 32 and "top-1 in % on 32 images" in capsys.readouterr().out
+    assert table["images"] == 32 and "top-1 in % on 32 of 32 images" in capsys.readouterr().out
     for picture in ("channels.png", "examples.png", "curve.png"):
         assert (tmp_path / picture).stat().st_size > 5000
 
