@@ -13,6 +13,7 @@ The data of the experiments: readers of real data sets, a built-in one that need
    week; a failing disk should not train it on a tenth of the data.
 """
 
+import atexit
 import collections
 import contextlib
 import functools
@@ -21,6 +22,7 @@ import importlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -1008,6 +1010,15 @@ def ignore_interrupt(worker):
     """Ctrl-C, and torchrun's SIGTERM, reach the workers too, and must not end them before the training has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)         # torch ends workers whose process has gone
+
+
+@atexit.register
+def end_workers():
+    """At exit multiprocessing waits for loading processes that nobody has ended, for one because an error's traceback
+    still holds their loader, and asks them by SIGTERM, which they ignore: without this it would wait for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def make_loader(dataset, batch_size, *, train, seed=0, workers=0, rank=0, world_size=1, pin_memory=None,

@@ -1,7 +1,9 @@
 """The data pipeline: image folders, bad files, and samples that depend on (seed, epoch, index) only."""
 import functools
 import io
+import pathlib
 import random
+import subprocess
 import sys
 import traceback
 import warnings
@@ -224,6 +226,22 @@ def test_more_than_one_percent_bad_stops_the_run(tmp_path, workers):
         list(loader)
     traceback.clear_frames(error.tb)                      # end the workers now, by their last reference: those found
     del loader                                            # as cyclic garbage take torch 10 s, in some later test
+
+
+def test_a_run_that_ends_by_bad_files_ends(tmp_path):
+    """The exception holds the loader and its processes, which ignore SIGTERM: exit must not wait for them."""
+    make_folder(tmp_path, {"a": 40}, content=b"text")
+    code = ("import sys, data\n"
+            "try:\n"
+            f"    images = data.ImageFolder({str(tmp_path)!r}, 'train', None)\n"
+            "    loader = data.make_loader(images, 5, train=True, workers=1)\n"
+            "    list(loader)\n"
+            "except RuntimeError as error:\n"
+            "    kept, sys.kept = sys.exc_info(), error\n"
+            "    raise SystemExit('too many')\n")
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=pathlib.Path(data.__file__).parent,
+                            capture_output=True, text=True, timeout=90)
+    assert result.returncode == 1 and "too many" in result.stderr
 
 
 @pytest.mark.filterwarnings("ignore:.*skipped")
