@@ -410,6 +410,13 @@ def test_the_benchmark_from_an_object_store(tmp_path, capsys):
     assert [row["channels"] for row in rows][-1] == ["fluorescence4", "brightfield1"]
 
 
+def test_a_given_normalisation_wins_over_the_benchmarks(tmp_path, only_training):
+    run(*SMALL, *jump("memory://bucket/given"), "--model", "fastchannelvim_tiny", "--batch-size", 8, "--out", tmp_path,
+        "--mean", "1,2,3,4,5,6,7,8", "--std", "8,7,6,5,4,3,2,1")
+    args = json.loads((tmp_path / "config.json").read_text())["args"]
+    assert args["mean"] == [1, 2, 3, 4, 5, 6, 7, 8] and args["std"] == [8, 7, 6, 5, 4, 3, 2, 1]
+
+
 def test_a_released_checkpoint(tmp_path, capsys):
     """Lightning's layout, without a word of what the model is: it is named by --model and --patch."""
     model = fastvim.create_model("fastchannelvim_tiny", depth=2, patch_size=8, img_size=16, num_classes=3)
