@@ -88,6 +88,21 @@ def find_images(folder, extensions=EXTENSIONS):
     return sorted(found)
 
 
+def each_readable(paths, load):
+    """Yields (path, load(path)). A file that cannot be read is named, the others go on; SystemExit(1) at the end."""
+    unreadable = 0
+    for path in paths:
+        try:
+            content = load(path)
+        except Exception as error:                        # a damaged file can fail in any way
+            print(f"{path}: cannot be read ({type(error).__name__}: {error})")
+            unreadable += 1
+        else:
+            yield path, content
+    if unreadable:
+        raise SystemExit(1)
+
+
 class BadDataError(RuntimeError):
     """Too much of the data cannot be read."""
 

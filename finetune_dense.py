@@ -970,18 +970,14 @@ def draw_examples(args, ctx, model, dataset, count=4):
 
 
 def predict(args, ctx):
-    """Draws OUT/NAME.png of each image; returns the number of files that cannot be read."""
+    """Draws OUT/NAME-seg.png or -det.png of each image; of a second one of that name NAME-2-..., and so on."""
     model, classes = restore(args, ctx, args.eval or f"{args.out}/best.pt")
-    unreadable = 0
-    for path in args.predict:
-        try:
-            pixels = data.to_pixels(data.load_rgb(path))
-        except Exception as error:                                          # a damaged file can fail in any way
-            print(f"{path}: cannot be read ({type(error).__name__}: {error})")
-            unreadable += 1
-            continue
-        save_picture(args, f"{pathlib.Path(path).stem}-{args.task}.png", draw_seen(args, ctx, model, classes, pixels))
-    return unreadable
+    names = collections.Counter()
+    for path, image in data.each_readable(args.predict, data.load_rgb):
+        stem = pathlib.Path(path).stem
+        names[stem] += 1
+        number = f"-{names[stem]}" if names[stem] > 1 else ""
+        save_picture(args, f"{stem}{number}-{args.task}.png", draw_seen(args, ctx, model, classes, data.to_pixels(image)))
 
 
 def main():
@@ -989,8 +985,7 @@ def main():
     with training.plain_errors("finetune_dense.py", args, data.BadDataError):
         ctx = training.setup(args, training=not (args.eval or args.predict))
         if args.predict:
-            if predict(args, ctx):
-                raise SystemExit(1)
+            predict(args, ctx)
         elif args.eval:
             evaluate(args, ctx)
         else:

@@ -341,25 +341,18 @@ def evaluate(args, ctx):
 
 
 def predict(args, ctx):
-    """Prints the likeliest classes of each image; returns the number of files that cannot be read."""
+    """Prints the likeliest classes of each image."""
     model, classes, digits = restore(args, ctx, args.eval or f"{args.out}/best.pt")
-    size, unreadable = args.img_size or IMG_SIZE, 0
+    size = args.img_size or IMG_SIZE
     transform = data.digit_transform(size) if digits else data.image_transform(
         size, False, crop_pct=args.crop_pct or CROP_PCT)
-    for path in args.predict:
-        try:
-            image = data.load_rgb(path)
-        except Exception as error:                                          # a damaged file can fail in any way
-            print(f"{path}: cannot be read ({type(error).__name__}: {error})")
-            unreadable += 1
-            continue
+    for path, image in data.each_readable(args.predict, data.load_rgb):
         with torch.inference_mode():
             p = model(transform(image)[None].to(ctx.device))[0].softmax(0)  # (classes)
         if classes is None:                                                 # released weights: ImageNet's order
             info = data.extra("timm.data").ImageNetInfo()
             classes = [info.index_to_description(i) if len(p) == 1000 else str(i) for i in range(len(p))]
         print_likeliest(path, p, classes)
-    return unreadable
 
 
 def print_likeliest(path, p, classes):
@@ -373,8 +366,7 @@ def main():
     with training.plain_errors(parser.prog, args, data.BadDataError):
         ctx = training.setup(args, training=not (args.eval or args.predict))
         if args.predict:
-            if predict(args, ctx):
-                raise SystemExit(1)
+            predict(args, ctx)
         elif args.eval:
             evaluate(args, ctx)
         else:

@@ -459,21 +459,14 @@ def evaluate_subsets(args, ctx):
 
 
 def predict(args, ctx):
-    """Prints the likeliest classes of each image; returns the number of files that cannot be read."""
+    """Prints the likeliest classes of each image."""
     model, _ = restore(args, ctx, args.eval or f"{args.out}/best.pt")
-    files, unreadable = ready(args, data.Files([], [], data.load_cells, None, "")), 0
-    for path in args.predict:
-        try:
-            image = files.load(path)
-        except Exception as error:                                          # a damaged file can fail in any way
-            print(f"{path}: cannot be read ({type(error).__name__}: {error})")
-            unreadable += 1
-            continue
+    files = ready(args, data.Files([], [], data.load_cells, None, ""))
+    for path, image in data.each_readable(args.predict, files.load):
         with torch.inference_mode():
             x, shown = files.transform(image)[None].to(ctx.device), torch.tensor(shown_channels(args))
             p = see(model, is_per_channel(model), x, shown)[0].softmax(0)                     # (classes)
         train_imagenet.print_likeliest(path, p, args.classes or [str(i) for i in range(len(p))])
-    return unreadable
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -533,8 +526,7 @@ def main():
     with training.plain_errors("train_jump.py", args, data.BadDataError, OSError):
         ctx = training.setup(args, training=not (args.eval or args.predict or args.stats))
         if args.predict:
-            if predict(args, ctx):
-                raise SystemExit(1)
+            predict(args, ctx)
         elif args.stats:
             fill(args, MODEL if args.data or args.index else CELLS_MODEL)
             raw = open_split(args, "train")

@@ -1,6 +1,11 @@
 """The dense script from its command line: recipes, backbones, measures, training, exact resume, pictures."""
 import json
+import os
+import pathlib
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -281,6 +286,49 @@ def test_drawn_scenes_end_to_end(task, few_scenes, tmp_path, monkeypatch, capsys
     assert end.value.code == 1 and "bad.jpg: cannot be read" in capsys.readouterr().out
     with Image.open(tmp_path / "pictures" / f"street-{task}.png") as picture:
         assert picture.size == (360 + 120 * (task == "seg"), 200)
+
+
+def start(*command):
+    """Another process, in the folder of the script."""
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=pathlib.Path(dense.__file__).parent, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+
+
+@pytest.mark.parametrize("task", ["seg", "det"])
+def test_two_processes_measure_together_what_one_measures(task, tmp_path, capsys):
+    """Confusions are summed and detections gathered: the log of two processes says what one says of their weights."""
+    two = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "finetune_dense.py", task,
+                *TINY[task], "--device", "cpu", "--threads", 1, "--steps", 2, "--out", tmp_path)
+    text = two.communicate()[0]
+    assert two.returncode == 0, text
+    assert "effective batch 8 = 4 x 1 micro-steps x 2 processes" in text
+    run(task, "--eval", tmp_path / "last.pt")
+    metrics = log(tmp_path)[-1]["metrics"]
+    assert metrics["images"] == 100
+    said = capsys.readouterr().out
+    for name in dict(seg=("miou", "pixels"), det=("box_ap", "mask_ap"))[task]:
+        assert f"{name} {metrics[name]:.2f}" in said
+
+
+def test_a_killed_process_is_resumed_exactly(tmp_path):
+    """SIGKILL, at whatever moment it comes, after the first checkpoint."""
+    command = ["finetune_dense.py", "det", *TINY["det"], "--device", "cpu", "--threads", 1, "--steps", 12,
+               "--save-minutes", 0, "--eval-every", 9, "--drop-path", 0.2, "--out"]
+    whole = start(*command, tmp_path / "a")
+    killed = start(*command, tmp_path / "b")
+    while not (tmp_path / "b" / "last.pt").exists():
+        assert killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    text = whole.communicate()[0]
+    assert whole.returncode == 0, text
+    resumed = start(*command, tmp_path / "b", "--resume")
+    text = resumed.communicate()[0]
+    assert resumed.returncode == 0 and "of 12" in text, text
+    one, other = weights_of(tmp_path / "a" / "last.pt"), weights_of(tmp_path / "b" / "last.pt")
+    assert all(v.equal(other[k]) for k, v in one.items())
 
 
 @pytest.mark.parametrize("task", ["seg", "det"])
