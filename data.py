@@ -866,7 +866,7 @@ class Scenes(DenseFiles):
     .coco: as in Coco.
     """
 
-    grounds, sizes = ("meadow", "water"), {"train": 800, "val": 100}
+    grounds, sizes = ("meadow", "water"), {"train": 4000, "val": 100}
     shapes = dict(disc=lambda u, v: np.hypot(u, v) < 0.9,                   # u, v: in units of the shape's radius
                   square=lambda u, v: np.maximum(abs(u), abs(v)) < 0.8,
                   triangle=lambda u, v: (v < 0.6) & (abs(u) < 0.55 * (v + 1)),
@@ -882,11 +882,12 @@ class Scenes(DenseFiles):
 
     def draw(self, i, split):
         rng, S = np.random.default_rng([list(self.sizes).index(split), i]), self.img_size
-        y, x = np.mgrid[:S, :S] + 0.5                                       # (S S) each
+        axis = np.arange(S) + 0.5
+        y, x = axis[:, None], axis                                          # of the pixels' centers
         ground = int(rng.integers(len(self.grounds)))
         darkest, brightest = (((0.1, 0.4, 0.1), (0.5, 0.7, 0.3)), ((0.1, 0.1, 0.1), (0.3, 0.5, 0.9)))[ground]
         colour = rng.uniform(darkest, brightest)                            # (3)
-        image = self.paint(rng, colour, S / 12, y, x, waves=ground == 1)    # (3 S S)
+        image = self.paint(rng, colour, S / 12, axis, waves=ground == 1)    # (3 S S)
         owner, kinds = np.full((S, S), -1), []                              # which shape is seen at a pixel
         for number in range(int(rng.integers(1, 5))):
             kinds.append(int(rng.integers(len(self.shapes))))
@@ -895,7 +896,7 @@ class Scenes(DenseFiles):
             u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
             inside = [*self.shapes.values()][kinds[-1]](u, v)               # (S S)
             owner[inside] = number
-            texture = self.paint(rng, rng.uniform(0, 1, 3), S / 8, y, x, waves=rng.random() < 0.5)
+            texture = self.paint(rng, rng.uniform(0, 1, 3), S / 8, axis, waves=rng.random() < 0.5)
             image = np.where(inside, texture, image)
         for _ in range(int(rng.integers(0, 4))):                            # lines
             angle, place = rng.uniform(0, np.pi), rng.uniform(0.2, 0.8, 2) * S
@@ -914,13 +915,14 @@ class Scenes(DenseFiles):
                                                             ).astype(np.uint8)))
 
     @staticmethod
-    def paint(rng, colour, wavelength, y, x, waves):
+    def paint(rng, colour, wavelength, axis, waves):
         """colour (3) with waves of one direction, or with blots, the sum of waves of many directions -> (3 S S)."""
-        texture, count = 0, 1 if waves else 8
-        for _ in range(count):
-            angle, phase = rng.uniform(0, 2 * np.pi, 2)
-            length = wavelength * rng.uniform(0.8, 1.25)
-            texture = texture + np.sin(2 * np.pi / length * (np.cos(angle) * x + np.sin(angle) * y) + phase)
+        count = 1 if waves else 8
+        angle, phase = rng.uniform(0, 2 * np.pi, (2, count, 1))
+        k = 2 * np.pi / (wavelength * rng.uniform(0.8, 1.25, (count, 1)))
+        # sin(ky y + kx x + phase) for all pixels at once, as a matrix product of what it is along y and along x.
+        along_y, along_x = np.exp(1j * k * np.sin(angle) * axis), np.exp(1j * (k * np.cos(angle) * axis + phase))
+        texture = (along_y.T @ along_x).imag                                # (S S)
         return colour[:, None, None] + rng.uniform(0.05, 0.15) * texture / count ** 0.5
 
     def annotations(self):
