@@ -52,17 +52,17 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_BAD = 0.01                                            # a larger share of unreadable files stops the run
 
 
-def load_rgb(path):
-    """Decode the image file at `path` completely: an 8-bit RGB PIL image, upright. Raises what Pillow raises.
+def load_rgb(path, upright=True):
+    """Decode the image file at `path` completely: an 8-bit RGB PIL image. Raises what Pillow raises.
 
-    Transparency is dropped, not blended, as torchvision's loader does: published accuracies are of such pixels.
+    upright: turned as the camera noted. Transparency is dropped, not blended, as torchvision's loader does: published
+    accuracies are of such pixels.
     """
     with Image.open(path) as image:
         image.load()                                      # Pillow is lazy: a truncated file fails here, not later
-        try:
-            ImageOps.exif_transpose(image, in_place=True)
-        except Exception:
-            pass                                          # a garbled EXIF block beside good pixels: keep the pixels
+        with contextlib.suppress(Exception):              # a garbled EXIF block beside good pixels: keep the pixels
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):                    # 16-bit gray: Pillow's convert() clips it to white
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         elif image.mode == "P" and "transparency" in image.info:
@@ -640,15 +640,16 @@ def random_window(shape, ratio, size):
 
     Cropping first and resizing only what is needed gives the same up to rounding: at ratio 2 in a quarter of the
     time."""
-    taken = [min(length, max(1, round(size / ratio))) for length in shape]
+    taken = [min(length, math.ceil(size / ratio - 1e-6)) for length in shape]
     starts = [int(torch.randint(length - part + 1, ())) for length, part in zip(shape, taken)]
-    return (*starts, *taken), [min(size, max(1, round(part * ratio))) for part in taken]
+    return (*starts, *taken), [min(size, max(2, round(part * ratio))) for part in taken]     # torch fails at 1 x 1
 
 
 def resized_crop(pixels, window, size, nearest=False):
-    """Bilinear without smoothing, as OpenCV does it, on which the published numbers rest."""
+    """Bilinear without smoothing, as OpenCV does it, on which the published numbers rest. Nearest: exact, since torch's
+    (and OpenCV's) other one moves the labels half a pixel away from the image."""
     v2 = extra("torchvision.transforms.v2")
-    mode = v2.InterpolationMode.NEAREST if nearest else v2.InterpolationMode.BILINEAR
+    mode = v2.InterpolationMode.NEAREST_EXACT if nearest else v2.InterpolationMode.BILINEAR
     return v2.functional.resized_crop(pixels, *window, size, mode, antialias=False)
 
 
@@ -656,18 +657,32 @@ def uniform(low, high):
     return low + (high - low) * torch.rand(()).item()
 
 
+def distorted(pixels):
+    """Photometric distortion (Liu et al. 2016, Single Shot MultiBox Detector, section 3.6): (3 H W) uint8 -> the same.
+
+    Each with probability 0.5: +-32 levels of brightness, 0.5 to 1.5 times the contrast, the saturation, and a tenth of
+    the circle of hues; contrast before or after the last two. (torchvision's brightness multiplies, its contrast keeps
+    the mean: dark images would stay dark.)"""
+    change = extra("torchvision.transforms.v2").functional
+    steps = [lambda x: (x + uniform(-32, 32) / 255).clamp(0, 1),
+             lambda x: change.adjust_saturation(x, uniform(0.5, 1.5)),
+             lambda x: change.adjust_hue(x, uniform(-0.1, 0.1))]
+    steps.insert(1 if torch.rand(()) < 0.5 else 3, lambda x: (x * uniform(0.5, 1.5)).clamp(0, 1))
+    x = pixels / 255
+    for step in steps:
+        x = step(x) if torch.rand(()) < 0.5 else x
+    return (255 * x).round().byte()
+
+
 class SegmentationTransform:
     """(pixels (3 H W) uint8, labels (H W) uint8) -> (image (3 h w) float32, labels int64).
 
     The image is enlarged to a short side of `size`, a long side of at most 4 x size. train: times a random factor of
-    `scale`; a crop of size x size, drawn again up to ten times while one class fills 75 % of it; flip; brightness,
-    contrast, saturation and hue each change with probability 0.5. Else labels stay in the size of the file."""
+    `scale`; a crop of size x size, drawn again up to ten times while one class fills 75 % of it; flip; photometric
+    distortion. Else labels stay in the size of the file."""
 
     def __init__(self, size, train, scale=(0.5, 2.0)):
-        v2 = extra("torchvision.transforms.v2")
         self.size, self.train, self.scale = size, train, scale
-        self.distort = v2.Compose([v2.RandomApply([v2.ColorJitter(**change)], 0.5) for change in (
-            dict(brightness=32 / 255), dict(contrast=0.5), dict(saturation=0.5), dict(hue=18 / 360))])
 
     def __call__(self, pixels, labels):
         short, long = sorted(labels.shape)
@@ -686,7 +701,7 @@ class SegmentationTransform:
         if torch.rand(()) < 0.5:
             pixels, labels = pixels.flip(2), labels.flip(1)
         rest = (0, self.size - new[1], 0, self.size - new[0])
-        return F.pad(normalized(self.distort(pixels)), rest), F.pad(labels.long(), rest, value=IGNORE_INDEX)
+        return F.pad(normalized(distorted(pixels)), rest), F.pad(labels.long(), rest, value=IGNORE_INDEX)
 
 
 class DetectionTransform:
@@ -725,15 +740,30 @@ def merge_detections(samples):
 
 def load_labels(classes, path, label_path):
     """An image and its map of labels, 0 for none, 1 for the first class -> pixels (3 H W), labels (H W) from 0."""
-    pixels = to_pixels(load_rgb(path))
+    pixels = to_pixels(load_rgb(path, upright=False))     # the map is of the pixels as they are stored
     with Image.open(label_path) as image:
         labels = np.array(image)                          # of a palette image: the numbers, not the colours
+    with open(label_path, "rb") as file:
+        depth, kind = file.read(26)[24:]                  # of a PNG
+    if kind == 0 and depth in (2, 4):                     # few levels of gray, which Pillow spreads up to 255
+        labels //= 255 // (2 ** depth - 1)
     if labels.shape != tuple(pixels.shape[1:]):
         raise ValueError(f"{label_path} is {' x '.join(map(str, labels.shape))} and not one number for each of "
                          f"{pixels.shape[1]} x {pixels.shape[2]} pixels")
     if labels.max() > classes:
         raise ValueError(f"{label_path} holds label {labels.max()}, there are {classes} classes")
     return pixels, torch.from_numpy(labels.astype(np.uint8) - np.uint8(1))  # 0 becomes 255, IGNORE_INDEX
+
+
+def names_of_classes(path):
+    """The names in a table like ADE20K's objectInfo150.txt: number, more columns, "name, synonyms"; a header."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        rows = [line.strip().split("\t") for line in file]
+    names = {int(row[0]): row[-1].split(",")[0].strip() for row in rows if row[0].isdecimal()}
+    if not 0 < len(names) < IGNORE_INDEX + 1 or sorted(names) != [*range(1, len(names) + 1)]:
+        raise ValueError(f"{path}: the first column should number the classes from 1 to at most {IGNORE_INDEX}, once "
+                         f"each, between tabulators; {len(names)} numbers were found")
+    return [names[number] for number in sorted(names)]
 
 
 class ADE20K(DenseFiles):
@@ -750,34 +780,73 @@ class ADE20K(DenseFiles):
             if not os.path.isdir(folder):
                 raise FileNotFoundError(f"{folder}: no such folder. Expected {root}/images/{{training,validation}}/"
                                         f"*.jpg and {root}/annotations/{{training,validation}}/*.png")
-        classes, table = [str(i) for i in range(1, 151)], os.path.join(root, "objectInfo150.txt")
-        if os.path.exists(table):
-            with open(table) as file:
-                classes = [line.strip().split("\t")[-1].split(",")[0].strip() for line in file.readlines()[1:]]
-        if len(classes) > IGNORE_INDEX:
-            raise ValueError(f"{table}: {len(classes)} classes, there can be {IGNORE_INDEX}")
-        images, maps = ({os.path.splitext(os.path.basename(path))[0]: path for path in find_images(folder)}
-                        for folder in folders)
+        table = os.path.join(root, "objectInfo150.txt")
+        classes = names_of_classes(table) if os.path.exists(table) else numbers(150)
+        images, maps = ({}, {})
+        for found, folder, extensions in ((images, folders[0], EXTENSIONS), (maps, folders[1], (".png",))):
+            for path in find_images(folder, extensions):
+                stem = os.path.splitext(os.path.relpath(path, folder))[0]
+                if stem in found:
+                    raise ValueError(f"{found[stem]} and {path}: which of them is it? Remove one")
+                found[stem] = path
         samples = [(images.get(stem) or os.path.join(folders[0], stem + ".jpg"),
                     maps.get(stem) or os.path.join(folders[1], stem + ".png")) for stem in sorted({*images, *maps})]
         super().__init__(samples, classes, functools.partial(load_labels, len(classes)), transform, folders[0])
 
 
+def numbers(count):
+    """Names for classes without names."""
+    return [str(i) for i in range(1, count + 1)]
+
+
+def run_lengths(text):
+    """COCO's packed runs -> [int]. Five bits in each character, a sixth says that more follow; from the fourth run on
+    the difference to the last but one."""
+    runs, value, shift = [], 0, 0
+    for character in text.encode():
+        bits = character - 48
+        value, shift = value | (bits & 31) << shift, shift + 5
+        if not bits & 32:
+            value -= (bits & 16) << shift - 4             # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs
+
+
+def flaw_of(item, height, width):
+    """What makes an object of COCO's layout unusable, or None. Polygons that cannot be drawn are taken out of it.
+
+    pycocotools does not look: from such objects it crashes the process or makes masks of what lies in the memory."""
+    def are_numbers(values):
+        return isinstance(values, list) and all(isinstance(v, (int, float)) and -1e5 < v < 1e5 for v in values)
+
+    outline, box = item.get("segmentation"), item.get("bbox")
+    if not are_numbers(box) or len(box) != 4 or min(box[2:]) < 0:
+        return "without a proper box"
+    if isinstance(outline, dict):
+        runs = outline.get("counts")
+        runs = run_lengths(runs) if isinstance(runs, str) else runs
+        if outline.get("size") != [height, width] or not isinstance(runs, list) or not all(
+                isinstance(run, int) and run >= 0 for run in runs) or sum(runs) != height * width:
+            return "whose mask is not of their image's size"
+        return None
+    item["segmentation"] = [polygon for polygon in (outline if isinstance(outline, list) else [])
+                            if are_numbers(polygon) and len(polygon) >= 6 and len(polygon) % 2 == 0]
+    return None if item["segmentation"] else "without a polygon of three points"
+
+
 def object_mask(segmentation, height, width):
     """COCO's polygons, or a run-length encoding, packed or not -> mask (height width) uint8."""
     rle = extra("pycocotools.mask")
-    if isinstance(segmentation, dict):
-        if list(segmentation["size"]) != [height, width]:
-            raise ValueError(f"a mask of {segmentation['size']} pixels in an image of {height} x {width}")
-        if isinstance(segmentation["counts"], list):
-            segmentation = rle.frPyObjects(segmentation, height, width)
-        return rle.decode(segmentation)
-    return rle.decode(rle.merge(rle.frPyObjects(segmentation, height, width)))
+    if isinstance(segmentation, list):
+        return rle.decode(rle.merge(rle.frPyObjects(segmentation, height, width)))
+    return rle.decode(rle.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else
+                      segmentation)
 
 
 def load_objects(path, text):
     """An image and its objects, as Coco notes them -> pixels (3 H W), dict(labels (m), masks (m H W) uint8, id)."""
-    known, pixels = json.loads(text), to_pixels(load_rgb(path))
+    known, pixels = json.loads(text), to_pixels(load_rgb(path, upright=False))
     H, W = pixels.shape[1:]
     if [H, W] != known["size"]:
         raise ValueError(f"the image has {H} x {W} pixels, its annotation says {' x '.join(map(str, known['size']))}")
@@ -795,15 +864,24 @@ def as_coco(content):
     return coco
 
 
+def by_id(items, kind):
+    """{id: item}. ValueError: an id comes twice."""
+    known = {item["id"]: item for item in items}
+    if len(known) < len(items):
+        twice = next(number for number, count in collections.Counter(item["id"] for item in items).items() if count > 1)
+        raise ValueError(f"the id {twice} belongs to more than one of the {kind}")
+    return known
+
+
 class Coco(DenseFiles):
     """ROOT/{train,val}2017/*.jpg with ROOT/annotations/instances_{train,val}2017.json. As DenseFiles, of what
     load_objects gives.
 
-    .classes: names in the order of their ids. .coco: pycocotools' COCO, for the evaluation (val only).
-    Left out, with a warning that counts them, are in training crowds, objects without a polygon of three points or a
-    box of one pixel, and images without objects. The evaluation takes all images, and pycocotools judges the rest.
-    FileNotFoundError: the folder or file is missing. ValueError: no JSON of this layout, an object of an unknown
-    category or image."""
+    .classes: the categories' names in the order of their ids, .category_ids: those ids.
+    val: .coco, pycocotools' COCO of the ground truth, crowds included. train leaves out crowds, objects smaller than a
+    pixel, images without any object. Objects that cannot be drawn are left out of both. A warning counts them all.
+    FileNotFoundError: the folder or the annotations are missing. ValueError: no annotations of this layout, an object
+    of an unknown category or image, an id that comes twice, no objects at all."""
 
     def __init__(self, root, split, transform):
         folder = os.path.join(root, f"{split}2017")
@@ -812,45 +890,59 @@ class Coco(DenseFiles):
             if not os.path.exists(needed):
                 raise FileNotFoundError(f"{needed}: not found. Expected {root}/{{train,val}}2017/*.jpg and "
                                         f"{root}/annotations/instances_{{train,val}}2017.json")
+        left_out, truth, train = collections.Counter(), [], split == "train"
         try:
-            with open(path) as file:
+            with open(path, encoding="utf-8-sig") as file:
                 content = json.load(file)
-            categories = {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
+            categories = by_id(sorted(content["categories"], key=lambda c: c["id"]), "categories")
             label_of = {number: label for label, number in enumerate(categories)}
-            images = {image["id"]: dict(id=image["id"], size=[image["height"], image["width"]], labels=[], masks=[])
-                      for image in content["images"]}
-            skipped = collections.Counter()
+            images = {number: dict(id=number, size=[image["height"], image["width"]], labels=[], masks=[])
+                      for number, image in by_id(content["images"], "images").items()}
             for item in content["annotations"]:
                 if item["category_id"] not in label_of or item["image_id"] not in images:
-                    raise ValueError(f"object {item['id']} is of category {item['category_id']} in image "
-                                     f"{item['image_id']}, and there is no such category or image")
-                segmentation, (_, _, width, height) = item["segmentation"], item["bbox"]
-                if isinstance(segmentation, list):
-                    segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
-                reason = ("in a crowd" if item.get("iscrowd") else "without a polygon of three points"
-                          if not segmentation else "smaller than a pixel" if min(width, height) < 1 else None)
-                if reason:
-                    skipped[reason] += 1
-                else:
-                    images[item["image_id"]]["labels"].append(label_of[item["category_id"]])
-                    images[item["image_id"]]["masks"].append(segmentation)
+                    raise ValueError(f"an object is of category {item['category_id']} in image {item['image_id']}, and "
+                                     "there is no such category or image")
+                image = images[item["image_id"]]
+                flaw = flaw_of(item, *image["size"])
+                width, height = (0, 0) if flaw else item["bbox"][2:]
+                reason = flaw or ("in a crowd" if item.get("iscrowd") else
+                                  "smaller than a pixel" if min(width, height) < 1 else None)
+                if flaw or train and reason:
+                    left_out[f"objects {reason}"] += 1
+                if not train and not flaw:                # numbered anew: to pycocotools an id of 0 is no object
+                    truth.append(item | dict(id=len(truth) + 1, iscrowd=int(bool(item.get("iscrowd"))),
+                                             area=item.get("area") or width * height))
+                if not reason:
+                    image["labels"].append(label_of[item["category_id"]])
+                    image["masks"].append(item["segmentation"])
             samples = [(os.path.join(folder, image["file_name"]), images[image["id"]]) for image in content["images"]]
-        except (ValueError, KeyError, TypeError) as error:
+            if not any(known["labels"] for _, known in samples):
+                raise ValueError(f"no object that can be used{': ' * bool(left_out)}{listed(left_out)}")
+            self.coco, self.category_ids = None, list(categories)
+            if not train:
+                self.coco = as_coco(content | dict(annotations=truth))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: no annotations of COCO's layout ({type(error).__name__}: {error})") from error
-        self.coco = None
-        if split == "val":
-            self.coco, self.category_ids = as_coco(content), list(categories)
-        else:
+        if train:
             kept = [sample for sample in samples if sample[1]["labels"]]
-            reasons = [f"{n:,} objects {why}" for why, n in sorted(skipped.items())]
             if len(kept) < len(samples):
-                reasons.append(f"{len(samples) - len(kept):,} of {len(samples):,} images without objects")
-            if reasons:
-                warnings.warn(f"{path}: left out {', '.join(reasons)}")
+                left_out[f"of {len(samples):,} images without objects"] = len(samples) - len(kept)
             samples = kept
-        # As text: a loading process that only looked at 860,000 lists would, by their reference counts, copy them all.
-        samples = [(name, json.dumps(known).encode()) for name, known in samples]
-        super().__init__(samples, list(categories.values()), load_objects, transform, folder)
+        if left_out:
+            warnings.warn(f"{path}: left out {listed(left_out)}")
+        # As one array of text: a loading process that only looks at 860,000 lists copies them all, because looking
+        # counts references.
+        texts = [json.dumps(known).encode() for _, known in samples]
+        self.text, self.ends = np.frombuffer(b"".join(texts), np.uint8), np.cumsum([0, *map(len, texts)])
+        names = [(name, i) for i, (name, _) in enumerate(samples)]
+        super().__init__(names, [c["name"] for c in categories.values()], self.load_one, transform, folder)
+
+    def load_one(self, path, i):
+        return load_objects(path, self.text[self.ends[i]:self.ends[i + 1]].tobytes())
+
+
+def listed(counts):
+    return ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()))
 
 
 # ---- Built-in data: drawn scenes -------------------------------------------------------------------------------------

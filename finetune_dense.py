@@ -194,7 +194,7 @@ def slide(model, images, crop=512, stride=341):
     rests = [max(length - crop, 0) for length in images.shape[2:]]
     tops, lefts = ([min(start, rest) for start in range(0, rest + stride, stride)] for rest in rests)
     windows = [(..., slice(y, y + crop), slice(x, x + crop)) for y in tops for x in lefts]
-    logits = [model(images[window]) for window in windows]                  # (B K crop crop)
+    logits = [model(images[window]).float() for window in windows]          # (B K crop crop)
     total = logits[0].new_zeros(*logits[0].shape[:2], *images.shape[2:])    # (B K H W)
     count = torch.zeros_like(total[:1, :1])                                 # (1 1 H W)
     for window, logit in zip(windows, logits):
@@ -206,7 +206,8 @@ def slide(model, images, crop=512, stride=341):
 def segment(model, images, size=None, scales=(1.0,), flip=False, crop=512, stride=341):
     """Class probabilities (B K *size) of images (B 3 H W); size (height, width), by default that of the images.
 
-    They are the mean over the images resized by each of the scales and, with flip, over their mirror images."""
+    They are the mean over the images, already resized to the crop, enlarged by each of the scales and, with flip, over
+    their mirror images."""
     total = 0
     for scale in scales:
         x = images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="bilinear")
@@ -278,7 +279,7 @@ def match(boxes, objects, negative, positive, weakest=None):
     return matched
 
 
-def draw(matched, count, share):
+def sample_boxes(matched, count, share):
     """Which boxes to train on, at random: matched (n), what `match` said -> the numbers of up to `count` boxes, of
     which at most that share show an object."""
     def some(candidates, most):
@@ -373,7 +374,7 @@ class RPNHead(nn.Module):
         objectness, box, count = 0, 0, 0
         for logit, delta, target in zip(logits, deltas, targets):
             matched = match(anchors, target["boxes"], 0.3, 0.7, weakest=0.3)                 # (A)
-            at = draw(matched, 256, 0.5)
+            at = sample_boxes(matched, 256, 0.5)
             shown = at[matched[at] >= 0]                                    # (p)
             goal = encode(anchors[shown], target["boxes"][matched[shown]], RPN_STD)
             objectness = objectness + F.binary_cross_entropy_with_logits(
@@ -420,7 +421,7 @@ class CascadeHead(nn.Module):
         objects, K = target["boxes"], self.num_classes
         own = torch.arange(len(objects), device=objects.device)
         matched = torch.cat([own, match(proposals, objects, iou, iou)])
-        at = draw(matched, self.regions, 0.25)
+        at = sample_boxes(matched, self.regions, 0.25)
         label = F.pad(target["labels"], (0, 1), value=K)[matched[at]]       # BACKGROUND, -1, picks the K at the end
         return torch.cat([objects, proposals])[at], matched[at], label, at < len(objects)
 
@@ -524,7 +525,8 @@ class CascadeMaskRCNN(nn.Module):
         found = self.roi_head.detect(maps, boxes, sizes)
         for x, (h, w), original in zip(found, sizes, originals or sizes):
             x["boxes"] = x["boxes"] * x["boxes"].new_tensor([original[1] / w, original[0] / h] * 2)
-            x["masks"] = paste_masks(x["masks"], x["boxes"], original)
+            chunks = zip(x["masks"].split(8), x["boxes"].split(8))          # a photo's would fill the memory
+            x["masks"] = torch.cat([paste_masks(*chunk, original) for chunk in chunks])
         return found
 
 
@@ -543,8 +545,15 @@ def get_args(argv=None):
     if not (first.data or first.eval or first.predict):
         parsers[first.task].set_defaults(**{k: v for k, v in SCENES[first.task].items() if k not in FLAGS})
     args = parser.parse_args(argv)
+    error, given = parsers[args.task].error, {k for k in ("backbone", "init", "freeze", "resume") if getattr(args, k)}
     if args.backbone and args.init:
-        parsers[args.task].error("--backbone gives the encoder, --init the whole model: give one of them")
+        error("--backbone gives the encoder, --init the whole model: give one of them")
+    if (args.eval or args.predict) and given:
+        error(f"--{min(given)} is for training; --eval and --predict take the model from --eval CKPT")
+    if args.data == "":
+        error("--data is empty; without it drawn scenes are learnt")
+    if args.jitter and args.jitter[0] > args.jitter[1]:
+        error("--jitter takes the smaller factor first")
     return args
 
 
@@ -562,8 +571,8 @@ def add_arguments(parser, task):
     add("--eval", metavar="CKPT", help="only evaluate this checkpoint, ours or a released one")
     if task == "seg":
         add("--multi-scale", action="store_true", help="evaluate the mean over six sizes and their mirror images")
-    add("--predict", metavar="IMAGE", nargs="+", help="draw into OUT what is seen in each image, by --eval CKPT "
-        "(default: OUT/best.pt)")
+    add("--predict", metavar="IMAGE", nargs="+", help="draw into OUT what is seen in each image (objects of a score "
+        "from 0.5), by --eval CKPT (default: OUT/best.pt)")
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="NAME", help="fastvim_tiny (default), vim_small, ... (python fastvim.py lists them), or "
         "deit_tiny, deit_small, deit_base from timm")
@@ -577,7 +586,8 @@ def add_arguments(parser, task):
         add("--regions", type=whole, help=f"of an image, that each stage trains on (default {recipe['regions']})")
     add("--pool-scale", type=float, help="factor of mean pooling (default 1; 0.25 for what was pretrained masked)")
     add("--drop-path", type=train_imagenet.SHARE, help="stochastic depth at the last block (default: the recipe's)")
-    add("--freeze", action="store_true", help="leave the backbone as it is")
+    add("--freeze", action="store_true", help="train the heads only: the backbone, with the norms of its taps, "
+        "stays as it is, without drop path")
     add("--grad-checkpointing", action="store_true", help="less memory, more time, the same result")
     add = parser.add_argument_group("augmentation and schedule").add_argument
     add("--jitter", type=training.number(float, 0.01), nargs=2, metavar=("LOW", "HIGH"), help="range of a random "
@@ -585,8 +595,8 @@ def add_arguments(parser, task):
     add("--warmup", type=training.number(int, 0), help=f"steps of linear warmup (default {recipe['warmup']})")
     add("--layer-decay", type=training.number(float, 0.01), help="patch and position embeddings learn slower by this "
         f"to the power of 13 (default {recipe['layer_decay']:g})")
-    add("--decay-blocks", action="store_true", help="blocks, too, in twelve steps of a power less each, as the "
-        "released configuration of the detectors meant it; but it found no block by name")
+    add("--decay-blocks", action="store_true", help="and blocks by a power that falls from 12 to 1 with the depth: the "
+        "released detectors' configuration meant to, but its names matched no block")
     training.add_training_arguments(parser, lr=recipe["recipe_lr"], recipe_batch=recipe["recipe_batch"])
     parser.set_defaults(**{k: v for k, v in recipe.items() if k not in FLAGS})
 
@@ -639,8 +649,11 @@ def build_model(args, num_classes, weights):
     if name not in (*fastvim.list_models(), *VITS):
         raise ValueError(f"--model {name}: choose from {', '.join((*fastvim.list_models(), *VITS))}")
     rate = DROP_PATH[args.task][name.rpartition("_")[2]] if args.drop_path is None else args.drop_path
+    rate = 0.0 if args.freeze else rate                                     # as it is, not thinned out at random
     given = {k: getattr(args, k) for k in ("patch_size", "class_token", "pool", "pool_scale", "schedule")
              if getattr(args, k) is not None}
+    if args.task == "det" and name not in VITS:
+        given.setdefault("patch_size", 16)                                  # FastVim-H's own is 14
     depth = args.depth or (12 if name in VITS else fastvim.SIZES[name.rpartition("_")[2]]["depth"])
     options = dict(img_size=args.img_size, depth=depth, drop_path_rate=rate, **given)
     if args.task == "seg" and depth < 4:
@@ -668,18 +681,23 @@ def load_backbone(backbone, content):
 
     Dense backbones have LayerNorm blocks: they take an RMSNorm's weights, and their biases start at 0."""
     weights = fastvim.model_weights(content)[0]
-    own, dropped = backbone.state_dict(), {k for k in weights if k.startswith(("norm_f.", "norm.", "head", "fc_norm."))}
     if isinstance(backbone, ViT):
-        weights = data.extra("timm.models.vision_transformer").checkpoint_filter_fn(
-            {k: v for k, v in weights.items() if k not in dropped}, backbone.vit)
-        load_strictly(backbone.vit, weights)
-        return f"{len(weights)} weights taken, {len(dropped)} dropped ({', '.join(sorted(dropped))})"
-    fresh = {k: v for k, v in own.items() if k not in weights and (
-        k.startswith("outnorm_") or k.endswith(".norm.bias"))}
-    note = fastvim.load_checkpoint(backbone, fresh | {k: v for k, v in weights.items() if not k.startswith("norm_f.")},
-                                   encoder_only=True)
-    biases = sum(not k.startswith("outnorm_") for k in fresh)
-    return f"{note}; norm_f dropped; fresh: {biases} biases of the blocks' norms, the taps' norms"
+        kept = {k: v for k, v in weights.items() if not k.startswith(("norm.", "head", "fc_norm."))}
+        load_strictly(backbone.vit, resized_for(backbone, kept))
+        return f"{len(kept)} weights taken, {len(weights) - len(kept)} of the last norm and the head dropped"
+    # Taps of another dense model follow other blocks; they are as useless as the norm before a classifier.
+    kept = {k: v for k, v in weights.items() if not k.startswith(("norm_f.", "outnorm_"))}
+    own = backbone.state_dict()
+    taps = {k: v for k, v in own.items() if k.startswith("outnorm_")}
+    biases = {k: v for k, v in own.items() if k.endswith(".norm.bias") and k not in weights}
+    note = fastvim.load_checkpoint(backbone, kept | taps | biases, encoder_only=True)
+    return (f"{note}; {len(weights) - len(kept)} of the last norm dropped; fresh: {len(biases)} biases of the blocks' "
+            "norms, the taps' norms")
+
+
+def resized_for(backbone, weights):
+    """The weights of a ViT of timm with the position embeddings of this one's grid."""
+    return data.extra("timm.models.vision_transformer").checkpoint_filter_fn(weights, backbone.vit)
 
 
 def load_strictly(model, weights):
@@ -719,12 +737,16 @@ def load_dense(model, weights, num_classes):
     inner = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
     if isinstance(model.backbone, fastvim.FastVim):
         note += f", backbone: {fastvim.load_checkpoint(model.backbone, inner)}"
-        weights = weights | {f"backbone.{k}": v for k, v in model.backbone.state_dict().items()}
+        inner = model.backbone.state_dict()
+    else:
+        inner |= {f"vit.{k}": v for k, v in resized_for(model.backbone, {
+            k.removeprefix("vit."): v for k, v in inner.items() if k.startswith("vit.")}).items()}
+    weights = weights | {f"backbone.{k}": v for k, v in inner.items()}
     load_strictly(model, weights)
     return note
 
 
-def keeps_its_size(task, name, param):
+def no_weight_decay(task, name, param):
     """Which parameters weight decay leaves alone."""
     last = name.split(".")[-1]
     if task == "det":
@@ -733,7 +755,7 @@ def keeps_its_size(task, name, param):
         "pos_embed", "cls_token", "A_log", "A_b_log", "D", "D_b"))
 
 
-def share_of_lr(args, depth, name, param):
+def lr_scale(args, depth, name, param):
     """A parameter's share of the learning rate: that of a layer is smaller the earlier it comes."""
     parts = name.split(".")
     if parts[0] != "backbone":
@@ -755,7 +777,8 @@ def open_split(args, split, classes=None):
         args.img_size, train, args.jitter)
     found = reader(args.data, split, transform) if args.data else data.Scenes(
         split, transform, args.img_size, args.task == "det")
-    if classes not in (None, found.classes, len(found.classes)):
+    unnamed = data.numbers(len(found.classes))                              # ADE20K without its table of names
+    if classes not in (None, found.classes, len(found.classes)) and unnamed not in (classes, found.classes):
         known = classes if isinstance(classes, int) else f"{len(classes)} ({data.some(classes)})"
         raise ValueError(f"{found.where} has {len(found.classes)} classes ({data.some(found.classes)}), the model "
                          f"knows {known}")
@@ -859,7 +882,10 @@ def train(args, ctx):
         ctx.print(f"{path}:", load_backbone(model.backbone, content) if args.backbone else
                   load_dense(model, weights, len(args.classes)))
     model.backbone.requires_grad_(not args.freeze)
-    if ctx.world_size > 1 and ctx.device.type == "cuda":                    # PyTorch has it for GPUs only
+    synchronous = ctx.world_size > 1 and ctx.device.type == "cuda"          # PyTorch's SyncBatchNorm is for GPUs only
+    if args.task == "seg" and args.batch_size == 1 and not synchronous:
+        raise ValueError("--batch-size 1: BatchNorm needs two images at least; in each process, without GPUs")
+    if synchronous:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(ctx.device)
     loader, val_loader = loader_of(args, ctx, train_set, train=True), loader_of(args, ctx, val_set)
@@ -876,8 +902,8 @@ def train(args, ctx):
         return measure(args, ctx, model, val_loader)[0] | {"unreadable": training.count_bad(ctx, train_set, val_set)}
 
     depth = len(model.backbone.vit.blocks if isinstance(model.backbone, ViT) else model.backbone.layers)
-    groups = training.parameter_groups(model, args.weight_decay, functools.partial(keeps_its_size, args.task),
-                                       functools.partial(share_of_lr, args, depth))
+    groups = training.parameter_groups(model, args.weight_decay, functools.partial(no_weight_decay, args.task),
+                                       functools.partial(lr_scale, args, depth))
     total, _ = training.run_length(args, loader)
 
     def lr(step):
@@ -908,7 +934,14 @@ def restore(args, ctx, path):
     ctx.print(f"{path}: {load_dense(model, weights, count_classes(weights))}")
     if not (args.predict or args.data or drawn):
         raise ValueError("--eval: this model was trained on files, so --data has to say where they are")
-    return model.to(ctx.device).eval(), args.classes or [str(i) for i in range(count_classes(weights))]
+    return model.to(ctx.device).eval(), args.classes or names_of(args.task, count_classes(weights))
+
+
+def names_of(task, count):
+    """Names for the classes of a released model: COCO's, or numbers, ADE20K's."""
+    coco = data.extra("torchvision.models.detection").MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    coco = [name for name in coco if name not in ("__background__", "N/A")]
+    return coco if task == "det" and count == len(coco) else data.numbers(count)
 
 
 def evaluate(args, ctx):
@@ -917,6 +950,7 @@ def evaluate(args, ctx):
     metrics, iou = measure(args, ctx, model, loader_of(args, ctx, dataset))
     if iou is not None:
         ctx.print("\n".join(f"{value:6.1f}  {name}" for name, value in zip(dataset.classes, iou.tolist())))
+    metrics |= dict(unreadable=training.count_bad(ctx, dataset))
     ctx.print(", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
 
 
@@ -929,9 +963,10 @@ def colour(i):
 
 @torch.no_grad()
 def draw_seen(args, ctx, model, classes, pixels):
-    """pixels (3 H W) uint8 -> a picture of what the model sees there, PIL. Small images are enlarged."""
-    H, W = (length * max(1, 400 // max(pixels.shape[1:])) for length in pixels.shape[1:])
-    canvas = F.interpolate(pixels[None], (H, W))[0]                         # (3 H W)
+    """pixels (3 H W) uint8 -> a picture of what the model sees there, PIL, with 400 to 1600 pixels on its long side."""
+    long = max(pixels.shape[1:])
+    H, W = (max(1, round(length * min(max(1, 400 // long), 1600 / long))) for length in pixels.shape[1:])
+    canvas = F.interpolate(pixels[None].float(), (H, W), mode="area")[0].byte()              # (3 H W)
     if args.task == "det":
         image, _, info = data.DetectionTransform(args.img_size, False)(
             pixels, dict(id=0, labels=torch.zeros(0), masks=pixels[:0]))
@@ -948,7 +983,8 @@ def draw_seen(args, ctx, model, classes, pixels):
     found = found[0].argmax(0).cpu()                                        # (H W)
     shown = found.unique()                                                  # (classes)
     colours = [colour(i) for i in shown.tolist()]
-    canvas = to_pil_image(F.pad(draw_segmentation_masks(canvas, found == shown[:, None, None], 0.5, colours), (0, 120)))
+    canvas = draw_segmentation_masks(canvas, found == shown[:, None, None], 0.5, colours)
+    canvas = to_pil_image(F.pad(canvas, (0, 120, 0, max(0, 14 * len(shown) + 12 - H))))
     pencil = data.extra("PIL.ImageDraw").Draw(canvas)                       # a legend at the right
     for line, (i, fill) in enumerate(zip(shown.tolist(), colours)):
         pencil.text((W + 8, 6 + 14 * line), classes[i], fill=fill)
@@ -964,9 +1000,11 @@ def save_picture(args, name, picture):
 def draw_examples(args, ctx, model, dataset, count=4):
     """OUT/example-0.png ...: what the model sees in the first validation images."""
     for i, sample in enumerate(dataset.samples[:count]):
-        with contextlib.suppress(Exception):                                # it has been reported as a bad file
+        try:
             pixels = dataset.load(*sample)[0]
-            save_picture(args, f"example-{i}.png", draw_seen(args, ctx, model.eval(), args.classes, pixels))
+        except Exception:                                                   # it has been reported as a bad file
+            continue
+        save_picture(args, f"example-{i}.png", draw_seen(args, ctx, model.eval(), args.classes, pixels))
 
 
 def predict(args, ctx):
@@ -983,10 +1021,11 @@ def predict(args, ctx):
 
 def main():
     args = get_args()
-    with training.plain_errors("finetune_dense.py", args, data.BadDataError):
+    with training.plain_errors("finetune_dense.py", args, data.BadDataError, OSError):
         ctx = training.setup(args, training=not (args.eval or args.predict))
         if args.predict:
-            predict(args, ctx)
+            if ctx.is_main:
+                predict(args, ctx)
         elif args.eval:
             evaluate(args, ctx)
         else:

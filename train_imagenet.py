@@ -366,7 +366,8 @@ def main():
     with training.plain_errors(parser.prog, args, data.BadDataError):
         ctx = training.setup(args, training=not (args.eval or args.predict))
         if args.predict:
-            predict(args, ctx)
+            if ctx.is_main:
+                predict(args, ctx)
         elif args.eval:
             evaluate(args, ctx)
         else:

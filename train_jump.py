@@ -526,7 +526,8 @@ def main():
     with training.plain_errors("train_jump.py", args, data.BadDataError, OSError):
         ctx = training.setup(args, training=not (args.eval or args.predict or args.stats))
         if args.predict:
-            predict(args, ctx)
+            if ctx.is_main:
+                predict(args, ctx)
         elif args.stats:
             fill(args, MODEL if args.data or args.index else CELLS_MODEL)
             raw = open_split(args, "train")

@@ -273,14 +273,14 @@ def test_drawing_prefers_positives_up_to_their_share():
     matched = torch.tensor([3] * 50 + [BACKGROUND] * 300 + [IGNORED] * 100)[torch.randperm(450)]
     for count, share, positives, negatives in ((256, 0.5, 50, 206), (64, 0.5, 32, 32), (400, 0.25, 50, 300)):
         torch.manual_seed(1)
-        at = dense.draw(matched, count, share)
+        at = dense.sample_boxes(matched, count, share)
         assert len(at.unique()) == len(at)
         assert ((matched[at] == 3).sum(), (matched[at] == BACKGROUND).sum(), len(at)) == (
             positives, negatives, positives + negatives)
-        again = dense.draw(matched, count, share)                           # others, unless it took all
+        again = dense.sample_boxes(matched, count, share)                           # others, unless it took all
         assert (set(again.tolist()) == set(at.tolist())) == (len(at) == 350)
         torch.manual_seed(1)
-        assert at.equal(dense.draw(matched, count, share))
+        assert at.equal(dense.sample_boxes(matched, count, share))
 
 
 def test_deltas_by_hand_and_back():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -80,7 +81,8 @@ def test_recipes():
 
 @pytest.mark.parametrize("argv, message", [
     (["seg", "--model", "fastvim_giant"], "fastvim_giant"), (["seg", "--depth", "3"], "four blocks"),
-    (["det", "--model", "fastvim_huge", "--depth", "1"], "14 pixels"), (["seg", "--data", "nowhere"], "no such folder"),
+    (["seg", "--batch-size", "1"], "two images at least"), (["seg", "--data", "nowhere"], "no such folder"),
+    (["det", "--eval", "x.pt", "--freeze"], "2"), (["seg", "--data", ""], "2"), (["seg", "--jitter", "2", "1"], "2"),
     (["det", "--data", "nowhere"], "not found"), (["seg", "--eval", "nowhere.pt"], "no checkpoint at"),
     (["det", "--init", "x.pt", "--backbone", "y.pt"], "2")])
 def test_errors_are_one_line(argv, message, tmp_path):
@@ -90,13 +92,13 @@ def test_errors_are_one_line(argv, message, tmp_path):
 
 def test_weight_decay():
     model, args = model_of("seg", "--model", "vim_tiny")
-    kept = {n for n, p in model.named_parameters() if dense.keeps_its_size("seg", n, p)}
+    kept = {n for n, p in model.named_parameters() if dense.no_weight_decay("seg", n, p)}
     assert {"backbone.pos_embed", "backbone.cls_token", "backbone.layers.0.norm.bias", "backbone.outnorm_3.weight",
             "backbone.layers.1.mixer.A_log", "backbone.layers.1.mixer.D", "backbone.layers.1.mixer.D_b",
             "backbone.layers.2.mixer.A_b_log", "backbone.layers.2.mixer.layernorm.weight"} <= kept
     assert not any(n.startswith(("decode", "auxiliary")) or "conv1d" in n or "proj" in n for n in kept)
     model, args = model_of("det")
-    assert [n for n, p in model.named_parameters() if dense.keeps_its_size("det", n, p)] == ["backbone.pos_embed"]
+    assert [n for n, p in model.named_parameters() if dense.no_weight_decay("det", n, p)] == ["backbone.pos_embed"]
 
 
 def test_layer_decay():
@@ -105,7 +107,7 @@ def test_layer_decay():
     args.layer_decay = 0.7
 
     def share(name):
-        return dense.share_of_lr(args, 24, name, None)
+        return dense.lr_scale(args, 24, name, None)
 
     assert share("backbone.pos_embed") == share("backbone.patch_embed.proj.bias") == pytest.approx(0.7 ** 13)
     assert [share(name) for name in ("backbone.layers.0.norm.weight", "neck.fpn1.0.weight", "backbone.outnorm_0.bias")
@@ -128,7 +130,7 @@ def test_backbone_from_a_classifier(name, tmp_path):
     model, args = model_of("seg", "--model", name, weights=classifier.state_dict())
     before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
     note = dense.load_backbone(model.backbone, fastvim.read_checkpoint(tmp_path / "c.ckpt"))
-    assert "resized from 4 x 4 to 2 x 2" in note and "norm_f dropped" in note and "4 biases" in note
+    assert "resized from 4 x 4 to 2 x 2" in note and "1 of the last norm dropped" in note and "4 biases" in note
     own, given = model.backbone.state_dict(), classifier.state_dict()
     for k, v in own.items():
         fresh = k.startswith("outnorm_") or k.endswith(".norm.bias")
@@ -137,6 +139,67 @@ def test_backbone_from_a_classifier(name, tmp_path):
     with pytest.raises(ValueError, match="another model"):
         deeper, _ = model_of("seg", "--patch-size", 16, "--depth", 5, "--model", name)
         dense.load_backbone(deeper.backbone, classifier.state_dict())
+
+
+def test_backbone_from_another_dense_model():
+    """Its taps' norms belong to other blocks."""
+    torch.manual_seed(1)
+    other = model_of("det")[0]
+    for p in other.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    model, _ = model_of("seg", "--patch-size", 16)
+    model.backbone.layers = model.backbone.layers[:2]                       # as deep as the detector's
+    note = dense.load_backbone(model.backbone, {"state_dict": other.state_dict()})
+    assert "2 of the last norm dropped" in note and "fresh: 0 biases" in note
+    taps = [v for k, v in model.backbone.state_dict().items() if k.startswith("outnorm_") and k.endswith("weight")]
+    assert len(taps) == 4 and all((v == 1).all() for v in taps)
+
+
+def test_a_frozen_backbone_stays_as_it_is(few_scenes, tmp_path):
+    model, args = model_of("seg", "--freeze", "--drop-path", 0.5)
+    assert set(model.backbone.drop_path_rates) == {0.0}
+    run("seg", *TINY["seg"], "--freeze", "--steps", 2, "--drop-path", 0.5, "--out", tmp_path)
+    run("seg", *TINY["seg"], "--freeze", "--steps", 1, "--drop-path", 0.5, "--out", tmp_path / "one")
+    two, one = weights_of(tmp_path / "last.pt"), weights_of(tmp_path / "one" / "last.pt")
+    assert all(v.equal(one[k]) for k, v in two.items() if k.startswith("backbone."))
+    assert not two["decode_head.conv_seg.weight"].equal(one["decode_head.conv_seg.weight"])
+
+
+def test_patches_of_a_detector():
+    model, _ = model_of("det", "--model", "fastvim_huge", "--depth", 1)     # 14 pixels are for classification
+    assert model.backbone.cfg.patch_size == 16
+    with pytest.raises(ValueError, match="14 pixels"):
+        model_of("det", weights=fastvim.create_model("fastvim_tiny", patch_size=14, img_size=28, depth=2).state_dict())
+
+
+def test_a_vit_in_another_size():
+    weights = model_of("seg", "--model", "deit_tiny")[0].state_dict()
+    model, _ = model_of("seg", "--model", "deit_tiny", "--img-size", 64)
+    dense.load_dense(model, weights, 3)
+    assert model.backbone.vit.pos_embed.shape == (1, 65, 192)           # patches of 8 pixels
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 3, 64, 64)
+
+
+def test_names_of_classes(tmp_path):
+    coco = dense.names_of("det", 80)
+    assert (len(coco), coco[0], coco[11], coco[79]) == (80, "person", "stop sign", "toothbrush")
+    assert dense.names_of("seg", 3) == ["1", "2", "3"]
+    make_ade(tmp_path)
+    args = dense.get_args(["seg", "--data", str(tmp_path)])
+    dense.complete(args, {}, {})
+    names = [f"thing{i}" for i in range(1, 151)]
+    (tmp_path / "objectInfo150.txt").write_text("".join(f"{i}\t{name}\n" for i, name in enumerate(names, 1)))
+    assert dense.open_split(args, "val", data.numbers(150)).classes == names        # trained without the table
+    with pytest.raises(ValueError, match="the model knows 150"):
+        dense.open_split(args, "val", names[::-1])
+
+
+def test_large_photos_are_drawn_smaller(tmp_path):
+    model, args = model_of("seg")
+    for size, expected in (((60, 3200), (1720, 30)), ((40, 30), (420, 400))):                # beside it a legend
+        pixels = torch.zeros(3, *size, dtype=torch.uint8)
+        picture = dense.draw_seen(args, types.SimpleNamespace(device="cpu"), model.eval(), ["a", "b", "c"], pixels)
+        assert picture.width == expected[0] and expected[1] <= picture.height <= expected[1] + 40
 
 
 def test_backbone_without_the_post_ssm_norm():
@@ -162,7 +225,7 @@ def test_vit_backbone(task):
     model, args = model_of(task, "--model", "deit_tiny", "--img-size", 48)
     assert len(model.backbone.forward_intermediates(torch.zeros(1, 3, 40, 64))) == (4 if task == "seg" else 1)
     classifier = data.extra("timm").create_model("deit_tiny_patch16_224", depth=TINY[task][3])
-    assert "dropped (head.bias, head.weight, norm.bias, norm.weight)" in dense.load_backbone(
+    assert "4 of the last norm and the head dropped" in dense.load_backbone(
         model.backbone, dict(model=classifier.state_dict()))
     assert model.backbone.vit.blocks[1].attn.qkv.weight.equal(classifier.blocks[1].attn.qkv.weight)
     model.train()
