@@ -678,11 +678,11 @@ class SegmentationTransform:
     """(pixels (3 H W) uint8, labels (H W) uint8) -> (image (3 h w) float32, labels int64).
 
     The image is enlarged to a short side of `size`, a long side of at most 4 x size. train: times a random factor of
-    `scale`; a crop of size x size, drawn again up to ten times while one class fills 75 % of it; flip; photometric
-    distortion. Else labels stay in the size of the file."""
+    `scale`; a crop of size x size, drawn again up to ten times while one class fills 75 % of it; flip; distort:
+    photometric distortion. Else labels stay in the size of the file."""
 
-    def __init__(self, size, train, scale=(0.5, 2.0)):
-        self.size, self.train, self.scale = size, train, scale
+    def __init__(self, size, train, scale=(0.5, 2.0), distort=True):
+        self.size, self.train, self.scale, self.distort = size, train, scale, distort
 
     def __call__(self, pixels, labels):
         short, long = sorted(labels.shape)
@@ -700,8 +700,10 @@ class SegmentationTransform:
         pixels, labels = resized_crop(pixels, window, new), resized_crop(labels[None], window, new, nearest=True)[0]
         if torch.rand(()) < 0.5:
             pixels, labels = pixels.flip(2), labels.flip(1)
+        if self.distort:
+            pixels = distorted(pixels)
         rest = (0, self.size - new[1], 0, self.size - new[0])
-        return F.pad(normalized(distorted(pixels)), rest), F.pad(labels.long(), rest, value=IGNORE_INDEX)
+        return F.pad(normalized(pixels), rest), F.pad(labels.long(), rest, value=IGNORE_INDEX)
 
 
 class DetectionTransform:

@@ -62,7 +62,8 @@ from data import IGNORE_INDEX
 # falls linearly; the released configuration divides it by ten after 8/9 and 26/27 of the run.
 RECIPES = dict(
     seg=dict(steps=160_000, warmup=1500, batch_size=16, recipe_lr=6e-5, recipe_batch=16, weight_decay=0.01,
-             img_size=512, jitter=(0.5, 2.0), channels=512, eval_every=12, layer_decay=1.0, out="runs/seg"),
+             img_size=512, jitter=(0.5, 2.0), distort=True, channels=512, eval_every=12, layer_decay=1.0,
+             out="runs/seg"),
     det=dict(steps=184_375, warmup=250, batch_size=8, recipe_lr=1e-4, recipe_batch=64, weight_decay=0.05, img_size=1024,
              jitter=(0.1, 2.0), channels=256, hidden=1024, regions=512, clip=35.0, eval_every=10, layer_decay=0.7,
              out="runs/det"))
@@ -72,8 +73,8 @@ DROP_PATH = dict(seg=dict(tiny=0.05, small=0.05, base=0.4, large=0.4, huge=0.4),
 
 # The same on 4,000 drawn scenes, from random weights, scaled to two CPU cores.
 SCENES = dict(
-    seg=dict(steps=3000, warmup=50, batch_size=16, recipe_lr=2e-3, recipe_batch=16, img_size=64, patch_size=8, depth=4,
-             jitter=(0.8, 1.25), channels=64, eval_every=2, drop_path=0.0, out="runs/seg-scenes"),
+    seg=dict(steps=4000, warmup=50, batch_size=16, recipe_lr=2e-3, recipe_batch=16, img_size=64, patch_size=8, depth=4,
+             jitter=(0.8, 1.25), distort=False, channels=64, eval_every=2, drop_path=0.0, out="runs/seg-scenes"),
     det=dict(steps=1500, warmup=50, batch_size=8, recipe_lr=1e-3, recipe_batch=8, img_size=96, depth=4,
              jitter=(0.8, 1.25), channels=32, hidden=128, regions=32, eval_every=1, drop_path=0.0, layer_decay=1.0,
              out="runs/det-scenes"))
@@ -81,7 +82,7 @@ SCENES = dict(
 # What a checkpoint says of its model where the command line leaves it open.
 BACKBONE_FLAGS = "size", "model", "patch_size", "depth", "class_token", "pool", "pool_scale", "schedule"
 MODEL_FLAGS = (*BACKBONE_FLAGS, "channels", "hidden")
-FLAGS = (*MODEL_FLAGS, "img_size", "regions", "drop_path", "jitter", "warmup", "layer_decay", "classes")
+FLAGS = *MODEL_FLAGS, "img_size", "regions", "drop_path", "jitter", "distort", "warmup", "layer_decay", "classes"
 VITS = "deit_tiny", "deit_small", "deit_base"
 
 # ---- What both models are made of ------------------------------------------------------------------------------------
@@ -592,6 +593,9 @@ def add_arguments(parser, task):
     add = parser.add_argument_group("augmentation and schedule").add_argument
     add("--jitter", type=training.number(float, 0.01), nargs=2, metavar=("LOW", "HIGH"), help="range of a random "
         "factor of the images' size (default {:g} {:g})".format(*recipe["jitter"]))
+    if task == "seg":
+        add("--distort", action=argparse.BooleanOptionalAction, help="change brightness, contrast, saturation and hue "
+            "at random (default: yes)")
     add("--warmup", type=training.number(int, 0), help=f"steps of linear warmup (default {recipe['warmup']})")
     add("--layer-decay", type=training.number(float, 0.01), help="patch and position embeddings learn slower by this "
         f"to the power of 13 (default {recipe['layer_decay']:g})")
@@ -773,8 +777,8 @@ def lr_scale(args, depth, name, param):
 def open_split(args, split, classes=None):
     """A split of --data or of the drawn scenes. classes: those that it must have, or how many."""
     train, reader = split == "train", dict(seg=data.ADE20K, det=data.Coco)[args.task]
-    transform = dict(seg=data.SegmentationTransform, det=data.DetectionTransform)[args.task](
-        args.img_size, train, args.jitter)
+    transform = data.DetectionTransform(args.img_size, train, args.jitter) if args.task == "det" else (
+        data.SegmentationTransform(args.img_size, train, args.jitter, args.distort))
     found = reader(args.data, split, transform) if args.data else data.Scenes(
         split, transform, args.img_size, args.task == "det")
     unnamed = data.numbers(len(found.classes))                              # ADE20K without its table of names
@@ -870,15 +874,16 @@ def average_precision(coco, found, images):
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 def train(args, ctx):
-    path = args.backbone or args.init
-    content = fastvim.read_checkpoint(path) if path else {}                 # a resumed run needs it for the flags
-    weights = fastvim.model_weights(content)[0] if args.backbone else dense_weights(content) if args.init else {}
-    complete(args, content, weights, BACKBONE_FLAGS if args.backbone else MODEL_FLAGS)
+    path, resumed = args.backbone or args.init, training.checkpoint_to_resume(args)
+    content = fastvim.read_checkpoint(resumed or path) if path else {}      # its flags: the model's the user left open
+    whole = resumed or args.init
+    weights = {} if not path else dense_weights(content) if whole else fastvim.model_weights(content)[0]
+    complete(args, content, weights, MODEL_FLAGS if whole else BACKBONE_FLAGS)
     train_set = open_split(args, "train")
     args.classes = train_set.classes                                        # kept in the checkpoint
     val_set = open_split(args, "val", args.classes)
     model = build_model(args, len(args.classes), weights)
-    if path and not training.checkpoint_to_resume(args):
+    if path and not resumed:
         ctx.print(f"{path}:", load_backbone(model.backbone, content) if args.backbone else
                   load_dense(model, weights, len(args.classes)))
     model.backbone.requires_grad_(not args.freeze)

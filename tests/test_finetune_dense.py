@@ -35,6 +35,25 @@ def run(task, *argv):
         sys.argv = old
 
 
+class Killed(BaseException):
+    """What no handler of the training sees."""
+
+
+def run_and_die(*argv):
+    """The script in this process, which does not live to see its third step."""
+    step, calls = torch.optim.AdamW.step, []
+
+    def dying_step(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(torch.optim.AdamW, "step", dying_step)
+        run(*argv)
+
+
 def log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -61,7 +80,7 @@ def test_recipes():
     """recipes.md, sections 4 and 5; and without --data one scaled to the drawn scenes."""
     expected = dict(
         seg=dict(steps=160_000, warmup=1500, recipe_lr=6e-5, recipe_batch=16, weight_decay=0.01, img_size=512,
-                 jitter=(0.5, 2.0), channels=512, clip=0, layer_decay=1.0),
+                 jitter=(0.5, 2.0), distort=True, channels=512, clip=0, layer_decay=1.0),
         det=dict(steps=184_375, warmup=250, recipe_lr=1e-4, recipe_batch=64, weight_decay=0.05, img_size=1024,
                  jitter=(0.1, 2.0), channels=256, hidden=1024, regions=512, clip=35, layer_decay=0.7))
     for task, recipe in expected.items():
@@ -69,7 +88,7 @@ def test_recipes():
         assert not dense.complete(args, {}, {})
         assert recipe == {k: vars(args)[k] for k in recipe} and not args.amp and args.ema == 0 and args.epochs is None
         drawn = dense.get_args([task])
-        assert dense.complete(drawn, {}, {}) and drawn.img_size < 100 and drawn.depth == 4 and drawn.steps <= 3000
+        assert dense.complete(drawn, {}, {}) and drawn.img_size < 100 and drawn.depth == 4 and drawn.steps <= 4000
     assert [round(184_375 * share) for share in dense.DROPS] == [163_889, 177_546]
     assert dense.taps_of("seg", 24) == [5, 11, 17, 23] and dense.taps_of("seg", 12) == [2, 5, 8, 11]
     assert dense.taps_of("det", 24) == [23]
@@ -153,6 +172,18 @@ def test_backbone_from_another_dense_model():
     assert "2 of the last norm dropped" in note and "fresh: 0 biases" in note
     taps = [v for k, v in model.backbone.state_dict().items() if k.startswith("outnorm_") and k.endswith("weight")]
     assert len(taps) == 4 and all((v == 1).all() for v in taps)
+
+
+def test_a_resumed_run_no_longer_needs_its_backbone(few_scenes, tmp_path):
+    classifier = fastvim.create_model("fastvim_tiny", depth=4, img_size=32, patch_size=8)
+    torch.save(dict(state_dict=classifier.state_dict()), tmp_path / "c.pt")
+    flags = ["--img-size", 32, "--channels", 8, "--batch-size", 4, "--steps", 4, "--backbone", tmp_path / "c.pt"]
+    run("seg", *flags, "--out", tmp_path / "a", "--save-minutes", 0)
+    run_and_die("seg", *flags, "--out", tmp_path / "b", "--save-minutes", 0)
+    (tmp_path / "c.pt").unlink()
+    run("seg", *flags, "--out", tmp_path / "b", "--resume")
+    whole, resumed = weights_of(tmp_path / "a" / "last.pt"), weights_of(tmp_path / "b" / "last.pt")
+    assert all(v.equal(resumed[k]) for k, v in whole.items())
 
 
 def test_a_frozen_backbone_stays_as_it_is(few_scenes, tmp_path):
@@ -310,12 +341,8 @@ def test_average_precision(shift, few_scenes):
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """What no handler of the training sees."""
-
-
 @pytest.mark.parametrize("task", ["seg", "det"])
-def test_drawn_scenes_end_to_end(task, few_scenes, tmp_path, monkeypatch, capsys):
+def test_drawn_scenes_end_to_end(task, few_scenes, tmp_path, capsys):
     """Training, evaluation, a kill with exact resume, pictures."""
     flags = [*TINY[task], "--steps", 3, "--save-minutes", 0, "--drop-path", 0.2, "--warmup", 1]
     run(task, *flags, "--out", tmp_path / "a")
@@ -323,17 +350,7 @@ def test_drawn_scenes_end_to_end(task, few_scenes, tmp_path, monkeypatch, capsys
     lines = log(tmp_path / "a")
     assert metric in lines[-1]["metrics"] and (tmp_path / "a" / "example-2.png").exists()
 
-    step, calls = torch.optim.AdamW.step, []
-    with monkeypatch.context() as patch:
-        def dying_step(self, *args, **kwargs):
-            calls.append(1)
-            if len(calls) == 3:
-                raise Killed
-            return step(self, *args, **kwargs)
-
-        patch.setattr(torch.optim.AdamW, "step", dying_step)
-        with pytest.raises(Killed):
-            run(task, *flags, "--out", tmp_path / "b")
+    run_and_die(task, *flags, "--out", tmp_path / "b")
     run(task, *flags, "--out", tmp_path / "b", "--resume")
     assert "at step 2 of 3" in capsys.readouterr().out
     whole, resumed = weights_of(tmp_path / "a" / "last.pt"), weights_of(tmp_path / "b" / "last.pt")
