@@ -75,7 +75,7 @@ DROP_PATH = dict(seg=dict(tiny=0.05, small=0.05, base=0.4, large=0.4, huge=0.4),
 SCENES = dict(
     seg=dict(steps=3000, warmup=50, batch_size=16, recipe_lr=2e-3, recipe_batch=16, img_size=64, patch_size=8, depth=4,
              jitter=(0.8, 1.25), distort=False, channels=64, eval_every=2, drop_path=0.0, out="runs/seg-scenes"),
-    det=dict(steps=1500, warmup=50, batch_size=8, recipe_lr=1e-3, recipe_batch=8, img_size=96, depth=4,
+    det=dict(steps=1000, warmup=50, batch_size=8, recipe_lr=1e-3, recipe_batch=8, img_size=96, depth=4,
              jitter=(0.8, 1.25), channels=32, hidden=128, regions=32, eval_every=1, drop_path=0.0, layer_decay=1.0,
              out="runs/det-scenes"))
 
