@@ -761,11 +761,11 @@ def names_of_classes(path):
     """The names in a table like ADE20K's objectInfo150.txt: number, more columns, "name, synonyms"; a header."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         rows = [line.strip().split("\t") for line in file]
-    names = {int(row[0]): row[-1].split(",")[0].strip() for row in rows if row[0].isdecimal()}
-    if not 0 < len(names) < IGNORE_INDEX + 1 or sorted(names) != [*range(1, len(names) + 1)]:
+    names = sorted((int(row[0]), row[-1].split(",")[0].strip()) for row in rows if row[0].isdecimal())
+    if not 0 < len(names) <= IGNORE_INDEX or [number for number, _ in names] != [*range(1, len(names) + 1)]:
         raise ValueError(f"{path}: the first column should number the classes from 1 to at most {IGNORE_INDEX}, once "
                          f"each, between tabulators; {len(names)} numbers were found")
-    return [names[number] for number in sorted(names)]
+    return [name for _, name in names]
 
 
 class ADE20K(DenseFiles):
@@ -784,7 +784,7 @@ class ADE20K(DenseFiles):
                                         f"*.jpg and {root}/annotations/{{training,validation}}/*.png")
         table = os.path.join(root, "objectInfo150.txt")
         classes = names_of_classes(table) if os.path.exists(table) else numbers(150)
-        images, maps = ({}, {})
+        images, maps = {}, {}
         for found, folder, extensions in ((images, folders[0], EXTENSIONS), (maps, folders[1], (".png",))):
             for path in find_images(folder, extensions):
                 stem = os.path.splitext(os.path.relpath(path, folder))[0]
@@ -812,7 +812,7 @@ def run_lengths(text):
             value -= (bits & 16) << shift - 4             # the sign
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
-    return runs
+    return runs + [-1] * bool(shift)                      # a run without an end
 
 
 def flaw_of(item, height, width):
@@ -868,10 +868,10 @@ def as_coco(content):
 
 def by_id(items, kind):
     """{id: item}. ValueError: an id comes twice."""
-    known = {item["id"]: item for item in items}
-    if len(known) < len(items):
-        twice = next(number for number, count in collections.Counter(item["id"] for item in items).items() if count > 1)
-        raise ValueError(f"the id {twice} belongs to more than one of the {kind}")
+    known = {}
+    for item in items:
+        if known.setdefault(item["id"], item) is not item:
+            raise ValueError(f"the id {item['id']} belongs to more than one of the {kind}")
     return known
 
 
@@ -905,7 +905,10 @@ class Coco(DenseFiles):
                     raise ValueError(f"an object is of category {item['category_id']} in image {item['image_id']}, and "
                                      "there is no such category or image")
                 image = images[item["image_id"]]
+                polygons = item.get("segmentation")
                 flaw = flaw_of(item, *image["size"])
+                if not flaw and len(item["segmentation"]) < len(polygons):
+                    left_out["objects' polygons, but not all of them"] += 1
                 width, height = (0, 0) if flaw else item["bbox"][2:]
                 reason = flaw or ("in a crowd" if item.get("iscrowd") else
                                   "smaller than a pixel" if min(width, height) < 1 else None)

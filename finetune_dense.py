@@ -38,7 +38,6 @@ import collections
 import colorsys
 import contextlib
 import functools
-import io
 import math
 import pathlib
 import types
@@ -79,8 +78,9 @@ SCENES = dict(
              jitter=(0.8, 1.25), channels=32, hidden=128, regions=32, eval_every=1, drop_path=0.0, layer_decay=1.0,
              out="runs/det-scenes"))
 
-# What a checkpoint says of its model where the command line leaves it open.
-BACKBONE_FLAGS = "size", "model", "patch_size", "depth", "class_token", "pool", "pool_scale", "schedule"
+# What the command line may leave open. Checkpoints say it of their model, or of the backbone alone; the recipes, else.
+BACKBONE_FLAGS = ("size", "model", "patch_size", "depth", "class_token", "pool", "pool_scale", "schedule", "ssm_norm",
+                  "no_conv", "skip_before_expand")
 MODEL_FLAGS = (*BACKBONE_FLAGS, "channels", "hidden")
 FLAGS = *MODEL_FLAGS, "img_size", "regions", "drop_path", "jitter", "distort", "warmup", "layer_decay", "classes"
 VITS = "deit_tiny", "deit_small", "deit_base"
@@ -207,8 +207,7 @@ def slide(model, images, crop=512, stride=341):
 def segment(model, images, size=None, scales=(1.0,), flip=False, crop=512, stride=341):
     """Class probabilities (B K *size) of images (B 3 H W); size (height, width), by default that of the images.
 
-    They are the mean over the images, already resized to the crop, enlarged by each of the scales and, with flip, over
-    their mirror images."""
+    They are the mean over the images resized by each of the scales and, with flip, over their mirror images."""
     total = 0
     for scale in scales:
         x = images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="bilinear")
@@ -546,11 +545,12 @@ def get_args(argv=None):
     if not (first.data or first.eval or first.predict):
         parsers[first.task].set_defaults(**{k: v for k, v in SCENES[first.task].items() if k not in FLAGS})
     args = parser.parse_args(argv)
-    error, given = parsers[args.task].error, {k for k in ("backbone", "init", "freeze", "resume") if getattr(args, k)}
+    error = parsers[args.task].error
+    given = [f"--{k}" for k in ("backbone", "init", "freeze", "resume") if getattr(args, k)]
     if args.backbone and args.init:
         error("--backbone gives the encoder, --init the whole model: give one of them")
     if (args.eval or args.predict) and given:
-        error(f"--{min(given)} is for training; --eval and --predict take the model from --eval CKPT")
+        error(f"{' and '.join(given)}: for training only; --eval CKPT names the model to evaluate or to predict with")
     if args.data == "":
         error("--data is empty; without it drawn scenes are learnt")
     if args.jitter and args.jitter[0] > args.jitter[1]:
@@ -560,7 +560,7 @@ def get_args(argv=None):
 
 def add_arguments(parser, task):
     recipe, whole = RECIPES[task], train_imagenet.WHOLE
-    parser.set_defaults(multi_scale=False, **dict.fromkeys(FLAGS))          # see complete
+    parser.set_defaults(**dict.fromkeys(FLAGS))                             # see complete
     layout = dict(seg="ADE20K's layout: DIR/images/{training,validation}/*.jpg, DIR/annotations/.../*.png",
                   det="COCO's layout: DIR/{train,val}2017/*.jpg, DIR/annotations/instances_{train,val}2017.json")
     add = parser.add_argument_group("what to do").add_argument
@@ -572,8 +572,8 @@ def add_arguments(parser, task):
     add("--eval", metavar="CKPT", help="only evaluate this checkpoint, ours or a released one")
     if task == "seg":
         add("--multi-scale", action="store_true", help="evaluate the mean over six sizes and their mirror images")
-    add("--predict", metavar="IMAGE", nargs="+", help="draw into OUT what is seen in each image (objects of a score "
-        "from 0.5), by --eval CKPT (default: OUT/best.pt)")
+    add("--predict", metavar="IMAGE", nargs="+", help="draw into OUT what is seen in each image" + (
+        " (objects of a score from 0.5)" if task == "det" else "") + ", by --eval CKPT (default: OUT/best.pt)")
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="NAME", help="fastvim_tiny (default), vim_small, ... (python fastvim.py lists them), or "
         "deit_tiny, deit_small, deit_base from timm")
@@ -608,14 +608,14 @@ def add_arguments(parser, task):
 def complete(args, content, weights, flags=FLAGS):
     """What the command line leaves open of the model: as the checkpoint `content` says or its weights show, else by the
     recipe. -> whether the drawn scenes are meant"""
-    saved = train_imagenet.adopt(args, content, flags)
+    given, saved = args.pool_scale, train_imagenet.adopt(args, content, flags)
     parts = [k.split(".") for k in weights]
     blocks = [int(b) for name in parts for a, b in zip(name, name[1:]) if a in ("layers", "blocks")]
     args.depth = args.depth or (1 + max(blocks) if blocks else None)
     patch = next((w.shape[-1] for k, w in weights.items() if k.endswith("patch_embed.proj.weight")), None)
     args.patch_size = args.patch_size or patch
-    if "mask_token" in weights and args.pool_scale is None and saved.get("mask_divisor") != "count":
-        args.pool_scale = 1 - saved.get("mask_ratio", 0.75)                 # as in train_imagenet.starting_point
+    if "mask_token" in weights and given is None:
+        train_imagenet.unmask(args, saved)
     drawn = not args.data and (not (args.eval or args.predict) or saved and not saved["data"])
     recipe = RECIPES[args.task] | (SCENES[args.task] if drawn else {})
     vars(args).update({k: recipe.get(k) for k in FLAGS if getattr(args, k) is None})
@@ -649,29 +649,33 @@ def taps_of(task, depth):
 def build_model(args, num_classes, weights):
     """The model that args ask for, weights (those to be loaded, if any) telling whether it has Vim's first mixer.
     ValueError: an unknown name, or a depth or patch size that does not go."""
-    name = train_imagenet.model_name(args)
-    if name not in (*fastvim.list_models(), *VITS):
-        raise ValueError(f"--model {name}: choose from {', '.join((*fastvim.list_models(), *VITS))}")
+    name = train_imagenet.model_name(args).removesuffix("_patch16_224")     # as timm calls a DeiT
+    names = [model for model in fastvim.list_models() if "channel" not in model] + [*VITS]
+    if name not in names:
+        raise ValueError(f"--model {name}: choose from {', '.join(names)}")
     rate = DROP_PATH[args.task][name.rpartition("_")[2]] if args.drop_path is None else args.drop_path
     rate = 0.0 if args.freeze else rate                                     # as it is, not thinned out at random
-    given = {k: getattr(args, k) for k in ("patch_size", "class_token", "pool", "pool_scale", "schedule")
-             if getattr(args, k) is not None}
-    if args.task == "det" and name not in VITS:
-        given.setdefault("patch_size", 16)                                  # FastVim-H's own is 14
-    depth = args.depth or (12 if name in VITS else fastvim.SIZES[name.rpartition("_")[2]]["depth"])
-    options = dict(img_size=args.img_size, depth=depth, drop_path_rate=rate, **given)
-    if args.task == "seg" and depth < 4:
-        raise ValueError(f"--depth {depth}: segmentation looks at four blocks")
+    given = dict(patch_size=args.patch_size, class_token=args.class_token, pool=args.pool, pool_scale=args.pool_scale,
+                 schedule=args.schedule, ssm_norm=args.ssm_norm, d_conv=0 if args.no_conv else None,
+                 skip_before_expand=args.skip_before_expand or None)
+    given = {k: v for k, v in given.items() if v is not None}
+    args.depth = args.depth or (12 if name in VITS else fastvim.SIZES[name.rpartition("_")[2]]["depth"])
+    if args.task == "seg" and args.depth < 4:
+        raise ValueError(f"--depth {args.depth}: segmentation looks at four blocks")
+    taps, options = taps_of(args.task, args.depth), dict(img_size=args.img_size, depth=args.depth, drop_path_rate=rate)
     if name in VITS:
         if wrong := given.keys() - {"patch_size"}:
             raise ValueError(f"--model {name} is timm's and does not know {', '.join(wrong)}")
-        backbone = ViT(f"{name}_patch16_224", taps_of(args.task, depth), **options)
+        backbone = ViT(f"{name}_patch16_224", taps, **options, **given)
         backbone.vit.set_grad_checkpointing(args.grad_checkpointing)
     else:
-        if any("layers.0.mixer." in k for k in weights) and not any("mixer.layernorm." in k for k in weights):
-            options["ssm_norm"] = None
-        backbone = fastvim.create_model(name, num_classes=0, block_norm="layernorm",
-                                        out_indices=taps_of(args.task, depth), **options)
+        if args.task == "det":
+            given.setdefault("patch_size", 16)                              # FastVim-H's own is 14
+        vims = any("layers.0.mixer." in k for k in weights) and not any("mixer.layernorm." in k for k in weights)
+        if vims or given.get("ssm_norm") == "none":
+            given["ssm_norm"] = None
+        backbone = fastvim.create_model(name, num_classes=0, block_norm="layernorm", out_indices=taps, **options,
+                                        **given)
         backbone.grad_checkpointing = args.grad_checkpointing
     if args.task == "seg":
         return UperNet(backbone, num_classes, args.channels, max(args.channels // 2, 1))
@@ -686,7 +690,8 @@ def load_backbone(backbone, content):
     Dense backbones have LayerNorm blocks: they take an RMSNorm's weights, and their biases start at 0."""
     weights = fastvim.model_weights(content)[0]
     if isinstance(backbone, ViT):
-        kept = {k: v for k, v in weights.items() if not k.startswith(("norm.", "head", "fc_norm."))}
+        weights = {k.removeprefix("vit."): v for k, v in weights.items()}   # of a dense model of ours
+        kept = {k: v for k, v in weights.items() if not k.startswith(("norm.", "head", "fc_norm.", "outnorm."))}
         load_strictly(backbone.vit, resized_for(backbone, kept))
         return f"{len(kept)} weights taken, {len(weights) - len(kept)} of the last norm and the head dropped"
     # Taps of another dense model follow other blocks; they are as useless as the norm before a classifier.
@@ -714,20 +719,20 @@ def load_strictly(model, weights):
 CLASSIFIERS = "conv_seg", "fc_cls", "fc_reg", "conv_logits"                # whose shape depends on the classes
 
 
-def dense_weights(content):
+def dense_weights(task, content):
     """What fastvim.read_checkpoint returned -> {name: tensor}, those of the heads among them."""
     source = next((k for k in ("ema", "state_dict", "model") if content.get(k)), None)
     weights = {k: v for k, v in (content[source] if source else content).items() if isinstance(v, torch.Tensor)}
-    if not {k.partition(".")[0] for k in weights} & {"decode_head", "roi_head"}:
-        raise ValueError("the checkpoint holds no segmenter or detector; --backbone takes a classifier's encoder")
+    kind, classifier = dict(seg=("segmenter", "decode_head.conv_seg.bias"),
+                            det=("detector", "roi_head.mask_head.0.conv_logits.bias"))[task]
+    if classifier not in weights:
+        raise ValueError(f"the checkpoint holds no {kind}, which would have {classifier}; --backbone takes the encoder "
+                         "of any model")
     return weights
 
 
 def count_classes(weights):
-    bias = weights.get("decode_head.conv_seg.bias", weights.get("roi_head.mask_head.0.conv_logits.bias"))
-    if bias is None:
-        raise ValueError("the checkpoint holds no classifier to count its classes by")
-    return len(bias)
+    return len(next(v for k, v in weights.items() if k.endswith(("conv_seg.bias", "conv_logits.bias"))))
 
 
 def load_dense(model, weights, num_classes):
@@ -759,7 +764,7 @@ def no_weight_decay(task, name, param):
         "pos_embed", "cls_token", "A_log", "A_b_log", "D", "D_b"))
 
 
-def lr_scale(args, depth, name, param):
+def lr_scale(args, name, param):
     """A parameter's share of the learning rate: that of a layer is smaller the earlier it comes."""
     parts = name.split(".")
     if parts[0] != "backbone":
@@ -769,7 +774,7 @@ def lr_scale(args, depth, name, param):
     block = next((int(b) for a, b in zip(parts, parts[1:]) if a in ("layers", "blocks")), None)
     if block is None or not args.decay_blocks:
         return 1.0
-    return args.layer_decay ** math.ceil(12 * (depth - block) / depth)
+    return args.layer_decay ** math.ceil(12 * (args.depth - block) / args.depth)
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -781,11 +786,11 @@ def open_split(args, split, classes=None):
         data.SegmentationTransform(args.img_size, train, args.jitter, args.distort))
     found = reader(args.data, split, transform) if args.data else data.Scenes(
         split, transform, args.img_size, args.task == "det")
-    unnamed = data.numbers(len(found.classes))                              # ADE20K without its table of names
-    if classes not in (None, found.classes, len(found.classes)) and unnamed not in (classes, found.classes):
-        known = classes if isinstance(classes, int) else f"{len(classes)} ({data.some(classes)})"
-        raise ValueError(f"{found.where} has {len(found.classes)} classes ({data.some(found.classes)}), the model "
-                         f"knows {known}")
+    count = len(found.classes)
+    known = data.numbers(classes) if isinstance(classes, int) else classes or found.classes
+    if len(known) != count or known != found.classes and data.numbers(count) not in (known, found.classes):
+        raise ValueError(f"{found.where} has {count} classes ({data.some(found.classes)}), the model knows "
+                         f"{len(known)} ({data.some(known)})")
     return found
 
 
@@ -830,7 +835,7 @@ def evaluate_segmenter(args, ctx, model, loader):
 
 
 def evaluate_detector(args, ctx, model, loader):
-    """-> {"box_ap", "mask_ap", each also at IoU 0.5 and 0.75, in percent, "images"}, by pycocotools"""
+    """-> {"box_ap", "mask_ap", each also at IoU 0.5 and 0.75, in percent, "images"}, by pycocotools; None"""
     rle, dataset, found, images = data.extra("pycocotools.mask"), loader.dataset.dataset, [], []
     with torch.no_grad():
         for image, _, infos in filter(None, loader):
@@ -849,7 +854,10 @@ def evaluate_detector(args, ctx, model, loader):
         everyone = [None] * ctx.world_size
         dist.all_gather_object(everyone, (found, images))
     return average_precision(dataset.coco, [x for found, _ in everyone for x in found],
-                             sorted(i for _, images in everyone for i in images))
+                             sorted(i for _, images in everyone for i in images)), None
+
+
+MEASURES = dict(seg=evaluate_segmenter, det=evaluate_detector)
 
 
 def average_precision(coco, found, images):
@@ -858,7 +866,7 @@ def average_precision(coco, found, images):
     for kind, name, other in (("bbox", "box", "segmentation"), ("segm", "mask", "bbox")):
         values = [0.0] * 3
         if found:                                                           # pycocotools cannot do without
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(None):
                 # A result is small, medium or large by its own kind of area, so it may have one only.
                 results = coco.loadRes([{k: v for k, v in x.items() if k != other} for x in found])
                 result = evaluation(coco, results, kind)
@@ -874,22 +882,26 @@ def average_precision(coco, found, images):
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 def train(args, ctx):
-    path, resumed = args.backbone or args.init, training.checkpoint_to_resume(args)
-    content = fastvim.read_checkpoint(resumed or path) if path else {}      # its flags: the model's the user left open
+    resumed, path = training.checkpoint_to_resume(args), args.init or args.backbone
+    path = path and (resumed or path)                                       # a run that goes on says itself what it is
+    try:
+        content = fastvim.read_checkpoint(path) if path else {}
+    except ValueError as error:
+        raise ValueError(f"{error}. Try --resume {args.out}/best.pt" if resumed else error) from error
     whole = resumed or args.init
-    weights = {} if not path else dense_weights(content) if whole else fastvim.model_weights(content)[0]
+    weights = {} if not path else dense_weights(args.task, content) if whole else fastvim.model_weights(content)[0]
     complete(args, content, weights, MODEL_FLAGS if whole else BACKBONE_FLAGS)
     train_set = open_split(args, "train")
     args.classes = train_set.classes                                        # kept in the checkpoint
     val_set = open_split(args, "val", args.classes)
     model = build_model(args, len(args.classes), weights)
     if path and not resumed:
-        ctx.print(f"{path}:", load_backbone(model.backbone, content) if args.backbone else
-                  load_dense(model, weights, len(args.classes)))
+        ctx.print(f"{path}:", load_dense(model, weights, len(args.classes)) if whole else
+                  load_backbone(model.backbone, content))
     model.backbone.requires_grad_(not args.freeze)
     synchronous = ctx.world_size > 1 and ctx.device.type == "cuda"          # PyTorch's SyncBatchNorm is for GPUs only
     if args.task == "seg" and args.batch_size == 1 and not synchronous:
-        raise ValueError("--batch-size 1: BatchNorm needs two images at least; in each process, without GPUs")
+        raise ValueError("--batch-size 1: BatchNorm needs two images in each process (or, on several GPUs, in all)")
     if synchronous:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(ctx.device)
@@ -904,11 +916,11 @@ def train(args, ctx):
         return sum(net(images, targets, [info["size"] for info in infos]).values())
 
     def evaluate(model, epoch):
-        return measure(args, ctx, model, val_loader)[0] | {"unreadable": training.count_bad(ctx, train_set, val_set)}
+        metrics, _ = MEASURES[args.task](args, ctx, model, val_loader)
+        return metrics | {"unreadable": training.count_bad(ctx, train_set, val_set)}
 
-    depth = len(model.backbone.vit.blocks if isinstance(model.backbone, ViT) else model.backbone.layers)
     groups = training.parameter_groups(model, args.weight_decay, functools.partial(no_weight_decay, args.task),
-                                       functools.partial(lr_scale, args, depth))
+                                       functools.partial(lr_scale, args))
     total, _ = training.run_length(args, loader)
 
     def lr(step):
@@ -923,17 +935,10 @@ def train(args, ctx):
         draw_examples(args, ctx, model, val_set)
 
 
-def measure(args, ctx, model, loader):
-    """-> metrics, and for segmentation the IoU of each class"""
-    if args.task == "seg":
-        return evaluate_segmenter(args, ctx, model, loader)
-    return evaluate_detector(args, ctx, model, loader), None
-
-
 def restore(args, ctx, path):
-    """-> the model with the weights at path, and its class names, or numbers where the checkpoint does not say."""
+    """-> the model with the weights at path, and the names of its classes."""
     content = fastvim.read_checkpoint(path)
-    weights = dense_weights(content)
+    weights = dense_weights(args.task, content)
     drawn = complete(args, content, weights)
     model = build_model(args, count_classes(weights), weights)
     ctx.print(f"{path}: {load_dense(model, weights, count_classes(weights))}")
@@ -952,7 +957,7 @@ def names_of(task, count):
 def evaluate(args, ctx):
     model, classes = restore(args, ctx, args.eval)
     dataset = open_split(args, "val", args.classes or len(classes))
-    metrics, iou = measure(args, ctx, model, loader_of(args, ctx, dataset))
+    metrics, iou = MEASURES[args.task](args, ctx, model, loader_of(args, ctx, dataset))
     if iou is not None:
         ctx.print("\n".join(f"{value:6.1f}  {name}" for name, value in zip(dataset.classes, iou.tolist())))
     metrics |= dict(unreadable=training.count_bad(ctx, dataset))
@@ -968,7 +973,7 @@ def colour(i):
 
 @torch.no_grad()
 def draw_seen(args, ctx, model, classes, pixels):
-    """pixels (3 H W) uint8 -> a picture of what the model sees there, PIL, with 400 to 1600 pixels on its long side."""
+    """pixels (3 H W) uint8 -> a picture of what the model sees there, PIL, with 200 to 1600 pixels on its long side."""
     long = max(pixels.shape[1:])
     H, W = (max(1, round(length * min(max(1, 400 // long), 1600 / long))) for length in pixels.shape[1:])
     canvas = F.interpolate(pixels[None].float(), (H, W), mode="area")[0].byte()              # (3 H W)
@@ -998,7 +1003,7 @@ def draw_seen(args, ctx, model, classes, pixels):
 
 def save_picture(args, name, picture):
     pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
-    training.write_whole(pathlib.Path(args.out, name), lambda file: picture.save(file, format="PNG"))
+    picture.save(pathlib.Path(args.out, name))
     print(f"{args.out}/{name}")
 
 
@@ -1014,7 +1019,10 @@ def draw_examples(args, ctx, model, dataset, count=4):
 
 def predict(args, ctx):
     """Draws OUT/NAME-seg.png or -det.png of each image; of a second one of that name NAME-2-..., and so on."""
-    model, classes = restore(args, ctx, args.eval or f"{args.out}/best.pt")
+    path = args.eval or f"{args.out}/best.pt"
+    if not args.eval and args.out == RECIPES[args.task]["out"] and not pathlib.Path(path).exists():
+        path = f"{SCENES[args.task]['out']}/best.pt"                        # where a run without --data leaves it
+    model, classes = restore(args, ctx, path)
     names = collections.Counter()
     for path, image in data.each_readable(args.predict, data.load_rgb):
         stem = pathlib.Path(path).stem

@@ -263,6 +263,15 @@ def loader_of(args, ctx, dataset, train):
                             world_size=ctx.world_size)
 
 
+def unmask(args, saved):
+    """args.pool_scale for a model that sees whole images by weights that saw masked ones in a run with args `saved`: a
+    row's sum then had 1 - mask_ratio of its tokens and was divided by all (section 8, key detail 2)."""
+    family = fastvim.FAMILIES.get(model_name(args).rpartition("_")[0], {})
+    pooled = fastvim.SCHEDULES[args.schedule or family.get("schedule", "vim")][0][1]
+    if pooled and args.pool in (None, "mean") and saved.get("mask_divisor") != "count":
+        args.pool_scale = (args.pool_scale or 1) * (1 - saved.get("mask_ratio", 0.75))
+
+
 def starting_point(args, classifier=True):
     """What --init names, or, if the run goes on, its own checkpoint: {} or the content of a file, which says what the
     command line leaves open of the model; and whether its weights are to be taken."""
@@ -279,10 +288,7 @@ def starting_point(args, classifier=True):
         raise ValueError(f"--init is for our models, {', '.join(fastvim.list_models())}: {model_name(args)} is none")
     masked = content and "mask_token" in fastvim.model_weights(content)[0]
     if classifier and masked and given[0] is None and not resumed:
-        # Section 8, key detail 2: while masked, a row's sum had 1 - mask_ratio of its tokens and was divided by all.
-        schedule = args.schedule or fastvim.FAMILIES[model_name(args).rpartition("_")[0]]["schedule"]
-        if fastvim.SCHEDULES[schedule][0][1] and args.pool in (None, "mean") and saved.get("mask_divisor") != "count":
-            args.pool_scale = (args.pool_scale or 1) * (1 - saved.get("mask_ratio", 0.75))
+        unmask(args, saved)
     return content, bool(args.init and not resumed)
 
 

@@ -75,7 +75,7 @@ def test_bad_files_of_ade20k_are_counted_and_named(tmp_path, fault, message):
 
 @pytest.mark.parametrize("table, expected", [
     ("Idx\tName\n2\tsky\n1\twall, brick\n\n", ["wall", "sky"]), ("\ufeff1\twall\n2\tsky\n", ["wall", "sky"]),
-    ("Idx\tName\n", None), ("1\twall\n3\tsky\n", None)])
+    ("Idx\tName\n", None), ("1\twall\n3\tsky\n", None), ("1\twall\n1\tsky\n2\ttree\n", None)])
 def test_table_of_ade20ks_classes(tmp_path, table, expected):
     (tmp_path / "table.txt").write_text(table, encoding="utf-8")
     if expected:
@@ -197,7 +197,8 @@ NAN, INFINITE = float("nan"), float("inf")
     (dict(segmentation=dict(size=[10, 32], counts=[320])), "mask"),
     (dict(segmentation=dict(size=[24, 32], counts=[700, 30])), "mask"),
     (dict(segmentation=dict(size=[24, 32], counts=[800, -32])), "mask"),
-    (dict(segmentation=dict(size=[24, 32], counts="~~~~~~")), "mask"), (dict(segmentation=dict(counts=7)), "mask"),
+    (dict(segmentation=dict(size=[24, 32], counts="~~~~~~")), "mask"),
+    (dict(segmentation=dict(size=[24, 32], counts="PhP")), "mask"), (dict(segmentation=dict(counts=7)), "mask"),
     (dict(bbox=[1, 2]), "box"), (dict(bbox=None), "box"), (dict(bbox=[2, 2, NAN, 9]), "box"),
     (dict(bbox=[2, 2, -3, 9]), "box")])
 def test_objects_that_cannot_be_drawn_never_reach_pycocotools(tmp_path, change, reason):

@@ -100,7 +100,8 @@ def test_recipes():
 
 @pytest.mark.parametrize("argv, message", [
     (["seg", "--model", "fastvim_giant"], "fastvim_giant"), (["seg", "--depth", "3"], "four blocks"),
-    (["seg", "--batch-size", "1"], "two images at least"), (["seg", "--data", "nowhere"], "no such folder"),
+    (["seg", "--model", "channelvim_tiny"], "choose from"),
+    (["seg", "--batch-size", "1"], "two images in each process"), (["seg", "--data", "nowhere"], "no such folder"),
     (["det", "--eval", "x.pt", "--freeze"], "2"), (["seg", "--data", ""], "2"), (["seg", "--jitter", "2", "1"], "2"),
     (["det", "--data", "nowhere"], "not found"), (["seg", "--eval", "nowhere.pt"], "no checkpoint at"),
     (["det", "--init", "x.pt", "--backbone", "y.pt"], "2")])
@@ -123,10 +124,10 @@ def test_weight_decay():
 def test_layer_decay():
     """Erratum 5: 0.7 ** 13 for the embeddings alone; as meant, block i of 24 has 0.7 ** (12 - i // 2)."""
     args = dense.get_args(["det", "--data", "x"])
-    args.layer_decay = 0.7
+    args.layer_decay, args.depth = 0.7, 24
 
     def share(name):
-        return dense.lr_scale(args, 24, name, None)
+        return dense.lr_scale(args, name, None)
 
     assert share("backbone.pos_embed") == share("backbone.patch_embed.proj.bias") == pytest.approx(0.7 ** 13)
     assert [share(name) for name in ("backbone.layers.0.norm.weight", "neck.fpn1.0.weight", "backbone.outnorm_0.bias")
@@ -158,6 +159,27 @@ def test_backbone_from_a_classifier(name, tmp_path):
     with pytest.raises(ValueError, match="another model"):
         deeper, _ = model_of("seg", "--patch-size", 16, "--depth", 5, "--model", name)
         dense.load_backbone(deeper.backbone, classifier.state_dict())
+
+
+def test_a_vim_that_was_pretrained_masked_pools_nothing():
+    weights = fastvim.create_model("vim_tiny", True, img_size=32, depth=4, decoder_embed_dim=16).state_dict()
+    model, args = model_of("seg", "--model", "vim_tiny", weights=weights)
+    assert args.pool_scale is None
+    dense.load_backbone(model.backbone, weights)
+
+
+@pytest.mark.parametrize("flag, option", [
+    (dict(skip_before_expand=True), dict(skip_before_expand=True)), (dict(no_conv=True), dict(d_conv=0)),
+    (dict(ssm_norm="rmsnorm"), dict(ssm_norm="rmsnorm")), (dict(ssm_norm="none"), dict(ssm_norm=None))])
+def test_backbones_of_the_ablations(flag, option):
+    """A checkpoint says what its classifier was like."""
+    saved = dict(size=None, model="fastvim_tiny", data="x") | flag
+    weights = fastvim.create_model("fastvim_tiny", img_size=32, depth=4, **option).state_dict()
+    args = dense.get_args(["seg", *map(str, TINY["seg"])])
+    dense.complete(args, dict(args=saved), weights, dense.BACKBONE_FLAGS)
+    model = dense.build_model(args, 3, weights)
+    dense.load_backbone(model.backbone, weights)
+    assert all(getattr(model.backbone.cfg, k) == v for k, v in option.items())
 
 
 def test_backbone_from_another_dense_model():
@@ -223,6 +245,17 @@ def test_names_of_classes(tmp_path):
     assert dense.open_split(args, "val", data.numbers(150)).classes == names        # trained without the table
     with pytest.raises(ValueError, match="the model knows 150"):
         dense.open_split(args, "val", names[::-1])
+    (tmp_path / "objectInfo150.txt").unlink()
+    for classes in (6, names[:6]):
+        with pytest.raises(ValueError, match="has 150 classes .* the model knows 6"):
+            dense.open_split(args, "val", classes)
+
+
+def test_pictures_by_the_run_without_data(few_scenes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("seg", *TINY["seg"], "--steps", 1)
+    run("seg", "--predict", "runs/seg-scenes/example-0.png")
+    assert (tmp_path / "runs/seg/example-0-seg.png").exists()
 
 
 def test_large_photos_are_drawn_smaller(tmp_path):
@@ -259,6 +292,9 @@ def test_vit_backbone(task):
     assert "4 of the last norm and the head dropped" in dense.load_backbone(
         model.backbone, dict(model=classifier.state_dict()))
     assert model.backbone.vit.blocks[1].attn.qkv.weight.equal(classifier.blocks[1].attn.qkv.weight)
+    again, _ = model_of(task, "--model", "deit_tiny_patch16_224", "--img-size", 64)          # as train_imagenet.py says
+    dense.load_backbone(again.backbone, dict(model=model.state_dict()))     # a dense model's is as good
+    assert again.backbone.vit.blocks[1].attn.qkv.weight.equal(classifier.blocks[1].attn.qkv.weight)
     model.train()
     if task == "seg":
         loss = sum(model(torch.randn(2, 3, 48, 48), torch.randint(0, 3, (2, 48, 48))).values())
@@ -274,7 +310,7 @@ def test_vit_backbone(task):
 def test_whole_models_by_their_released_names(task):
     torch.manual_seed(0)
     model, args = model_of(task)
-    weights = dense.dense_weights(dict(meta={}, state_dict=dict(model.state_dict())))
+    weights = dense.dense_weights(task, dict(meta={}, state_dict=dict(model.state_dict())))
     assert dense.count_classes(weights) == 3
     other, _ = model_of(task)
     dense.load_dense(other, weights, 3)
@@ -283,8 +319,10 @@ def test_whole_models_by_their_released_names(task):
     assert "tell 3 classes apart" in dense.load_dense(more, weights, 5)     # and position embeddings are resized
     with pytest.raises(ValueError, match="another model"):
         dense.load_dense(other, {k: v for k, v in weights.items() if "convs" not in k}, 3)
-    with pytest.raises(ValueError, match="no segmenter or detector"):
-        dense.dense_weights(fastvim.create_model("fastvim_tiny", depth=1).state_dict())
+    kind, other_task = dict(seg=("segmenter", "det"), det=("detector", "seg"))[task]
+    for strange in (fastvim.create_model("fastvim_tiny", depth=1), model_of(other_task)[0]):
+        with pytest.raises(ValueError, match=f"holds no {kind}"):
+            dense.dense_weights(task, strange.state_dict())
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------
@@ -332,7 +370,7 @@ def test_average_precision(shift, few_scenes):
     if shift is None:
         metrics = dense.average_precision(dataset.coco, [], [0, 1, 2])
     else:
-        metrics = dense.evaluate_detector(args, ctx, Oracle(dataset, shift), loader)
+        metrics, _ = dense.evaluate_detector(args, ctx, Oracle(dataset, shift), loader)
     for name in ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"):
         assert metrics[name] == pytest.approx(100) if shift == 0 else metrics[name] < 30
     assert metrics["images"] == 3
