@@ -260,7 +260,7 @@ def test_pictures_by_the_run_without_data(few_scenes, tmp_path, monkeypatch):
 
 def test_large_photos_are_drawn_smaller(tmp_path):
     model, args = model_of("seg")
-    for size, expected in (((60, 3200), (1720, 30)), ((40, 30), (420, 400))):                # beside it a legend
+    for size, expected in (((20, 3200), (1720, 26)), ((40, 30), (420, 400))):                # beside it a legend
         pixels = torch.zeros(3, *size, dtype=torch.uint8)
         picture = dense.draw_seen(args, types.SimpleNamespace(device="cpu"), model.eval(), ["a", "b", "c"], pixels)
         assert picture.width == expected[0] and expected[1] <= picture.height <= expected[1] + 40
@@ -342,6 +342,27 @@ def test_iou_is_that_of_scikit_learn():
     assert iou[[0, 1, 2, 3, 4, 6]].numpy() == pytest.approx(expected) and iou[5].isnan()
 
 
+def test_measures_of_segmentation_are_those_of_scikit_learn():
+    """By a model whose logits are its image, in windows, some pixels without a label."""
+    from sklearn.metrics import accuracy_score, jaccard_score
+    torch.manual_seed(0)
+    batches = [(torch.randn(1, 3, 20, 40), torch.randint(0, 4, (1, 20, 40))) for _ in range(3)] + [None]
+    batches = [batch and (batch[0], batch[1].where(batch[1] < 3, 255)) for batch in batches]
+    classes = types.SimpleNamespace(classes=["a", "b", "c"])
+
+    class Loader(list):
+        dataset = types.SimpleNamespace(dataset=classes)
+
+    args = types.SimpleNamespace(multi_scale=False, amp=False, img_size=16)
+    ctx = types.SimpleNamespace(device=torch.device("cpu"), sum=lambda x: x)
+    metrics, _ = dense.evaluate_segmenter(args, ctx, lambda x: x, Loader(batches))
+    labels, found = (torch.cat([x.flatten() for x in values]) for values in zip(
+        *((labels, image.argmax(1)) for image, labels in batches[:3])))
+    labels, found = labels[labels < 3], found[labels < 3]
+    assert metrics == dict(miou=pytest.approx(100 * jaccard_score(labels, found, average="macro")),
+                           pixels=pytest.approx(100 * accuracy_score(labels, found)), images=3)
+
+
 class Oracle(torch.nn.Module):
     """Finds what the annotations say, moved by some pixels."""
 
@@ -399,8 +420,9 @@ def test_drawn_scenes_end_to_end(task, few_scenes, tmp_path, capsys):
     (tmp_path / "bad.jpg").write_bytes(b"")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 90, 3), np.uint8)).save(tmp_path / "street.png")
     with pytest.raises(SystemExit) as end:
-        run(task, "--predict", tmp_path / "bad.jpg", tmp_path / "street.png", "--eval", tmp_path / "a" / "last.pt",
-            "--out", tmp_path / "pictures")
+        run(task, "--predict", tmp_path / "bad.jpg", *[tmp_path / "street.png"] * 2, "--eval",
+            tmp_path / "a" / "last.pt", "--out", tmp_path / "pictures")
+    assert (tmp_path / "pictures" / f"street-2-{task}.png").exists()        # nothing is overwritten
     assert end.value.code == 1 and "bad.jpg: cannot be read" in capsys.readouterr().out
     with Image.open(tmp_path / "pictures" / f"street-{task}.png") as picture:
         assert picture.size == (360 + 120 * (task == "seg"), 200)
