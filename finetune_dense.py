@@ -671,8 +671,7 @@ def build_model(args, num_classes, weights):
     else:
         if args.task == "det":
             given.setdefault("patch_size", 16)                              # FastVim-H's own is 14
-        vims = any("layers.0.mixer." in k for k in weights) and not any("mixer.layernorm." in k for k in weights)
-        if vims or given.get("ssm_norm") == "none":
+        if any("layers.0.mixer." in k for k in weights) and not any("mixer.layernorm." in k for k in weights):
             given["ssm_norm"] = None
         backbone = fastvim.create_model(name, num_classes=0, block_norm="layernorm", out_indices=taps, **options,
                                         **given)
