@@ -1194,14 +1194,20 @@ def read_checkpoint(path):
     return content
 
 
-def model_weights(content):
-    """What read_checkpoint returned -> (weights {name: Tensor} under our names, where in the file they lay).
+def stored_weights(content):
+    """What read_checkpoint returned -> ({name: Tensor} as stored, under which key). EMA weights when there are some.
 
-    Takes EMA weights when there are some. They lie in state_dict_ema or state_dict of Lightning and MMEngine files, in
-    ema or model of ours, Vim's and MAE's, or the dictionary is them. Raises ValueError if there are no tensors."""
+    They lie in state_dict_ema or state_dict of Lightning and MMEngine files, in ema or model of ours, Vim's and MAE's,
+    or the dictionary is them."""
     source = next((key for key in ("state_dict_ema", "ema", "state_dict", "model")
                    if isinstance(content.get(key), dict) and content[key]), "")
-    tensors = {k: v for k, v in (content[source] if source else content).items() if isinstance(v, Tensor)}
+    return {k: v for k, v in (content[source] if source else content).items() if isinstance(v, Tensor)}, source
+
+
+def model_weights(content):
+    """What read_checkpoint returned -> (weights {name: Tensor} of the encoder or autoencoder under our names, where in
+    the file they lay). Raises ValueError if there are none."""
+    tensors, source = stored_weights(content)
     for prefix in ("ema.module.", "module.", "backbone."):
         if found := {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}:
             tensors, source = found, f"{source} {prefix[:-1]}".strip()

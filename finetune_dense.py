@@ -720,8 +720,7 @@ CLASSIFIERS = "conv_seg", "fc_cls", "fc_reg", "conv_logits"                # who
 
 def dense_weights(task, content):
     """What fastvim.read_checkpoint returned -> {name: tensor}, those of the heads among them."""
-    source = next((k for k in ("ema", "state_dict", "model") if content.get(k)), None)
-    weights = {k: v for k, v in (content[source] if source else content).items() if isinstance(v, torch.Tensor)}
+    weights, _ = fastvim.stored_weights(content)
     kind, classifier = dict(seg=("segmenter", "decode_head.conv_seg.bias"),
                             det=("detector", "roi_head.mask_head.0.conv_logits.bias"))[task]
     if classifier not in weights:
@@ -881,12 +880,8 @@ def average_precision(coco, found, images):
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 def train(args, ctx):
-    resumed, path = training.checkpoint_to_resume(args), args.init or args.backbone
-    path = path and (resumed or path)                                       # a run that goes on says itself what it is
-    try:
-        content = fastvim.read_checkpoint(path) if path else {}
-    except ValueError as error:
-        raise ValueError(f"{error}. Try --resume {args.out}/best.pt" if resumed else error) from error
+    path = args.init or args.backbone
+    content, resumed = train_imagenet.read_start(args, path)
     whole = resumed or args.init
     weights = {} if not path else dense_weights(args.task, content) if whole else fastvim.model_weights(content)[0]
     complete(args, content, weights, MODEL_FLAGS if whole else BACKBONE_FLAGS)

@@ -272,15 +272,21 @@ def unmask(args, saved):
         args.pool_scale = (args.pool_scale or 1) * (1 - saved.get("mask_ratio", 0.75))
 
 
+def read_start(args, path):
+    """-> the content of the checkpoint at path, {} without one; or, if the run goes on, of its own, which says as well
+    what the model is; and the path of its own, or None."""
+    resumed = training.checkpoint_to_resume(args) if path else None
+    try:
+        return fastvim.read_checkpoint(resumed or path) if path else {}, resumed
+    except ValueError as error:
+        raise ValueError(f"{error}. Try --resume {args.out}/best.pt" if resumed else error) from error
+
+
 def starting_point(args, classifier=True):
     """What --init names, or, if the run goes on, its own checkpoint: {} or the content of a file, which says what the
     command line leaves open of the model; and whether its weights are to be taken."""
-    resumed = training.checkpoint_to_resume(args) if args.init else None
     given = args.pool_scale, args.crop_pct
-    try:
-        content = fastvim.read_checkpoint(resumed or args.init) if args.init else {}
-    except ValueError as error:
-        raise ValueError(f"{error}. Try --resume {args.out}/best.pt" if resumed else error) from error
+    content, resumed = read_start(args, args.init)
     saved = adopt(args, content)
     if not resumed and args.img_size != saved.get("img_size"):
         args.crop_pct = given[1]                                            # that of the other size

@@ -1,4 +1,6 @@
-"""What several test files need: a tiny model without zeros and ones among its weights, and its gradients."""
+"""What several test files need: a tiny model without zeros and ones among its weights, its gradients, a script run."""
+import sys
+
 import torch
 
 import fastvim
@@ -49,3 +51,12 @@ def assert_close(actual, expected, rtol=1e-9, atol=1e-11):
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], rtol=rtol, atol=atol,
                                    msg=lambda message, name=name: f"{name}: {message}")
+
+
+def run_script(script, *argv):
+    """The script, an imported module, from its command line, in this process."""
+    sys.argv, old = [f"{script.__name__}.py", *map(str, argv)], sys.argv
+    try:
+        script.main()
+    finally:
+        sys.argv = old

@@ -20,6 +20,7 @@ import fastvim
 import finetune_dense as dense
 import training
 from PIL import Image
+from helpers import run_script
 from test_dense_data import make_ade, make_coco, triangle
 
 TINY = dict(seg=["--img-size", 32, "--depth", 4, "--channels", 8, "--batch-size", 4],
@@ -27,12 +28,7 @@ TINY = dict(seg=["--img-size", 32, "--depth", 4, "--channels", 8, "--batch-size"
 
 
 def run(task, *argv):
-    """The script in this process."""
-    sys.argv, old = ["finetune_dense.py", task, "--device", "cpu", "--workers", "0", *map(str, argv)], sys.argv
-    try:
-        dense.main()
-    finally:
-        sys.argv = old
+    run_script(dense, task, "--device", "cpu", "--workers", 0, *argv)
 
 
 class Killed(BaseException):

@@ -17,18 +17,14 @@ import data
 import train_imagenet
 import training
 from PIL import Image
+from helpers import run_script
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = ["--depth", "1", "--threads", "1", "--save-minutes", "0"]          # a checkpoint after every step
 
 
 def run(*argv):
-    """The script in this process."""
-    sys.argv, old = ["train_imagenet.py", *map(str, argv)], sys.argv
-    try:
-        train_imagenet.main()
-    finally:
-        sys.argv = old
+    run_script(train_imagenet, *argv)
 
 
 def start(*argv, launcher=()):

@@ -3,7 +3,6 @@ import json
 import pathlib
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ import data
 import fastvim
 import train_jump
 import training
-from helpers import assert_close
+from helpers import assert_close, run_script
 from test_cells import make_cells, make_plate, npy, write
 
 SMALL = ["--depth", 1, "--epochs", 1, "--threads", 1, "--batch-size", 16, "--device", "cpu", "--workers", 0,
@@ -30,12 +29,7 @@ def few_cells(monkeypatch):
 
 
 def run(*argv):
-    """The script in this process."""
-    sys.argv, old = ["train_jump.py", *map(str, argv)], sys.argv
-    try:
-        train_jump.main()
-    finally:
-        sys.argv = old
+    run_script(train_jump, *argv)
 
 
 @pytest.fixture

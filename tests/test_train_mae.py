@@ -19,18 +19,14 @@ import train_imagenet
 import train_mae
 import training
 from PIL import Image
+from helpers import run_script
 
 SMALL = ["--depth", "4", "--device", "cpu", "--threads", "1"]
 PRETRAIN = ["pretrain", *SMALL, "--decoder-dim", "16", "--decoder-depth", "1", "--steps", "4", "--eval-every", "1"]
 
 
 def run(*argv, script=train_mae):
-    """The script in this process."""
-    sys.argv, old = [f"{script.__name__}.py", *map(str, argv)], sys.argv
-    try:
-        script.main()
-    finally:
-        sys.argv = old
+    run_script(script, *argv)
 
 
 def log(out):
