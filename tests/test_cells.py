@@ -301,7 +301,7 @@ def test_bad_files_are_skipped_and_too_many_end_the_run(tmp_path):
     (tmp_path / "a" / files.samples[3][0].rpartition("/")[2]).write_bytes(b"no image")
     with pytest.warns(UserWarning, match="skipped"):
         assert files[3] is None
-    assert files[4] is not None and files.bad_count == 1
+    assert files[4] is not None and files.bad.sum() == 1
     files.load = functools.partial(data.take_channels, files.load, 8, [0])
     with pytest.warns(UserWarning), pytest.raises(data.BadDataError, match="3 channels, expected 8"):
         for i in range(10):
@@ -503,7 +503,7 @@ def test_missing_and_damaged_images_are_skipped(base):
     plate.samples[1] = (f"{base}/images/none.npy", 0)
     with pytest.warns(UserWarning, match="skipped"):
         assert plate[0] is None and plate[1] is None and plate[2] is not None
-    assert plate.bad_count == 2
+    assert plate.bad.sum() == 2
 
 
 def test_paths_of_the_index(tmp_path):

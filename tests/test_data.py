@@ -126,7 +126,7 @@ def test_samples_and_labels(tmp_path):
         ("ant/0000.png", 0), ("cat/0000.png", 1), ("cat/UPPER.PNG", 1), ("cat/deeper/0002.png", 1),
         ("cat/deeper/photo.JpEg", 1), ("dog/0000.png", 2), ("dog/0001.png", 2)]
     assert len(dataset) == 7 and dataset[4] == ((32, 32), 1) and dataset[6] == ((8, 8), 2)
-    assert dataset.bad_count == 0
+    assert dataset.bad.sum() == 0
 
 
 def test_missing_folders(tmp_path):
@@ -187,11 +187,11 @@ def test_bad_files_are_skipped_with_one_warning_each(tmp_path):
             assert dataset[i] is None
         assert len(caught) == 1 and str(caught[0].message).startswith(f"{path}: skipped, ")
     assert Image.open(paths[0]).size == (64, 64)          # the truncated file has a good header
-    assert dataset.bad_count == 3                         # 3 of 300 are 1%, not more
+    assert dataset.bad.sum() == 3                         # 3 of 300 are 1%, not more
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert dataset[3] is None and dataset[4] == (4, 0)  # known by now
-    assert dataset.bad_count == 3
+    assert dataset.bad.sum() == 3
 
 
 def test_decompression_bomb_is_a_bad_file(tmp_path, monkeypatch):
@@ -212,7 +212,7 @@ def test_bad_files_are_counted_across_workers(tmp_path):
         batches = list(loader)
         assert [len(labels) for _, labels in batches] == [47, 50, 50, 50, 50, 50]
         assert batches[0][0].tolist() == [i for i in range(50) if i not in (3, 5, 7)]
-        assert dataset.bad_count == 3
+        assert dataset.bad.sum() == 3
 
 
 @pytest.mark.filterwarnings("ignore:.*skipped")
@@ -270,7 +270,7 @@ def test_training_batches_keep_their_size(tmp_path):
     for (reds, labels), pairs in zip(loader, loader.batch_sampler, strict=True):
         planned = {(dataset.samples[i][1], i % 200) for _, i in pairs if i not in (3, 5, 7)}
         assert len(reds) == 6 and set(zip(labels.tolist(), reds.tolist())) == planned     # repeats of the same batch
-    assert dataset.bad_count == 3
+    assert dataset.bad.sum() == 3
 
 
 def test_collate():
@@ -502,9 +502,15 @@ def test_digits_split():
     assert held_out.indices[:8].tolist() == [21, 24, 28, 34, 35, 37, 39, 42]    # in every version
 
 
+def plain_digits():
+    digits = data.Digits(True)
+    digits.augment = False
+    return digits
+
+
 def test_digits_images():
     pytest.importorskip("sklearn")
-    train = data.Digits(True, augment=False)
+    train = plain_digits()
     image, label = train[0]
     assert image.shape == (3, 32, 32) and image.dtype == torch.float32 and label == train.labels[0]
     assert data.Digits(False, img_size=20)[0][0].shape == (3, 20, 20)
@@ -519,7 +525,8 @@ def test_digits_images():
 
 def test_digits_augmentation():
     pytest.importorskip("sklearn")
-    plain, default = data.Digits(True, augment=False), data.Digits(True)
+    plain = plain_digits()
+    default = data.Digits(True)
     seeded = data.Seeded(default, 0)
     still, moved = plain[0][0], seeded[0, 0][0]
     assert moved.shape == still.shape and not torch.allclose(moved, still)

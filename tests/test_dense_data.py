@@ -69,7 +69,7 @@ def test_bad_files_of_ade20k_are_counted_and_named(tmp_path, fault, message):
     found = data.ADE20K(str(tmp_path), "train", plain)
     with pytest.warns(UserWarning, match=message):
         assert found[1] is None                           # one may be bad, however few there are
-    assert len(found) == 3 and found.bad_count == 1 and found[0] is not None
+    assert len(found) == 3 and found.bad.sum() == 1 and found[0] is not None
     with pytest.warns(UserWarning), pytest.raises(data.BadDataError, match="ADE_1"):
         found.mark_bad(0, ValueError("another"))
 
@@ -293,7 +293,7 @@ def test_bad_files_of_coco(tmp_path, monkeypatch):
     for i, message in enumerate(("No such file", "has 20 x 32 pixels, its annotation says 24 x 32", "(?i)truncated")):
         with pytest.warns(UserWarning, match=message):
             assert found[i] is None
-    assert found.bad_count == 3 and found[3] is not None
+    assert found.bad.sum() == 3 and found[3] is not None
     with pytest.raises(FileNotFoundError, match="instances_"):
         data.Coco(str(tmp_path / "x"), "train", plain)
     (tmp_path / "annotations" / "instances_val2017.json").write_text("{")
