@@ -53,9 +53,9 @@ def make_loader(dataset: Dataset, batch_size: int, *, train: bool, seed: int = 0
 class BatchSampler(Sampler):
     """Yields this process's batches of one epoch, each a list of (epoch, index).
 
-    The global batch i is order[i * B * W : (i + 1) * B * W], and process `rank` of W takes every
-    W-th index of it: W processes with batch_size B see together what one process sees with
-    batch_size B * W. train: order is shuffled, an incomplete last batch dropped. Else every index
+    The global batch i is order[i * b * w : (i + 1) * b * w], and process `rank` of w takes every
+    w-th index of it: w processes with batch_size b see together what one process sees with
+    batch_size b * w. train: order is shuffled, an incomplete last batch dropped. Else every index
     comes once over all processes: nothing is padded, so the last batch of a process may be
     shorter or missing. Keep collective calls out of such a loop.
     len() counts this process's batches in the whole epoch, skipped or not.
@@ -89,7 +89,7 @@ class BatchSampler(Sampler):
         epoch = self.epoch
         order = torch.arange(self.n)
         if self.train:
-            key = stable_hash(self.seed, epoch) >> 64   # seed + epoch: seed 1 gets seed 0's orders
+            key = stable_hash(self.seed, epoch) >> 64   # seed + epoch would repeat seed 0's orders
             order = torch.randperm(self.n, generator=torch.Generator().manual_seed(key))
         for i in range(self.skip, len(self)):
             whole_batch = order[i * self.global_size:(i + 1) * self.global_size]
