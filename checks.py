@@ -1,6 +1,6 @@
 """What a user can get wrong in fastvim.py is refused here, before anything is computed.
 
-Each function raises ValueError (check_images TypeError, too), naming what was given and the choices."""
+Each raises ValueError (check_images TypeError, too), naming what was given and the choices."""
 import math
 from collections.abc import Sequence
 
@@ -35,11 +35,14 @@ def check_config(cfg, schedules: dict, **choices: Sequence) -> None:
             check(field, whole, f"must be a whole number of at least {least}")
     for field in SWITCHES:
         check(field, isinstance(getattr(cfg, field), bool), "must be True or False")
-    size = cfg.img_size if isinstance(cfg.img_size, (tuple, list)) else [cfg.img_size] * 2
+    size = cfg.img_size
+    if not isinstance(size, (tuple, list)):
+        size = (size, size)
     fits = len(size) == 2 and all(type(side) is int and side >= cfg.patch_size for side in size)
     check("img_size", fits, "must be one size or (height, width) in whole pixels, of at least one "
                             f"patch ({cfg.patch_size} px)")
-    rate, scale = cfg.drop_path_rate, cfg.pool_scale
+    rate = cfg.drop_path_rate
+    scale = cfg.pool_scale
     check("drop_path_rate", is_number(rate) and 0 <= rate < 1, "must be a number in [0, 1)")
     check("pool_scale", is_number(scale) and 0 < scale < math.inf, "must be a positive number")
     pools = any(pooled for _, pooled in schedules[cfg.schedule])
@@ -76,11 +79,14 @@ def check_channels(x: Tensor, channels, in_chans: int, per_channel: bool) -> Ten
         raise ValueError("channels= is for per-channel models; this model mixes its channels in "
                          "patch_embed")
     if channels is None and c != in_chans:
-        hint = f": say which they are by channels=[ids between 0 and {in_chans - 1}]"
-        raise ValueError(f"images have {c} channels, the model in_chans={in_chans}"
-                         f"{hint if per_channel else ''}")
+        message = f"images have {c} channels, the model in_chans={in_chans}"
+        if per_channel:
+            message += f": say which they are by channels=[ids between 0 and {in_chans - 1}]"
+        raise ValueError(message)
+    if not per_channel:
+        return None
     if channels is None:
-        return torch.arange(c, device=x.device) if per_channel else None
+        return torch.arange(c, device=x.device)
     ids = torch.as_tensor(channels)                     # checked where they are: no wait for a GPU
     right = ids.shape == (c,) and ids.dtype in INTEGERS and c > 0 and len(ids.unique()) == c
     if not right or not 0 <= int(ids.min()) <= int(ids.max()) < in_chans:
