@@ -28,7 +28,6 @@ PAIRS = {
     "score_bias": ("pool_proj.bias", "pool_proj_b.bias"),           # (k)       (1)
 }
 DROPPED_AXIS = {"conv_weight": 2, "score_weight": 1, "score_bias": 1}       # the 1, after stacking
-RENAMED = {"norm.weight": "layernorm.weight", "norm.bias": "layernorm.bias"}
 
 
 def _mixers(weights, ours):
@@ -56,9 +55,6 @@ def from_released(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             weights[prefix + own] = torch.stack(halves)
             if own in DROPPED_AXIS:
                 weights[prefix + own] = weights[prefix + own].squeeze(DROPPED_AXIS[own])
-        for own, released in RENAMED.items():
-            if prefix + released in weights:
-                weights[prefix + own] = weights.pop(prefix + released)
     return weights
 
 
@@ -77,9 +73,6 @@ def to_released(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             if own in DROPPED_AXIS:
                 both = both.unsqueeze(DROPPED_AXIS[own])
             weights.update(zip([prefix + name for name in pair], both))
-        for own, released in RENAMED.items():
-            if prefix + own in weights:
-                weights[prefix + released] = weights.pop(prefix + own)
     return weights
 
 
