@@ -147,8 +147,8 @@ def print_machine() -> None:
         state = backend.why
         if "cuda" in backend.devices and not gpus:
             state = "no GPU here"
-        elif backend.kernels:                                               # asking compiles them
-            state = backend.kernels.error() or "compiled kernels, ready"
+        elif backend.devices:                                               # asking compiles it
+            state = backend.problem() or "compiled kernels, ready"
         print(f"  {backend.name:8} {', '.join(backend.devices) or 'every device'}: {state}")
     for device in ["cpu"] + ["cuda"] * bool(gpus):
         print(f"  on {device} models run by {fastvim.pick_backend(device).name!r}")

@@ -85,10 +85,6 @@ for name, ids, says in [
         ("of unequal length", [[0, 1], [2]], "-1")]:
     refused(f"keep {name}", keep(ids), says, "keep")
 refused("keep beyond all channels", keep([[0], [48]], schedule="fastchannelvim"), "0 to 47")
-refused("released masking, padding", keep([[0, -1], [1, 2]], released_masking=True), "released_masking",
-        "padding")
-refused("released masking, class token", keep([[0, 3], [1, 2]], released_masking=True, class_token=True),
-        "released_masking", "class token")
 
 # ---- dense features
 
@@ -114,7 +110,7 @@ def test_refused(call, says, error):
 def test_backends(monkeypatch):
     with pytest.raises(ValueError, match="use_backend.*'abacus'.*choose from.*python"), fastvim.use_backend("abacus"):
         pass
-    assert not fastvim._forced                                  # and it is not in force afterwards
+    assert not fastvim._asked_for                                # and it is not in force afterwards
     monkeypatch.setenv("FASTVIM_BACKEND", "abacus")
     with pytest.raises(ValueError, match="FASTVIM_BACKEND.*'abacus'.*choose from.*python"):
         tiny()(images(tiny()))

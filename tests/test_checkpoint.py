@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import checkpoints
 import fastvim
 from helpers import images, tiny
 
@@ -37,6 +38,12 @@ def prefixed(weights, prefix):
 @pytest.fixture
 def weights():
     return tiny(torch.float32).state_dict()
+
+
+@pytest.fixture
+def released(weights):
+    """The same under the names of the released files, which were also those of our first ones."""
+    return checkpoints.to_released(weights)
 
 
 @pytest.fixture
@@ -105,9 +112,10 @@ def test_plain_state_dict(weights, tmp_path, zipped):
 
 
 @pytest.mark.parametrize("ema", [True, False])
-def test_own_format(weights, tmp_path, ema):
+@pytest.mark.parametrize("named", [dict, checkpoints.to_released], ids=["", "first edition"])
+def test_own_format(weights, tmp_path, ema, named):
     model, other = blank(), shifted(weights, 1)
-    save({"model": tiny(torch.float32).state_dict(), "ema": other if ema else None, "epoch": 3, "args": {"lr": 1e-3},
+    save({"model": named(weights), "ema": named(other) if ema else None, "epoch": 3, "args": {"lr": 1e-3},
           "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]}, "rng": [torch.get_rng_state(), np.arange(3)]},
          tmp_path / "last.pt")
     note = fastvim.load_checkpoint(model, tmp_path / "last.pt")
@@ -127,25 +135,25 @@ def test_safetensors(weights, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["state_dict_ema", "state_dict"])
-def test_lightning(weights, foreign, tmp_path, monkeypatch, where):
+def test_lightning(weights, released, foreign, tmp_path, monkeypatch, where):
     """The EMA copy is taken: state_dict_ema where there is one, else ema.module of state_dict. hyper_parameters hold
     NumPy arrays, and objects of libraries that are not there."""
-    content = {"state_dict": {**prefixed(weights, "backbone."), **prefixed(shifted(weights, 1), "ema.module."),
+    content = {"state_dict": {**prefixed(released, "backbone."), **prefixed(shifted(released, 1), "ema.module."),
                               "criterion.weight": torch.ones(3)},
                "hyper_parameters": junk(foreign), "epoch": 299, "pytorch-lightning_version": "1.9",
                "callbacks": junk(foreign)}
     if where == "state_dict_ema":
-        content["state_dict_ema"] = shifted(weights, 2)
+        content["state_dict_ema"] = shifted(released, 2)
     model = blank()
     note = fastvim.load_checkpoint(model, save(content, tmp_path / "m.ckpt", monkeypatch))
     assert_loaded(model, shifted(weights, 2 if where == "state_dict_ema" else 1))
     assert where in note
 
 
-def test_mmengine(weights, foreign, tmp_path, monkeypatch):
+def test_mmengine(weights, released, foreign, tmp_path, monkeypatch):
     heads = {"decode_head.conv.weight": torch.ones(2), "auxiliary_head.conv.bias": torch.ones(2)}
     content = {"meta": junk(foreign), "message_hub": foreign.Thing(junk(foreign)),
-               "state_dict": collections.OrderedDict({**prefixed(weights, "backbone."), **heads}),
+               "state_dict": collections.OrderedDict({**prefixed(released, "backbone."), **heads}),
                "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}}, "param_schedulers": [foreign.Thing()]}
     content["state_dict"]._metadata = collections.OrderedDict({"": {"version": 1}})
     model = blank()
@@ -156,17 +164,18 @@ def test_mmengine(weights, foreign, tmp_path, monkeypatch):
 def test_original_vim(tmp_path):
     fields = dict(schedule="vim", class_token=True, ssm_norm=None)
     weights, model = tiny(torch.float32, **fields).state_dict(), blank(**fields)
-    save({"model": weights, "optimizer": {}, "epoch": 299, "args": argparse.Namespace(lr=1e-3)}, tmp_path / "vim_t.pth")
+    save({"model": checkpoints.to_released(weights), "optimizer": {}, "epoch": 299, "args": argparse.Namespace(lr=1e-3)}, tmp_path / "vim_t.pth")
     fastvim.load_checkpoint(model, tmp_path / "vim_t.pth")
     assert_loaded(model, weights)
 
 
-def test_distributed_training_prefix(weights, tmp_path):
+def test_distributed_training_prefix(weights, released, tmp_path):
     model = blank()
     for prefix in ("module.", "module.backbone."):
-        model.load_state_dict(shifted(weights, 1))
-        fastvim.load_checkpoint(model, save({"model": prefixed(weights, prefix)}, tmp_path / "w.pt"))
-        assert_loaded(model, weights)
+        for stored in (weights, released):
+            model.load_state_dict(shifted(weights, 1))
+            fastvim.load_checkpoint(model, save({"model": prefixed(stored, prefix)}, tmp_path / "w.pt"))
+            assert_loaded(model, weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -203,6 +212,125 @@ def test_position_embeddings_of_another_grid_are_resized(tmp_path, fields, size)
     if with_row:
         h, w = size[0] // 8, size[1] // 8
         assert model.pos_embed[0, h * w // 2 if "schedule" in fields else h // 2 * w].equal(source.pos_embed[0, 8])
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+PIXELS = {"patch_embed.proj.weight": (16, 3, 8, 8), "patch_embed.proj.bias": (16,), "pos_embed": (1, 16, 16),
+          "norm_f.weight": (16,), "head.weight": (5, 16), "head.bias": (5,)}
+RELEASED = {"in_proj.weight": (64, 16), "out_proj.weight": (16, 32), "layernorm.weight": (32,), "layernorm.bias": (32,),
+            "conv1d.weight": (32, 1, 4), "conv1d.bias": (32,), "conv1d_b.weight": (32, 1, 4), "conv1d_b.bias": (32,),
+            "x_proj.weight": (9, 32), "x_proj_b.weight": (9, 32), "dt_proj.weight": (32, 1), "dt_proj.bias": (32,),
+            "dt_proj_b.weight": (32, 1), "dt_proj_b.bias": (32,), "A_log": (32, 4), "A_b_log": (32, 4), "D": (32,),
+            "D_b": (32,)}
+ATTENTION = {"pool_proj.weight": (1, 32), "pool_proj.bias": (1,), "pool_proj_b.weight": (1, 32),
+             "pool_proj_b.bias": (1,)}
+VARIANTS = [{}, {"pool": "attention"}, {"d_conv": 0}, {"ssm_norm": None}, {"ssm_norm": "rmsnorm"},
+            {"schedule": "vim", "class_token": True}, {"schedule": "channelvim", "class_token": True},
+            {"block_norm": "layernorm", "out_indices": (0, 2)}]
+
+
+@pytest.mark.parametrize("pool", ["mean", "attention"])
+def test_an_export_has_the_released_names_and_shapes(pool):
+    model = tiny(torch.float32, pool=pool)
+    shapes = {k: tuple(v.shape) for k, v in checkpoints.to_released(model.state_dict()).items()}
+    mixer = RELEASED | (ATTENTION if pool == "attention" else {})
+    expected = dict(PIXELS)
+    for i in range(3):
+        expected |= {f"layers.{i}.norm.weight": (16,)} | prefixed(mixer, f"layers.{i}.mixer.")
+    assert shapes == expected
+
+
+def test_the_second_direction_is_the_released_b():
+    mixer = tiny(torch.float32, pool="attention").layers[1].mixer
+    released = checkpoints.to_released(prefixed(mixer.state_dict(), "mixer."))
+    for k, b in enumerate(("", "_b")):
+        assert released[f"mixer.conv1d{b}.weight"][:, 0].equal(mixer.conv_weight[k])
+        assert released[f"mixer.conv1d{b}.bias"].equal(mixer.conv_bias[k])
+        assert released[f"mixer.x_proj{b}.weight"].equal(mixer.x_proj[k])
+        assert released[f"mixer.dt_proj{b}.weight"].equal(mixer.dt_proj[k])
+        assert released[f"mixer.dt_proj{b}.bias"].equal(mixer.dt_bias[k])
+        assert released[f"mixer.A{b}_log"].equal(mixer.A_log[k])
+        assert released[f"mixer.D{b}"].equal(mixer.D[k])
+        assert released[f"mixer.pool_proj{b}.weight"][0].equal(mixer.score_weight[k])
+        assert released[f"mixer.pool_proj{b}.bias"][0].equal(mixer.score_bias[k])
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module.backbone.", "decoder_blocks.0."])
+def test_there_and_back(fields, prefix):
+    weights = prefixed(tiny(torch.float32, **fields).state_dict(), prefix)
+    released = checkpoints.to_released(weights)
+    back = checkpoints.from_released(released)
+    assert back.keys() == weights.keys() and all(back[k].equal(weights[k]) for k in weights)
+    assert not any(k.endswith((".x_proj", ".dt_bias", "conv_weight", "score_weight")) for k in released)
+    for convert, there in ((checkpoints.from_released, weights), (checkpoints.to_released, released)):
+        again = convert(there)                                  # what is there already stays as it is
+        assert again.keys() == there.keys() and all(again[k] is there[k] for k in there)
+
+
+def test_names_that_are_no_mixers_stay():
+    others = {k: torch.ones(2) for k in ("D", "A_log", "x_proj.weight", "remixer.x_proj.weight", "mixer", "a.mixers.D_b",
+                                         "layers.0.norm.weight", "head.mixer_b")}
+    assert checkpoints.from_released(others) == others == checkpoints.to_released(others)
+
+
+@pytest.mark.parametrize("name", [name for name in {**RELEASED, **ATTENTION}
+                                  if not name.startswith(("in_", "out_", "layernorm"))])
+def test_half_a_pair_is_refused(name):
+    model = tiny(torch.float32, pool="attention")
+    released = checkpoints.to_released(model.state_dict())
+    del released[f"layers.1.mixer.{name}"]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"\blayers\.1\.mixer\.{name}(?![.\w]).*belong together"):
+        fastvim.load_checkpoint(model, released)
+    assert_loaded(model, before)
+
+
+@pytest.mark.parametrize("name", ["conv1d_b.weight", "x_proj.weight", "A_b_log", "D", "dt_proj_b.bias"])
+def test_a_pair_of_two_shapes_is_refused(released, name):
+    name = f"layers.2.mixer.{name}"
+    released[name] = released[name][1:]
+    with pytest.raises(ValueError, match=rf"{name}.*belong together.*\({len(released[name])},"):
+        checkpoints.from_released(released)
+
+
+def test_a_parameter_without_two_directions_is_not_exported(weights):
+    weights["layers.0.mixer.A_log"] = torch.zeros(3, 32, 4)
+    with pytest.raises(ValueError, match=r"layers.0.mixer.A_log \(3, 32, 4\)"):
+        checkpoints.to_released(weights)
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_an_exported_model_is_the_model(tmp_path, fields, name):
+    if name.endswith(".safetensors"):
+        pytest.importorskip("safetensors.torch", reason="needs pip install safetensors")
+    source, model = tiny(torch.float32, **fields), blank(**fields)
+    checkpoints.export(source, tmp_path / name)
+    content = checkpoints.read(tmp_path / name)
+    assert content.keys() == checkpoints.to_released(source.state_dict()).keys()
+    checkpoints.load(model, tmp_path / name)
+    assert_loaded(model, source.state_dict())
+    assert all(p.grad_fn is None and p.is_leaf for p in model.parameters())
+
+
+@pytest.mark.parametrize("fields, names", [
+    ({"d_conv": 0}, ["conv1d.bias", "conv1d_b.weight", "unknown to the model"]),
+    ({"pool": "attention"}, ["pool_proj.bias", "pool_proj_b.weight", "missing in the file"]),
+    ({"d_state": 6}, ["x_proj_b.weight (9, 32), in the model (13, 32)", "A_b_log (32, 4), in the model (32, 6)"]),
+    ({"ssm_norm": None}, ["layernorm.weight", "unknown to the model"])], ids=str)
+def test_differences_bear_the_names_of_the_file(weights, released, fields, names):
+    model = blank(depth=1, **fields)
+    def one_block(stored):
+        return {k: v for k, v in stored.items() if not k.startswith(("layers.1.", "layers.2."))}
+    with pytest.raises(ValueError) as caught:
+        fastvim.load_checkpoint(model, one_block(released))
+    assert all(name in str(caught.value) for name in names), str(caught.value)
+    with pytest.raises(ValueError, match="belongs to another model") as caught:
+        fastvim.load_checkpoint(model, one_block(weights))
+    assert not any(name in str(caught.value) for name in ("conv1d", "pool_proj", "_b."))
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
