@@ -1,6 +1,7 @@
-"""Parity with the released models: reference inputs, weights, outputs and gradients, produced by the released code.
+"""Parity with the released models: inputs, weights, outputs and gradients of the released code.
 
-`python tests/test_golden.py` prints the parity table. tests/golden/README.md says what the files hold."""
+`python tests/test_golden.py` prints the parity table; tests/golden/README.md says what the files
+hold."""
 import json
 import math
 import pathlib
@@ -36,7 +37,7 @@ AUTOENCODERS = {"fastmaskvim_mae_released": {"schedule": "fastvim"},
 SCANS = ["scan_short", "scan_long"]
 
 
-# ---- reading -----------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def read(name):
@@ -95,7 +96,7 @@ def draw(kind, w, generator, scale, divisor=1):
     return dt + torch.log(-torch.expm1(-dt))                    # softplus of it is dt
 
 
-# ---- comparing ---------------------------------------------------------------------------------
+# ---- comparing -----------------------------------------------------------------------------------
 
 
 def errors(pairs):
@@ -152,7 +153,7 @@ def compare(name):
 
 
 def compare_scan(name):
-    """The same for the selective scan alone: forward, and every gradient against the reference's."""
+    """The same for the selective scan alone: forward, and every gradient."""
     _, _, arrays = read(name)
     inputs = {key[3:]: value.clone().requires_grad_() for key, value in arrays.items()
               if key.startswith("io/") and key not in ("io/y", "io/gy")}
@@ -188,9 +189,9 @@ class ReleasedMasking(fastvim.GridWithHoles):
 def compare_autoencoder(name):
     """The same for an autoencoder: loss and prediction; the mask has to be equal."""
     if name.endswith("released"):
-        with mock.patch.object(fastvim, "GridWithHoles", ReleasedMasking):
-            with fastvim.use_backend("python"):
-                return run_autoencoder(name)
+        mixing = mock.patch.object(fastvim, "GridWithHoles", ReleasedMasking)
+        with mixing, fastvim.use_backend("python"):
+            return run_autoencoder(name)
     return run_autoencoder(name)
 
 
@@ -212,7 +213,7 @@ def run_autoencoder(name):
         abs(norms[key] - value) / value for key, value in expected.items())
 
 
-# ---- tests -------------------------------------------------------------------------------------
+# ---- tests ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)
@@ -234,7 +235,7 @@ def test_scan_agrees_with_the_released_one(name):
 
 
 def test_weights_are_drawn_as_they_were():
-    """fastvim_mean also holds its weights. Logarithms and the like may round otherwise elsewhere."""
+    """fastvim_mean also holds its weights. A logarithm may be rounded otherwise elsewhere."""
     meta, stored, _ = read("fastvim_mean")
     drawn = draw_weights(**meta["weights"])
     assert drawn.keys() == stored.keys()
