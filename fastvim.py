@@ -889,7 +889,7 @@ try:                                        # the rest of the project: none of i
     import fastvim_kernels
     from checkpoints import load as load_checkpoint  # noqa: F401
 except ModuleNotFoundError as error:        # this file was copied alone: plain PyTorch it is
-    if error.name not in ("checks", "fastvim_kernels", "checkpoints"):
+    if error.name not in ("checks", "fastvim_kernels", "fastvim_build", "checkpoints"):
         raise
     checks = None
 else:
