@@ -7,8 +7,9 @@
 // neighbouring channels and no tensor is ever transposed. T is the type of the activations; all
 // arithmetic and every other tensor is float32.
 //
-// What makes each kernel fast. The first four tricks are built one at a time in dev/cuda, where each
-// can be timed. No GPU has timed them here yet: gains are counted in bytes moved and instructions.
+// What makes each kernel fast. The first four tricks are built one at a time in dev/cuda, where
+// each can be timed. No GPU has timed them here yet: gains are counted in bytes moved and
+// instructions.
 //     conv_pool       a warp walks the positions of a step, its neighbours stay in registers
 //         both directions in one launch            x is read once instead of twice: memory time / 2
 //         four channels a thread                   16-byte loads; table look-ups and addresses / 4
@@ -130,9 +131,9 @@ template <int V, class T> __device__ void store(T* p, const Vec<V>& x) {
     *reinterpret_cast<Pack<V, T>*>(p) = pack;
 }
 
-// The V channels of a thread. WIDE: neighbours, one load of up to 16 bytes. Else, where e or a pointer
-// does not allow that, channels `threads` apart, one by one. Lanes beyond the last channel load
-// channel 0, which is valid, and store nothing. Pointers are those of a row plus `origin`.
+// The V channels of a thread. WIDE: neighbours, one load of up to 16 bytes. Else, where e or a
+// pointer does not allow that, channels `threads` apart, one by one. Lanes beyond the last channel
+// load channel 0, which is valid, and store nothing. Pointers are those of a row plus `origin`.
 template <int V, bool WIDE> struct Lanes {
     int base, thread, threads, e;
 
@@ -271,7 +272,8 @@ struct ImageWalk : Walk {
     }
 };
 
-// What the tables say about position t: its token and group; group -1 outside the image as for holes
+// What the tables say about position t: its token and group; group -1 outside the image as for
+// holes
 struct Spot {
     int token, group;
     __device__ Spot(const ImageWalk& w, int t) {
@@ -305,8 +307,8 @@ struct Work : ImageWalk {
     }
 };
 
-// U positions t .. t+U-1 of x with three neighbours on either side: x[i] is position t - 3 + i. Outside
-// the image and in holes x is zero.
+// U positions t .. t+U-1 of x with three neighbours on either side: x[i] is position t - 3 + i.
+// Outside the image and in holes x is zero.
 template <int V, int U> struct Window {
     Vec<V> x[U + 6] = {};
     int first = INT_MIN / 2;
@@ -371,8 +373,8 @@ template <int V, bool MAX> struct Pool {
     }
 };
 
-// A warp is a walker: it visits the members of its steps, U at a time, for 32 V channels. Where steps
-// are cut into slices, each slice writes its own part, and pool_parts_kernel merges them.
+// A warp is a walker: it visits the members of its steps, U at a time, for 32 V channels. Where
+// steps are cut into slices, each slice writes its own part, and pool_parts_kernel merges them.
 template <class T, bool WIDE, bool MAX>
 __global__ void __launch_bounds__(32 * WALKERS) conv_pool_kernel(ConvPool a, Cut cut) {
     constexpr int V = 4, U = 4;
@@ -540,8 +542,9 @@ conv_pool_backward_kernel(ConvPoolBackward a, float* parts, int run) {
 // -------------------------------------------------------------------------------------------------
 // expand_gate: y = norm((s_0 + s_1 + D_0 c_0 + D_1 c_1) / 2) silu(z)
 
-// A block walks rows, U at a time; a thread has V channels of them in registers. The norm is two sums
-// over the block, of U rows at once. This is what forward and backward share, A their arguments.
+// A block walks rows, U at a time; a thread has V channels of them in registers. The norm is two
+// sums over the block, of U rows at once. This is what forward and backward share, A their
+// arguments.
 template <class T, int V, int U, bool WIDE, class A> struct Rows {
     const A& a;
     const ImageWalk& w;
@@ -736,8 +739,8 @@ template <class T, int V> __global__ void add_norm_kernel(AddNorm a) {
     }
 }
 
-// The parameters' gradients are summed in shared memory, one copy per warp, and written as the block's
-// row of parts, [dweight d | dbias d].
+// The parameters' gradients are summed in shared memory, one copy per warp, and written as the
+// block's row of parts, [dweight d | dbias d].
 template <class T, int V>
 __global__ void add_norm_backward_kernel(AddNormBackward a, float* parts, int run) {
     DYNAMIC_SHARED(shared);                                 // [warp][2][d]
@@ -828,8 +831,8 @@ struct Channel {
     }
 };
 
-// B and C of SEGMENT steps into shared memory [step][B, C][16], for all channels of the block; absent
-// states are zero.
+// B and C of SEGMENT steps into shared memory [step][B, C][16], for all channels of the block;
+// absent states are zero.
 __device__ inline void stage(const Scan& q, const Channel& my, int64_t i, float* shared) {
     __syncthreads();
     for (int j = threadIdx.x; j < SEGMENT * 2 * STATES; j += SCAN_THREADS) {
@@ -921,8 +924,9 @@ template <int HALF = 16> __device__ void transpose_sum(float (&v)[32]) {
     if constexpr (HALF > 1) transpose_sum<HALF / 2>(v);
 }
 
-// The backward of a chunk: once through it, leaving h at the start of every segment in scratch; then
-// segment after segment from the end: its h again, into shared memory, and back through it with R.
+// The backward of a chunk: once through it, leaving h at the start of every segment in scratch;
+// then segment after segment from the end: its h again, into shared memory, and back through it
+// with R.
 //     G_t = C_t ds_t + R_{t+1},  R_t = exp(delta A) G_t;   dC = ds h,  dB = delta x G  (over channels)
 //     dA = sum delta G exp(delta A) h_{t-1},  dx = delta sum_n G B,
 //     d delta = sum_n G (A exp(delta A) h_{t-1} + B x)
@@ -1075,8 +1079,8 @@ int sum_parts(const float* parts, int64_t rows, Outputs to, void* stream) {
                   SUM_ROWS * 32 * sizeof(float), stream, to, parts, rows, columns);
 }
 
-// Long steps and few of them: cut their members into slices, of eight or more. Short steps and many: a
-// walker takes several. shortest: the members of a step that is worth cutting.
+// Long steps and few of them: cut their members into slices, of eight or more. Short steps and
+// many: a walker takes several. shortest: the members of a step that is worth cutting.
 Cut cut_steps(int64_t walkers, const Sizes& n, int64_t wanted, int64_t shortest) {
     const int64_t length = ceil_div(n.l, n.p);
     if (walkers < wanted / 2 && length >= shortest)
@@ -1105,8 +1109,8 @@ template <class T, bool WIDE, bool MAX> int launch_conv_pool(ConvPool a, void* s
                   a.pooled, a.argmax, rows, size);
 }
 
-// Calls f(V, U, WIDE, THREADS): what Rows need for e channels, and the bound of the block. The last is
-// for odd d and for more channels than registers: slow, up to 8192 channels.
+// Calls f(V, U, WIDE, THREADS): what Rows need for e channels, and the bound of the block. The last
+// is for odd d and for more channels than registers: slow, up to 8192 channels.
 template <class F> int choose_rows(int64_t e, bool wide, F f) {
     if (wide && e <= 4 * 512) return f(Int<4>(), Int<2>(), std::true_type(), Int<512>());
     if (wide && e <= 4 * 768) return f(Int<4>(), Int<1>(), std::true_type(), Int<768>());

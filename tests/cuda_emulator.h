@@ -1,11 +1,12 @@
-// Just enough of CUDA to run the kernels of scan_cuda.cu and dev/cuda on a CPU, under the sanitizers,
-// without a GPU or its compiler:
+// Just enough of CUDA to run the kernels of scan_cuda.cu and dev/cuda on a CPU, under the
+// sanitizers, without a GPU or its compiler:
 //     g++ -std=c++17 -fsanitize=address,undefined -DFASTVIM_EMULATE
 //         -include tests/cuda_emulator.h -x c++ scan_cuda.cu
 //
 // Blocks run one after another. The threads of a block are fibers: each runs until a barrier or a
-// shuffle, where it waits for the others; a warp runs until all of it waits at a barrier, before the
-// next warp does anything. Dynamic shared memory and scratch memory begin full of NaN. What it finds:
+// shuffle, where it waits for the others; a warp runs until all of it waits at a barrier, before
+// the next warp does anything. Dynamic shared memory and scratch memory begin full of NaN. What it
+// finds:
 //     a barrier or shuffle that not all threads reach,
 //         or in different lines of the source                     it stops
 //     accesses outside arrays, unaligned vectors,
@@ -171,6 +172,7 @@ struct Machine {
     std::function<void()> kernel;
     int order = 0;                          // 0 forward, 1 reversed, 2 shuffled
     std::mt19937 random;
+    ~Machine() { for (Fiber* f : fibers) delete f; }
 };
 inline Machine machine;
 

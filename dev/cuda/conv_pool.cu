@@ -1,6 +1,6 @@
 // conv_pool, one trick at a time: x -> causal convolution of width 4 in both directions -> silu ->
-// mean over the w tokens of each scan step. What it teaches: a memory-bound kernel is as fast as its
-// loads are few, wide and early.
+// mean over the w tokens of each scan step. What it teaches: a memory-bound kernel is as fast as
+// its loads are few, wide and early.
 //
 //     nvcc -O3 conv_pool.cu -o conv_pool && ./conv_pool           # two sizes
 //     ./conv_pool 32 64 64 384                                    # b p w e
@@ -13,9 +13,9 @@
 //    5  several walkers a step, added up by a second      2-D pooling and small batches: enough
 //       kernel                                            threads to fill the chip
 //
-// x [b][p w][e], weight [2][e][4], bias [2][e], pooled [2][b][p][e]; e a multiple of 4. scan_cuda.cu
-// has the same with any walk, holes, max pooling and 16-bit activations. GB/s count x and pooled
-// once: what no version can avoid.
+// x [b][p w][e], weight [2][e][4], bias [2][e], pooled [2][b][p][e]; e a multiple of 4.
+// scan_cuda.cu has the same with any walk, holes, max pooling and 16-bit activations. GB/s count x
+// and pooled once: what no version can avoid.
 #include "ladder.h"
 
 struct Sizes {

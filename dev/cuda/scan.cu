@@ -1,5 +1,6 @@
-// The selective scan, one trick at a time. What it teaches: a recurrence is not parallel in time, but
-// it is in channels and states, and linear, so that pieces of it can run side by side and be joined.
+// The selective scan, one trick at a time. What it teaches: a recurrence is not parallel in time,
+// but it is in channels and states, and linear, so that pieces of it can run side by side and be
+// joined.
 //
 //     nvcc -O3 -ftz=true scan.cu -o scan && ./scan                # two sizes
 //     ./scan 128 64 384                                           # b p e
@@ -101,8 +102,8 @@ __global__ void scan_registers(Scan q) {
 }
 
 // ---- rung 3. Phase 1 (LOCAL) runs every chunk as if it began with h = 0, and leaves its last h and
-// the sum of delta: over the whole chunk the state decays by exp(A sum(delta)). Phase 2 goes from chunk
-// to chunk with these. Phase 3 is phase 1 again, from the right beginning, and writes s.
+// the sum of delta: over the whole chunk the state decays by exp(A sum(delta)). Phase 2 goes from
+// chunk to chunk with these. Phase 3 is phase 1 again, from the right beginning, and writes s.
 
 template <bool LOCAL> __global__ void scan_chunk(Scan q) {
     __shared__ float B[SEGMENT][N], C[SEGMENT][N];
