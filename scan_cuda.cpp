@@ -1,7 +1,7 @@
 // The Python module around scan_cuda.cu. call(name, fields, device) runs an operation of scan.h on
 // PyTorch's current stream of that device: `fields` is the operation's structure as whole numbers,
-// which fastvim_kernels.py has checked. Scratch memory comes from PyTorch's caching allocator, and an
-// error of CUDA becomes a Python exception.
+// which fastvim_kernels.py has checked. Scratch memory comes from PyTorch's caching allocator, and
+// an error of CUDA becomes a Python exception.
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -77,6 +77,6 @@ void release(void* pointer, void* /* stream */) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     set_allocator(allocate, release);
-    module.def("call", call, pybind11::arg("name"), pybind11::arg("fields"),
-               pybind11::arg("device"), "Runs an operation of scan.h on a device's current stream.");
+    module.def("call", call, "Runs an operation of scan.h on a device's current stream.",
+               pybind11::arg("name"), pybind11::arg("fields"), pybind11::arg("device"));
 }

@@ -7,22 +7,21 @@
 // neighbouring channels and no tensor is ever transposed. T is the type of the activations; all
 // arithmetic and every other tensor is float32.
 //
-// What makes each kernel fast. The first four tricks are built one at a time in dev/cuda, where
-// each can be timed. No GPU has timed them here yet: gains are counted in bytes moved and
-// instructions.
+// What makes each kernel fast. dev/cuda builds conv_pool's and the scan's tricks one at a time, for
+// timing. No GPU has timed them yet: gains are counted, in bytes moved and in instructions.
 //     conv_pool       a warp walks the positions of a step, its neighbours stay in registers
 //         both directions in one launch            x is read once instead of twice: memory time / 2
 //         four channels a thread                   16-byte loads; table look-ups and addresses / 4
 //         four positions a turn                    four loads in flight instead of one
 //         several warps a step, two stages         2-D pooling and small batches fill the chip
 //     selective_scan  a thread owns a channel, its states are registers
-//         B and C in shared memory                 read once a block of 64 channels: their bytes / 64
+//         B and C in shared memory                 read once for 64 channels: their bytes / 64
 //         chunks side by side, three phases        chunks times the threads, for twice the exps
 //         h again from every eighth step           the backward stores an eighth of the states
 //     expand_gate     a block walks rows: expand, skip, convolution, norm and gate in one pass
 //         the row in registers                     s, x and z are read once, y is written once
 //         two rows a barrier (forward)             half the barriers, twice the loads in flight
-//     add_norm        a warp takes a row           a row comes from DRAM once, then from the L1 cache
+//     add_norm        a warp takes a row           a row comes from DRAM once, then from L1
 // Backward kernels recompute what they need from x and sum the parameters' gradients on the way.
 //
 // No atomics: sums over blocks go through partial sums in scratch memory and a second kernel, in an
@@ -56,8 +55,7 @@ int launch(void (*kernel)(P...), int64_t blocks, dim3 threads, int64_t shared_by
     if (blocks == 0) return cudaSuccess;
     if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
     void* list[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-    const void* function = reinterpret_cast<const void*>(kernel);
-    const cudaError_t error = cudaLaunchKernel(function, dim3(unsigned(blocks)), threads, list,
+    const cudaError_t error = cudaLaunchKernel(kernel, dim3(unsigned(blocks)), threads, list,
                                                shared_bytes, static_cast<cudaStream_t>(stream));
     if (error != cudaSuccess) cudaGetLastError();   // returned here: the next should not find it
     return error;
@@ -603,7 +601,7 @@ template <class T, int V, int U, bool WIDE, class A> struct Rows {
 };
 
 template <class T, int V, int U, bool WIDE, int THREADS>
-__global__ void __launch_bounds__(THREADS) expand_gate_kernel(ExpandGate a, int run) {
+__global__ void __launch_bounds__(THREADS, 1) expand_gate_kernel(ExpandGate a, int run) {
     DYNAMIC_SHARED(shared);
     const int64_t runs = (a.n.l + run - 1) / run;
     const ImageWalk w(a.walk, a.n, blockIdx.x / runs);
@@ -634,7 +632,7 @@ __global__ void __launch_bounds__(THREADS) expand_gate_kernel(ExpandGate a, int 
 // hat = (v - mean) scale;  dv = scale (dhat - mean(dhat) - hat mean(dhat hat)),  where the first
 // mean is LayerNorm's alone. parts: a row per block, [dnorm_weight e | dnorm_bias e]
 template <class T, int V, bool WIDE, int THREADS>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 expand_gate_backward_kernel(ExpandGateBackward a, Cut cut, float* parts) {
     DYNAMIC_SHARED(shared);
     const Work w(a.walk, a.n, cut, blockIdx.x);
@@ -728,7 +726,8 @@ template <class T, int V> __global__ void add_norm_kernel(AddNorm a) {
     if (a.hidden) {
         const T* hidden = static_cast<const T*>(a.hidden) + row * d;
         float* out = a.out + row * d;
-        for (int i = first; i < d; i += 32 * V) store(out + i, load<V>(r + i) + load<V>(hidden + i));
+        for (int i = first; i < d; i += 32 * V)
+            store(out + i, load<V>(r + i) + load<V>(hidden + i));
         r = out;                                            // each thread reads what it has written
     }
     const RowNorm<V> norm(r, d, a.bias);
@@ -778,7 +777,7 @@ __global__ void add_norm_backward_kernel(AddNormBackward a, float* parts, int ru
 }
 
 // -------------------------------------------------------------------------------------------------
-// selective_scan: h_t = exp(delta A) h_{t-1} + delta B x;  s_t = C h_t + D x. A thread owns a channel.
+// selective_scan: h_t = exp(delta A) h_{t-1} + delta B x,  s_t = C h_t + D x
 
 constexpr int STATES = 16;                  // of a launch: more states are more launches
 constexpr int SEGMENT = 8;                  // steps whose B and C are staged, and loads in flight
@@ -826,8 +825,10 @@ struct Channel {
     __device__ int64_t slot(const Scan& q, int n) const {
         return ((chunk * q.k * q.b + kb) * STATES + n) * q.e + ch;
     }
-    __device__ float ds(const Scan& q, int64_t row) const {
-        return q.ds[(q.shared ? row - k * q.b * q.p : row) * q.e + ch];
+    // x, dt or ds [k][b][p][e] of step i, or zero; a shared ds is that of direction 0 for both
+    __device__ float at(const Scan& q, const float* p, int64_t i, int64_t shared = 0) const {
+        const int64_t from = row(q, i) - shared * k * q.b * q.p;
+        return live && i < last ? p[from * q.e + ch] : 0;
     }
 };
 
@@ -845,8 +846,8 @@ __device__ inline void stage(const Scan& q, const Channel& my, int64_t i, float*
 }
 
 // One pass over a chunk.
-//     LOCAL    phase 1: as if the chunk began with h = 0. Leaves its last h and the sum of delta: over
-//              the whole chunk the state decays by exp(A sum(delta)): one number for n products.
+//     LOCAL    phase 1: as if the chunk began with h = 0. Leaves its last h and the sum of delta:
+//              over the chunk the state decays by exp(A sum(delta)), one number for n products.
 //     ADJOINT  also what the backward needs of phase 1: the gradient that the chunk sends to the h
 //              before it, R = sum_t (prod_{t' <= t} exp(delta_t' A)) C_t ds_t.
 //     neither  phase 3: begins with the h that phase 2 carried here (or 0) and writes s.
@@ -864,11 +865,9 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(Scan q) {
     for (int64_t i = my.first; i < my.last; i += SEGMENT) {
         float x[SEGMENT], dt[SEGMENT], up[SEGMENT];
         EACH(j, SEGMENT) {                                  // a segment's loads fly together
-            const bool here = my.live && i + j < my.last;
-            const int64_t row = here ? my.row(q, i + j) : 0;
-            x[j] = here ? q.x[row * q.e + my.ch] : 0;
-            dt[j] = here ? q.dt[row * q.e + my.ch] : 0;
-            up[j] = ADJOINT && here ? my.ds(q, row) : 0;
+            x[j] = my.at(q, q.x, i + j);
+            dt[j] = my.at(q, q.dt, i + j);
+            up[j] = ADJOINT ? my.at(q, q.ds, i + j, q.shared) : 0;
         }
         stage(q, my, i, bc);
         EACH(j, SEGMENT) {
@@ -927,7 +926,7 @@ template <int HALF = 16> __device__ void transpose_sum(float (&v)[32]) {
 // The backward of a chunk: once through it, leaving h at the start of every segment in scratch;
 // then segment after segment from the end: its h again, into shared memory, and back through it
 // with R.
-//     G_t = C_t ds_t + R_{t+1},  R_t = exp(delta A) G_t;   dC = ds h,  dB = delta x G  (over channels)
+//     G_t = C_t ds_t + R_{t+1},  R_t = exp(delta A) G_t,  dC = ds h,  dB = delta x G,
 //     dA = sum delta G exp(delta A) h_{t-1},  dx = delta sum_n G B,
 //     d delta = sum_n G (A exp(delta A) h_{t-1} + B x)
 // checkpoint [segments][k b][16][e]; parts [chunks b][dA k e n | dD k e | ddt_bias k e];
@@ -953,11 +952,9 @@ scan_backward_kernel(Scan q, float* dx, float* ddt, float* checkpoint, float* pa
     };
     auto read = [&](int64_t i) {                            // a segment; zero beyond the end
         EACH(j, SEGMENT) {
-            const bool here = my.live && i + j < my.last;
-            const int64_t row = here ? my.row(q, i + j) : 0;
-            in_x[j][me] = here ? q.x[row * q.e + my.ch] : 0;
-            in_dt[j][me] = here ? q.dt[row * q.e + my.ch] + my.bias : 0;
-            in_ds[j][me] = here ? my.ds(q, row) : 0;
+            in_x[j][me] = my.at(q, q.x, i + j);
+            in_dt[j][me] = my.at(q, q.dt, i + j) + my.bias;
+            in_ds[j][me] = my.at(q, q.ds, i + j, q.shared);
         }
         stage(q, my, i, bc);
     };
@@ -1054,7 +1051,7 @@ struct Scratch {
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t clamp(int64_t x, int64_t low, int64_t high) { return std::max(low, std::min(x, high)); }
 
-// May V > 1 channels be loaded at once? Where e is a multiple of V and all pointers are aligned.
+// Several channels are loaded at once where e is a multiple of them and this holds.
 template <class... P> bool aligned(P... pointers) {
     bool result = true;
     for (const void* p : {static_cast<const void*>(pointers)...})
@@ -1155,7 +1152,8 @@ int add_norm(const AddNorm* a, void* stream) {
     const bool wide =
         a->d % 4 == 0 && aligned(a->hidden, a->residual, a->weight, a->bias, a->u, a->out);
     return with_type(a->dtype, [&](auto t) {
-        const auto kernel = wide ? add_norm_kernel<decltype(t), 4> : add_norm_kernel<decltype(t), 1>;
+        using T = decltype(t);
+        const auto kernel = wide ? add_norm_kernel<T, 4> : add_norm_kernel<T, 1>;
         return launch(kernel, ceil_div(a->rows, WALKERS), dim3(32, WALKERS), 0, stream, *a);
     });
 }

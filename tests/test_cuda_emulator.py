@@ -5,8 +5,8 @@ where there is one.
 
 Without a GPU, g++ compiles scan_cuda.cu under the address and undefined-behaviour sanitizers, and a
 second process, in which the sanitizers' libraries are loaded first, runs every case in three orders
-of the threads and asks for equal bits. What that cannot show (speed, what nvcc makes of the code) is
-left to the compiler below, and to a GPU.
+of the threads and asks for equal bits. What that cannot show (speed, what nvcc makes of the code)
+is left to the compiler below, and to a GPU.
 """
 import contextlib
 import ctypes

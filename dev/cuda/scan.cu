@@ -7,10 +7,10 @@
 //
 // rung  what it changes                                   why it should be faster
 //    1  a thread per channel, one state after another     the recurrence, as it is written
-//    2  all 16 states in registers, B and C in shared     x, dt and s move once, not 16 times; B and
-//       memory, 8 steps' loads together                   C once for all channels of a block
+//    2  all 16 states in registers, B and C in shared     x, dt, s move once, not 16 times; B and C
+//       memory, 8 steps' loads together                   once for all channels of a block
 //    3  chunks of the sequence side by side, in three     long sequences and small batches: chunks
-//       phases                                            times the threads, for twice the arithmetic
+//       phases                                            times the threads, twice the arithmetic
 //
 //     delta = softplus(dt);  h_t = exp(delta A) h_{t-1} + delta B_t x_t;  s_t = C_t h_t
 //
@@ -101,9 +101,9 @@ __global__ void scan_registers(Scan q) {
     }
 }
 
-// ---- rung 3. Phase 1 (LOCAL) runs every chunk as if it began with h = 0, and leaves its last h and
-// the sum of delta: over the whole chunk the state decays by exp(A sum(delta)). Phase 2 goes from
-// chunk to chunk with these. Phase 3 is phase 1 again, from the right beginning, and writes s.
+// ---- rung 3. Phase 1 (LOCAL) runs every chunk as if it began with h = 0, and leaves its last h
+// and the sum of delta: over the whole chunk the state decays by exp(A sum(delta)). Phase 2 goes
+// from chunk to chunk with these. Phase 3 is phase 1 again, from the right beginning, and writes s.
 
 template <bool LOCAL> __global__ void scan_chunk(Scan q) {
     __shared__ float B[SEGMENT][N], C[SEGMENT][N];
