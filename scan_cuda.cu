@@ -1060,14 +1060,16 @@ template <class... P> bool aligned(P... pointers) {
 }
 
 template <int X> using Int = std::integral_constant<int, X>;
-template <class F> int with_flag(bool flag, F f) {
-    return flag ? f(std::true_type()) : f(std::false_type());
-}
 template <class F> int with_type(int64_t dtype, F f) {
     if (dtype == 0) return f(float());
     if (dtype == 1) return f(__nv_bfloat16());
     if (dtype == 2) return f(__half());
     return cudaErrorInvalidValue;
+}
+template <class F> int with_type_and_max(int64_t dtype, bool max, F f) {
+    return with_type(dtype, [&](auto t) {
+        return max ? f(t, std::true_type()) : f(t, std::false_type());
+    });
 }
 
 int sum_parts(const float* parts, int64_t rows, Outputs to, void* stream) {
@@ -1084,26 +1086,6 @@ Cut cut_steps(int64_t walkers, const Sizes& n, int64_t wanted, int64_t shortest)
         return {1, clamp(wanted / walkers, 1, length / 8), n.p};
     const int64_t steps = clamp(std::min(walkers / wanted, 64 / length), 1, n.p);
     return {steps, 1, ceil_div(n.p, steps)};
-}
-
-template <class T, bool WIDE, bool MAX> int launch_conv_pool(ConvPool a, void* stream) {
-    const int64_t tiles = ceil_div(a.n.e, 128), size = 2 * a.n.b * a.n.p * a.n.e;
-    // wanted: twice the warps that fit at 128 registers
-    const Cut cut = cut_steps(a.n.b * a.n.p * tiles, a.n, SMS * 16 * 2, 32);
-    const int64_t blocks = tiles * ceil_div(a.n.b * cut.units * cut.slices, WALKERS);
-    const int64_t rows = cut.slices > 1 ? cut.slices : 0;
-    const Scratch parts(rows * size, stream), arg_parts(MAX * rows * size, stream);
-    if (parts.failed || arg_parts.failed) return cudaErrorMemoryAllocation;
-    float* pooled = a.pooled;
-    int32_t* argmax = a.argmax;
-    if (rows) {
-        a.pooled = parts.data;
-        a.argmax = reinterpret_cast<int32_t*>(arg_parts.data);
-    }
-    TRY(launch(conv_pool_kernel<T, WIDE, MAX>, blocks, dim3(32, WALKERS), 0, stream, a, cut));
-    if (!rows) return cudaSuccess;
-    return launch(pool_parts_kernel<MAX>, ceil_div(size, 256), dim3(256), 0, stream, pooled, argmax,
-                  a.pooled, a.argmax, rows, size);
 }
 
 // Calls f(V, U, WIDE, THREADS): what Rows need for e channels, and the bound of the block. The last
@@ -1176,15 +1158,30 @@ int add_norm_backward(const AddNormBackward* a, void* stream) {
 }
 
 int conv_pool(const ConvPool* a, void* stream) {
-    const bool wide = a->n.e % 4 == 0 && aligned(a->xz, a->conv_weight, a->pooled, a->argmax);
-    if (a->n.b == 0) return cudaSuccess;
-    return with_type(a->n.dtype, [&](auto t) {
-        return with_flag(a->max, [&](auto MAX) {
-            using T = decltype(t);
-            return wide ? launch_conv_pool<T, true, MAX()>(*a, stream)
-                        : launch_conv_pool<T, false, MAX()>(*a, stream);
-        });
-    });
+    const auto [dtype, b, l, p, e] = a->n;
+    const bool wide = e % 4 == 0 && aligned(a->xz, a->conv_weight, a->pooled, a->argmax);
+    const int64_t tiles = ceil_div(e, 128), size = 2 * b * p * e;
+    if (b == 0) return cudaSuccess;
+    const Cut cut = cut_steps(b * p * tiles, a->n, SMS * 16 * 2, 32);   // two rounds of 16 warps
+    const int64_t blocks = tiles * ceil_div(b * cut.units * cut.slices, WALKERS);
+    const int64_t rows = cut.slices > 1 ? cut.slices : 0;
+    const Scratch parts(rows * size, stream), arg_parts(a->max ? rows * size : 0, stream);
+    if (parts.failed || arg_parts.failed) return cudaErrorMemoryAllocation;
+    ConvPool to = *a;
+    if (rows) {
+        to.pooled = parts.data;
+        to.argmax = reinterpret_cast<int32_t*>(arg_parts.data);
+    }
+    TRY(with_type_and_max(dtype, a->max, [&](auto t, auto MAX) {
+        using T = decltype(t);
+        const auto kernel =
+            wide ? conv_pool_kernel<T, true, MAX()> : conv_pool_kernel<T, false, MAX()>;
+        return launch(kernel, blocks, dim3(32, WALKERS), 0, stream, to, cut);
+    }));
+    if (!rows) return cudaSuccess;
+    const auto merge = a->max ? pool_parts_kernel<true> : pool_parts_kernel<false>;
+    return launch(merge, ceil_div(size, 256), dim3(256), 0, stream, a->pooled, a->argmax, to.pooled,
+                  to.argmax, rows, size);
 }
 
 int conv_pool_backward(const ConvPoolBackward* a, void* stream) {
@@ -1196,14 +1193,12 @@ int conv_pool_backward(const ConvPoolBackward* a, void* stream) {
     const int64_t rows = ceil_div(b * ceil_div(l, run), WALKERS);
     const Scratch parts(rows * 12 * e, stream);
     if (parts.failed) return cudaErrorMemoryAllocation;
-    TRY(with_type(dtype, [&](auto t) {
-        return with_flag(a->max, [&](auto MAX) {
-            using T = decltype(t);
-            const auto kernel = wide ? conv_pool_backward_kernel<T, true, MAX()>
-                                     : conv_pool_backward_kernel<T, false, MAX()>;
-            return launch(kernel, tiles * rows, dim3(32, WALKERS),
-                          WALKERS * 12 * 64 * sizeof(float), stream, *a, parts.data, int(run));
-        });
+    TRY(with_type_and_max(dtype, a->max, [&](auto t, auto MAX) {
+        using T = decltype(t);
+        const auto kernel = wide ? conv_pool_backward_kernel<T, true, MAX()>
+                                 : conv_pool_backward_kernel<T, false, MAX()>;
+        return launch(kernel, tiles * rows, dim3(32, WALKERS), WALKERS * 12 * 64 * sizeof(float),
+                      stream, *a, parts.data, int(run));
     }));
     const Outputs to{{a->dconv_weight, a->dconv_bias, a->dD}, {8 * e, 2 * e, 2 * e}};
     return sum_parts(parts.data, rows, to, stream);
