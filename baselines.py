@@ -1,7 +1,7 @@
 """
 Models of other people that the experiments compare FastVim with.
 
-    PooledAttention    FastVim's pooling within the attention of a ViT (Table 7: with pooling, conv1d)
+    PooledAttention    FastVim's pooling in the attention of a ViT (Table 7: with pooling, conv1d)
     ChannelViT         a token for each patch of each channel, under attention (section 4.4)
     DenseViT           a ViT of timm as the backbone of a segmenter or detector (sections 4.5, 4.6)
 
@@ -21,14 +21,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 class PooledAttention(nn.Module):
-    """Attention between the means of a ViT's rows (even blocks) or columns (odd), repeated afterwards.
+    """Attention between the means of a ViT's rows (even blocks) or columns (odd), then repeated.
 
-    Queries, keys and values are pooled alike; the first `prefix` tokens, the class token, stay as they
-    are. The paper does not say where its convolution goes: here, like Mamba's, a causal one of width 4
-    and SiLU on queries, keys and values.
+    Queries, keys and values are pooled alike; the first `prefix` tokens, the class token, stay as
+    they are. The paper does not say where its convolution goes: here, like Mamba's, a causal one of
+    width 4 and SiLU on queries, keys and values.
 
     attn: the attention of a timm block, whose projections are used. grid_size: (h, w). odd: pool
-    columns. conv: with the convolution. Tokens (b l d) -> (b l d) of their dtype, l = prefix + h w.
+    columns. conv: with the convolution. Tokens (b l d) -> (b l d), their dtype; l = prefix + h w.
     """
 
     def __init__(self, attn: nn.Module, prefix: int, grid_size: tuple[int, int], odd: bool,
@@ -44,7 +44,7 @@ class PooledAttention(nn.Module):
             self.conv = nn.Conv1d(channels, channels, 4, padding=3, groups=channels)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """The other arguments are those of timm's attention, as its mask: there is nothing to mask."""
+        """The other arguments are timm's, a mask for example: there is nothing to mask."""
         h, w = self.grid_size
         qkv = self.attn.qkv(x)                                              # (b l 3d)
         if self.conv is not None:
@@ -67,8 +67,8 @@ class PooledAttention(nn.Module):
 class ChannelViT(nn.Module):
     """A ViT on a token for each patch of each channel: one patch filter, an embedding a channel.
 
-    in_chans: how many channels there are. options: of timm's VisionTransformer. Images (b c H W) float
-    and the ids (c) int64 of the channels that they show, by default all -> logits (b num_classes).
+    in_chans: how many channels there are. options: of timm's VisionTransformer. Images (b c H W) and
+    the ids (c) int64 of the channels that they show, by default all -> logits (b num_classes).
     """
 
     def __init__(self, in_chans: int, **options):
@@ -109,8 +109,8 @@ class ChannelViT(nn.Module):
 class DenseViT(nn.Module):
     """A ViT of timm as a backbone, with a LayerNorm for each tap as FastVim has it.
 
-    name: as timm knows it. taps: the blocks, from 0, whose outputs the heads see. options: of timm's
-    create_model. Images (b 3 H W) of any size, padded to whole patches -> a map (b d h w) a tap.
+    name: as timm knows it. taps: the blocks, from 0, whose outputs the heads see. options: those of
+    timm's create_model. Images (b 3 H W), padded to whole patches -> a map (b d h w) for each tap.
     """
 
     def __init__(self, name: str, taps: Sequence[int], **options):
