@@ -67,8 +67,8 @@ class PooledAttention(nn.Module):
 class ChannelViT(nn.Module):
     """A ViT on a token for each patch of each channel: one patch filter, an embedding a channel.
 
-    in_chans: how many channels there are. options: of timm's VisionTransformer. Images (b c H W) and
-    the ids (c) int64 of the channels that they show, by default all -> logits (b num_classes).
+    in_chans: how many channels there are. options: of timm's VisionTransformer. Images (b c H W)
+    and the ids (c) int64 of the channels that they show, by default all -> logits (b num_classes).
     """
 
     def __init__(self, in_chans: int, **options):
