@@ -12,6 +12,7 @@ import fastvim
 pytest.importorskip("torchvision")
 
 import boxes as box_tools  # noqa: E402
+import checkpoints  # noqa: E402
 import dense_heads as dense  # noqa: E402
 from boxes import BACKGROUND, IGNORED  # noqa: E402
 from test_golden import GOLDEN, read  # noqa: E402
@@ -99,7 +100,7 @@ def compare_detector():
     taps = fastvim.FastVim(img_size=tuple(meta["img_size"]), embed_dim=meta["dim"], depth=meta["depth"],
                            block_norm="layernorm", num_classes=0, out_indices=[meta["depth"] - 1])
     model = dense.CascadeMaskRCNN(taps, meta["nc"], meta["ch"], meta["fc"]).eval()
-    model.load_state_dict(weights, strict=True)
+    model.load_state_dict(checkpoints.from_released(weights), strict=True)
     pairs = {}
     with torch.no_grad():
         maps = model.neck(taps.forward_intermediates(io["io/x"])[0])
