@@ -156,8 +156,9 @@ def add_arguments(parser: argparse.ArgumentParser, task: str) -> None:
         "of its taps, stays as it is, without drop path")
     add("--grad-checkpointing", action="store_true", help="less memory, more time, same result")
     add = parser.add_argument_group("augmentation and schedule").add_argument
-    add("--jitter", type=runs.number(float, 0.01), nargs=2, metavar=("LOW", "HIGH"), help="range of "
-        "a random factor of the images' size (default {:g} {:g})".format(*recipe["jitter"]))
+    add("--jitter", type=runs.number(float, 0.01), nargs=2, metavar=("LOW", "HIGH"),
+        help="range of a random factor of the images' size (default {:g} {:g})".format(
+            *recipe["jitter"]))
     if task == "seg":
         add("--distort", action=argparse.BooleanOptionalAction, help="change brightness, contrast, "
             "saturation and hue at random")
@@ -225,8 +226,9 @@ def open_split(args: runs.Options, split: str, classes=None) -> data.Files:
     known = classes or dataset.classes
     unnamed = data.numbers(count) in (known, dataset.classes)
     if len(known) != count or known != dataset.classes and not unnamed:
-        raise ValueError(f"{dataset.where} has {count} classes ({data.some(dataset.classes)}), the "
-                         f"model knows {len(known)} ({data.some(known)})")
+        raise ValueError(f"{dataset.where} has {count} classes "
+                         f"({data.first_few(dataset.classes)}), the model knows {len(known)} "
+                         f"({data.first_few(known)})")
     return dataset
 
 
@@ -266,6 +268,14 @@ def lr_scale(args: runs.Options, name: str, param: Tensor) -> float:
     return args.layer_decay ** math.ceil(12 * (depth - int(block[1])) / depth)
 
 
+def schedule(args: runs.Options, lr: float, total: int) -> Callable[[int], float]:
+    """The learning rate at each optimizer step of the run."""
+    if args.task == "seg":
+        return functools.partial(training.polynomial, total=total, value=lr, warmup=args.warmup)
+    return functools.partial(training.step_decay, value=lr, warmup=args.warmup,
+                             milestones=[round(total * share) for share in DROPS])
+
+
 def train(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
     train_set = open_split(args, "train")
     val_set = open_split(args, "val", train_set.classes)
@@ -295,13 +305,9 @@ def train(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
         model, args.weight_decay, functools.partial(no_weight_decay, args.task),
         functools.partial(lr_scale, args))
     total, _ = training.run_length(args, loader)
-    if args.task == "seg":
-        schedule = functools.partial(training.polynomial, total=total, value=lr, warmup=args.warmup)
-    else:
-        schedule = functools.partial(training.step_decay, value=lr, warmup=args.warmup,
-                                     milestones=[round(total * share) for share in DROPS])
     training.fit(
-        args, ctx, model, loader, loss_fn, torch.optim.AdamW(groups, lr=lr), schedule,
+        args, ctx, model, loader, loss_fn, torch.optim.AdamW(groups, lr=lr),
+        schedule(args, lr, total),
         evaluate=evaluate, metric=METRICS[args.task],
         harmless=("data", "eval", "predict", "backbone", "init", "grad_checkpointing",
                   "multi_scale"),
@@ -391,7 +397,7 @@ def draw_examples(args: runs.Options, ctx: training.Context, model: nn.Module, d
     for i, sample in enumerate(dataset.samples[:count]):
         try:
             pixels = dataset.load(*sample)[0]
-        except Exception:  # noqa: BLE001, S112     it has been reported as a bad file
+        except Exception:  # noqa: S112         it has been reported as a bad file
             continue
         picture = draw_prediction(args, ctx, model, dataset.classes, pixels)
         save_picture(args, f"example-{i}.png", picture)

@@ -11,13 +11,11 @@ import fastvim
 
 pytest.importorskip("torchvision")
 
-import boxes as box_tools  # noqa: E402
-import checkpoints  # noqa: E402
-import dense_heads as dense  # noqa: E402
-from boxes import BACKGROUND, IGNORED  # noqa: E402
-from test_golden import GOLDEN, read  # noqa: E402
-
-golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden references of ../shared/golden are not here")
+import boxes as box_tools
+import checkpoints
+import dense_heads as dense
+from boxes import BACKGROUND, IGNORED
+from test_golden import read
 
 
 def backbone(taps, img_size=64, embed_dim=32):
@@ -122,12 +120,10 @@ def compare_detector():
                          masks=(found["masks"] != masks).sum().item() / masks.sum().item())
 
 
-@golden
 def test_upernet_agrees_with_the_released_heads():
     assert max(compare_upernet().values()) <= 1e-4
 
 
-@golden
 def test_detector_agrees_with_the_released_one():
     errors = compare_detector()
     assert errors.pop("boxes") <= 1e-2 and errors.pop("proposals") <= 1e-2

@@ -16,6 +16,8 @@ import torch
 for module in ("timm", "torchvision", "sklearn", "PIL", "pycocotools"):
     pytest.importorskip(module)
 
+from PIL import Image
+
 import checkpoints
 import data
 import dense_models as models
@@ -24,8 +26,8 @@ import fastvim
 import finetune_dense as dense
 import train_mae
 import training
+from dense_heads import IGNORE_INDEX
 from helpers import run_script
-from PIL import Image
 from test_dense_data import make_ade, make_coco, triangle
 
 TINY = dict(seg=["--img-size", 32, "--depth", 4, "--channels", 8, "--batch-size", 4],
@@ -362,6 +364,7 @@ def test_iou_is_that_of_scikit_learn():
     found[rng.random(found.shape) < 0.6] = 0
     labels[labels == 5], found[found == 5] = 6, 6                           # a class that is nowhere
     known = rng.random(labels.shape) < 0.8
+    assert IGNORE_INDEX == data.IGNORE_INDEX == 255
     given = torch.from_numpy(np.where(known, labels, 255))
     confusion = sum(results.count_confusions(a, b, 7) for a, b in zip(given, torch.from_numpy(found)))
     iou = results.iou_of(confusion)
