@@ -348,7 +348,7 @@ def restore(args: runs.Options, ctx: training.Context, start: runs.Saved) -> tup
 
 def evaluate(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
     model, count = restore(args, ctx, start)
-    drawn = start.options and not start.options["data"]
+    drawn = start.options and not start.options.get("data")
     if not args.data and not drawn:
         raise ValueError("--eval: this model was trained on files, so --data has to say where they "
                          "are")
