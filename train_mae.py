@@ -230,7 +230,7 @@ class MaskedAutoencoder(fastvim.FastVim):
         decoder = fastvim.Config(schedule="vim", embed_dim=d, depth=decoder_depth,
                                  d_state=cfg.d_state)
         self.decoder_blocks = nn.ModuleList(fastvim.Block(decoder) for _ in range(decoder_depth))
-        self.decoder_norm = fastvim.NORMS["rmsnorm"](d)
+        self.decoder_norm = fastvim.NORMS["rmsnorm"](d, eps=1e-5)
         self.decoder_pred = nn.Linear(d, cfg.patch_size ** 2 * cfg.in_chans)
         self.init_weights()
 
