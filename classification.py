@@ -71,7 +71,8 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> Callable:
     add("--crop-scale", type=runs.number(float, 0.01, 1.01),
         help="smallest share of an image that a crop keeps")
     add("--crop-pct", type=runs.number(float, 0.1),
-        help="evaluation: centre crop's share of the resized image")
+        help="evaluation: centre crop's share of the resized image "
+        f"(default {CROP_PCT})")
     return add
 
 
@@ -186,7 +187,7 @@ def open_images(args: runs.Options, train: bool, classes: list | None = None):
     try:
         transform = data.image_transform(args.img_size, train, auto_augment=policy,
                                          reprob=args.reprob, scale=(args.crop_scale, 1.0),
-                                         crop_pct=args.crop_pct)
+                                         crop_pct=args.crop_pct or CROP_PCT)
     except (AssertionError, KeyError, NotImplementedError) as error:
         raise ValueError(f"--auto-augment {policy}: timm does not know it; the paper's is "
                          f"{AUGMENTATION['auto_augment']}") from error
@@ -269,7 +270,7 @@ def view_of(args: runs.Options, saved: runs.Saved) -> Callable:
     """PIL image -> what a model of that checkpoint was evaluated on."""
     if saw_digits(saved):
         return data.digit_transform(args.img_size)
-    return data.image_transform(args.img_size, False, crop_pct=args.crop_pct)
+    return data.image_transform(args.img_size, False, crop_pct=args.crop_pct or CROP_PCT)
 
 
 def evaluate(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> None:

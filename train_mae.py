@@ -264,11 +264,10 @@ class MaskedAutoencoder(fastvim.FastVim):
     def patchify(self, x: Tensor) -> Tensor:
         """Images (b c H W) -> patches (b l p*p*c): pixels by row, column, channel."""
         p = self.cfg.patch_size
-        if not isinstance(x, Tensor):
-            raise TypeError(f"images must be a tensor (b c H W), not {type(x).__name__}")
-        if x.ndim != 4 or min(x.shape[2:]) < p or x.shape[2] % p or x.shape[3] % p:
+        if not isinstance(x, Tensor) or x.ndim != 4 or min(x.shape[2:]) < p or any(
+                length % p for length in x.shape[2:]):
             raise ValueError(f"images must be (b c H W), of whole patches of {p} x {p} pixels, not "
-                             f"{tuple(x.shape)}")
+                             f"{getattr(x, 'shape', type(x).__name__)}")
         return rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
 
     def unpatchify(self, patches: Tensor, h: int) -> Tensor:
@@ -278,7 +277,9 @@ class MaskedAutoencoder(fastvim.FastVim):
 
     def target(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What to paint -> (b l p*p*c); each patch's mean and standard deviation (b l 1)."""
-        patches = fastvim.at_least_float32(self.patchify(x))
+        patches = self.patchify(x)
+        fastvim.check("images", x, None, self.cfg)
+        patches = fastvim.at_least_float32(patches)
         mean = patches.mean(-1, keepdim=True)
         std = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
         if self.norm_pix_loss:

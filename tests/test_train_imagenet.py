@@ -13,7 +13,10 @@ import torch
 for module in ("timm", "torchvision", "sklearn", "PIL"):
     pytest.importorskip(module)
 
+import baselines
+import classification
 import data
+import fastvim
 import train_imagenet
 import training
 from PIL import Image
@@ -36,8 +39,9 @@ def start(*argv, launcher=()):
 
 def restore(path):
     """As --eval does, without saying which model it is."""
-    args = train_imagenet.get_args(["--device", "cpu", "--eval", str(path)])[0]
-    return train_imagenet.restore(args, training.setup(args, training=False), path)
+    args, saved = train_imagenet.get_args(["--device", "cpu", "--eval", str(path)])
+    ctx = training.setup(args, training=False)
+    return classification.restore(args, ctx, saved), saved.classes, classification.saw_digits(saved)
 
 
 def log(out):
@@ -62,7 +66,7 @@ def test_recipes():
                     auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25, crop_pct=None, recipe_lr=1e-3,
                     recipe_batch=1024)
     assert expected == {k: vars(args)[k] for k in expected} and not args.amp and args.clip == 0
-    model = train_imagenet.build_model(args, 1000)
+    model = classification.build_model(args, 1000)
     assert sum(p.numel() for p in model.parameters()) == 97_670_632
     assert model.cfg.img_size == (224, 224) and model.cfg.drop_path_rate == 0.4
     assert train_imagenet.get_args(["--size", "s"])[0].img_size == 32
@@ -127,8 +131,8 @@ def test_every_variant_trains_a_step_and_is_restored(flags, folder, tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--model", "vit_tiny_patch16_224", "--patch-size", 8]])
 def test_gradient_checkpointing_changes_nothing(flags, folder, tmp_path, monkeypatch):
-    runs, calls, checkpoint = [], [], torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **kw: calls.append(1) or checkpoint(*a, **kw))
+    runs, calls, checkpoint = [], [], fastvim.checkpoint
+    monkeypatch.setattr(fastvim, "checkpoint", lambda *a, **kw: calls.append(1) or checkpoint(*a, **kw))
     for name, more in (("a", []), ("b", ["--grad-checkpointing"])):
         run("--data", folder, *FOLDER, "--steps", 2, "--drop-path", 0.3, "--out", tmp_path / name, *flags, *more)
         runs.append(torch.load(tmp_path / name / "last.pt", weights_only=True)["model"])
@@ -142,12 +146,12 @@ def test_pooled_attention_gives_a_row_one_result():
     model = timm.create_model("vit_tiny_patch16_224", img_size=(32, 48), patch_size=16, depth=1)
     x = torch.randn(2, 1 + 2 * 3, 192)
     for odd in (0, 1):
-        attn = train_imagenet.PooledAttention(model.blocks[0].attn, 1, (2, 3), odd, conv=False)
+        attn = baselines.PooledAttention(model.blocks[0].attn, 1, (2, 3), odd, conv=False)
         grid = attn(x)[:, 1:].reshape(2, 2, 3, 192)
         spread = grid.std(2 - odd).max()
         assert spread < 1e-6 < grid.std(1 + odd).max()
     # rows of one token: plain attention
-    full = train_imagenet.PooledAttention(model.blocks[0].attn, 1, (2, 1), 0, conv=False)
+    full = baselines.PooledAttention(model.blocks[0].attn, 1, (2, 1), 0, conv=False)
     torch.testing.assert_close(full(x[:, :3]), model.blocks[0].attn(x[:, :3]))
 
 
@@ -179,7 +183,7 @@ def test_unknown_policy(folder, tmp_path):
 
 def test_checkpoint_of_another_model_names_the_keys(digits_run):
     content = torch.load(digits_run / "best.pt", weights_only=True)
-    del content["args"]                                                     # as a released file, which names no model
+    del content["args"], content["built"]                                   # as a released file, which names no model
     torch.save(content, digits_run / "anonymous.pt")
     with pytest.raises(SystemExit, match=r"missing in the file: layers\.10"):
         run("--eval", digits_run / "anonymous.pt", "--device", "cpu")
