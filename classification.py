@@ -82,10 +82,10 @@ def add_label_arguments(add: Callable) -> None:
     add("--smoothing", type=runs.SHARE, help="label smoothing")
 
 
-def check_pairs(args: runs.Options, parser: argparse.ArgumentParser) -> None:
-    if (args.mixup or args.cutmix) and args.batch_size % 2:
-        parser.error(f"--batch-size {args.batch_size}: mixup and cutmix pair images, so it has to "
-                     "be even")
+def check_pairs(options: dict, parser: argparse.ArgumentParser) -> None:
+    if (options["mixup"] or options["cutmix"]) and options["batch_size"] % 2:
+        parser.error(f"--batch-size {options['batch_size']}: mixup and cutmix pair images, so it has "
+                     "to be even")
 
 
 def crop_of(saved: runs.Saved, typed: dict) -> dict:

@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
 
 def defaults(parser: argparse.ArgumentParser) -> dict:
     """What holds for the parser's options where nothing else is said: a switch is off, else None."""
-    options = {action.dest: None for action in parser._actions}
+    options = {action.dest: None for action in parser._actions if action.dest != "help"}
     switches = [a for a in parser._actions if isinstance(a, argparse._StoreTrueAction)]
     return options | {action.dest: False for action in switches}
 
@@ -179,7 +179,8 @@ def built_from_options(options: dict) -> dict:
         fields["schedule"] = f"{family}_2d"
     elif options.get("scan_order") == "spatial-first":
         fields["schedule"] = f"{family}_spatial"
-    fields = {field: value for field, value in fields.items() if value not in (None, False)}
+    fields = {field: value for field, value in fields.items()
+              if value is not None and value is not False}
     if fields.get("ssm_norm") == "none":
         fields["ssm_norm"] = None
     return {"name": name, "fields": fields}

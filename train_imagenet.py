@@ -76,25 +76,22 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     on_digits = not typed.keys() & {"data", "eval", "predict"}
     toy = DIGITS if on_digits else {}
     chosen = {**runs.defaults(parser), **RECIPE, **toy, **typed}
-    looks = chosen["eval"] or chosen["predict"]
-    if looks:
+    if chosen["vit_conv"] and not chosen["vit_pool"]:
+        parser.error("--vit-conv goes with --vit-pool")
+    if chosen["eval"] or chosen["predict"]:
         start = runs.read(chosen["eval"] or f"{chosen['out']}/best.pt")
     else:
+        classification.check_pairs(chosen, parser)
         start = runs.starting_point(chosen, chosen["init"])
     if on_digits and not start.content:
         toy = {**DIGITS, **DIGITS_MODEL}
     known = {**runs.encoder_options(start, typed), **classification.crop_of(start, typed)}
     model = {**chosen, **known, **typed}["model"]
-    recipe = {**runs.defaults(parser), **RECIPE, "drop_path_rate": drop_path_of(model)}
-    args = runs.Options({**recipe, **toy, **known, **typed})
-    if args.vit_conv and not args.vit_pool:
-        parser.error("--vit-conv goes with --vit-pool")
-    if not looks:
-        classification.check_pairs(args, parser)
-        if args.init and not classification.is_ours(model):
-            raise ValueError(f"--init is for our models, {', '.join(fastvim.list_models())}: {model} "
-                             "is none")
-    return args, start
+    if chosen["init"] and not classification.is_ours(model):
+        raise ValueError(f"--init is for our models, {', '.join(fastvim.list_models())}: {model} is "
+                         "none")
+    recipe = {**chosen, "drop_path_rate": drop_path_of(model)}
+    return runs.Options({**recipe, **toy, **known, **typed}), start
 
 
 def drop_path_of(model: str) -> float:

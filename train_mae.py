@@ -141,6 +141,8 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     on_digits = not typed.keys() & {"data", "reconstruct"}
     toy = DIGITS[stage] if on_digits else {}
     chosen = {**runs.defaults(parser), **RECIPES[stage], **toy, **typed}
+    if stage != "pretrain":
+        classification.check_pairs(chosen, parser)
     start = find_start(stage, chosen)
     if on_digits and not start.content:
         toy = {**toy, **DIGITS_MODEL}
@@ -160,10 +162,7 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     if not classification.is_ours(found["model"]):
         raise ValueError(f"--model {found['model']} is none of ours: "
                          f"{', '.join(fastvim.list_models())}")
-    args = runs.Options({**recipe, **toy, **known, **typed})
-    if stage != "pretrain":
-        classification.check_pairs(args, parser)
-    return args, start
+    return runs.Options({**recipe, **toy, **known, **typed}), start
 
 
 def find_start(stage: str, options: dict) -> runs.Saved:
