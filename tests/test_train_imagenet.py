@@ -20,7 +20,7 @@ import fastvim
 import train_imagenet
 import training
 from PIL import Image
-from helpers import run_script
+from helpers import Child, run_named_script, run_script
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = ["--depth", "1", "--threads", "1", "--save-minutes", "0"]          # a checkpoint after every step
@@ -30,8 +30,13 @@ def run(*argv):
     run_script(train_imagenet, *argv)
 
 
-def start(*argv, launcher=()):
+def start(output, *argv):
     """The script in a process of its own."""
+    return Child(run_named_script, "train_imagenet", *SMALL, *argv, output=output)
+
+
+def start_alone(*argv, launcher=()):
+    """The same as a user starts it."""
     return subprocess.Popen([sys.executable, *launcher, "train_imagenet.py", *SMALL, *map(str, argv)], cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
@@ -189,19 +194,19 @@ def test_checkpoint_of_another_model_names_the_keys(digits_run):
         run("--eval", digits_run / "anonymous.pt", "--device", "cpu")
 
 
-def test_killed_in_mid_epoch_and_resumed_ends_in_the_same_bits(tmp_path):
+def test_killed_in_mid_epoch_and_resumed_ends_in_the_same_bits(folder, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = ["--steps", 24, "--drop-path", 0.3, "--mixup", 0.8]
-    reference = start(*flags, "--out", whole)
-    victim = start(*flags, "--out", killed)
+    flags = ["--data", folder, *FOLDER, "--ema", 0.9, "--steps", 24, "--eval-every", 100, "--drop-path", 0.3]
+    reference = start(tmp_path / "a", *flags, "--out", whole)
+    victim = start(tmp_path / "b", *flags, "--out", killed)
     while not (killed / "last.pt").exists() and victim.poll() is None:
-        time.sleep(0.05)
-    victim.send_signal(signal.SIGKILL)
-    assert victim.wait() == -signal.SIGKILL and reference.wait() == 0, reference.stdout.read()
+        time.sleep(0.01)
+    os.kill(victim.pid, signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL and reference.wait() == 0, reference.said()
     step = torch.load(killed / "last.pt", weights_only=True)["step"]
     assert 0 < step < 24
-    resumed = start(*flags, "--out", killed, "--resume")
-    assert resumed.wait() == 0 and f"at step {step} of 24" in resumed.stdout.read()
+    resumed = start(tmp_path / "c", *flags, "--out", killed, "--resume")
+    assert resumed.wait() == 0 and f"at step {step} of 24" in resumed.said(), resumed.said()
     a, b = (torch.load(out / "last.pt", weights_only=True) for out in (whole, killed))
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
@@ -211,7 +216,7 @@ def test_killed_in_mid_epoch_and_resumed_ends_in_the_same_bits(tmp_path):
 
 def test_sigterm_to_the_whole_group_saves_in_spite_of_loading_workers(folder, tmp_path):
     """As torchrun and schedulers send it: the data-loading processes receive it too."""
-    process = start("--data", folder, *FOLDER, "--workers", 1, "--epochs", 1000, "--save-minutes", 60,
+    process = start_alone("--data", folder, *FOLDER, "--workers", 1, "--epochs", 1000, "--save-minutes", 60,
                     "--out", tmp_path)
     while not (tmp_path / "log.jsonl").exists() and process.poll() is None:
         time.sleep(0.05)
@@ -251,11 +256,12 @@ def test_a_checkpoint_is_evaluated_at_another_size_and_refuses_other_classes(fol
 
 def test_two_processes_match_one_with_the_same_effective_batch(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    runs = [start("--epochs", 1, "--batch-size", 64, "--lr", 1e-3, "--out", one),
-            start("--epochs", 1, "--batch-size", 32, "--lr", 1e-3, "--out", two,
-                  launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))]
-    for process in runs:
-        assert process.wait() == 0, process.stdout.read()
+    flags = ["--epochs", 0.3, "--lr", 1e-3, "--save-minutes", 10]
+    first = start(tmp_path / "said", *flags, "--batch-size", 64, "--out", one)
+    second = start_alone(*flags, "--batch-size", 32, "--out", two, launcher=(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
+    assert second.wait() == 0, second.stdout.read()
+    assert first.wait() == 0, first.said()
     a, b = log(one)[-1], log(two)[-1]
     assert abs(a["loss"] - b["loss"]) < 1e-4 and abs(a["metrics"]["loss"] - b["metrics"]["loss"]) < 1e-4
     a, b = (torch.load(out / "last.pt", weights_only=True)["model"] for out in (one, two))
