@@ -71,7 +71,8 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> Callable:
     add("--crop-scale", type=runs.number(float, 0.01, 1.01),
         help="smallest share of an image that a crop keeps")
     add("--crop-pct", type=runs.number(float, 0.1),
-        help="evaluation: centre crop's share of the resized image")
+        help="evaluation: centre crop's share of the resized image "
+        f"(default {CROP_PCT})")
     return add
 
 
@@ -81,10 +82,10 @@ def add_label_arguments(add: Callable) -> None:
     add("--smoothing", type=runs.SHARE, help="label smoothing")
 
 
-def check_pairs(args: runs.Options, parser: argparse.ArgumentParser) -> None:
-    if (args.mixup or args.cutmix) and args.batch_size % 2:
-        parser.error(f"--batch-size {args.batch_size}: mixup and cutmix pair images, so it has to "
-                     "be even")
+def check_pairs(options: dict, parser: argparse.ArgumentParser) -> None:
+    if (options["mixup"] or options["cutmix"]) and options["batch_size"] % 2:
+        parser.error(f"--batch-size {options['batch_size']}: mixup and cutmix pair images, so it "
+                     "has to be even")
 
 
 def crop_of(saved: runs.Saved, typed: dict) -> dict:
@@ -96,7 +97,7 @@ def crop_of(saved: runs.Saved, typed: dict) -> dict:
     return {"crop_pct": known}
 
 
-# ---- Models ---------------------------------------------------------------------------------------
+# ---- Models --------------------------------------------------------------------------------------
 
 def is_ours(model: str) -> bool:
     return model in fastvim.list_models()
@@ -108,7 +109,8 @@ def build_model(args: runs.Options, num_classes: int) -> nn.Module:
         return build_timm(args, num_classes)
     fields = runs.model_fields(args)
     if "vit_pool" in fields:
-        raise ValueError("--vit-pool and --vit-conv are for the ViTs of timm: name one with --model")
+        raise ValueError("--vit-pool and --vit-conv are for the ViTs of timm: name one with "
+                         "--model")
     model = fastvim.create_model(args.model, num_classes=num_classes, **fields)
     model.grad_checkpointing = args.grad_checkpointing
     return model
@@ -118,9 +120,9 @@ def build_timm(args: runs.Options, num_classes: int) -> nn.Module:
     """A model of timm, a ViT perhaps with the pooling of Table 7."""
     timm = data.extra("timm")
     if not timm.is_model(args.model):
-        raise ValueError(f"--model {args.model}: neither a model of timm nor one of ours: a family, "
-                         f"{', '.join(fastvim.FAMILIES)}, and a size, {', '.join(fastvim.SIZES)}, "
-                         "such as fastvim_tiny")
+        raise ValueError(f"--model {args.model}: neither a model of timm nor one of ours: a "
+                         f"family, {', '.join(fastvim.FAMILIES)}, and a size, "
+                         f"{', '.join(fastvim.SIZES)}, such as fastvim_tiny")
     fields = runs.model_fields(args)
     known = ("img_size", "patch_size", "depth", "drop_path_rate")
     wrong = fields.keys() - {*known, "vit_pool", "vit_conv"}
@@ -176,7 +178,7 @@ def restore(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> nn.
     return model.to(ctx.device).eval()
 
 
-# ---- Data -----------------------------------------------------------------------------------------
+# ---- Data ----------------------------------------------------------------------------------------
 
 def open_images(args: runs.Options, train: bool, classes: list | None = None):
     """The training or the validation set. classes: names that the folders must have."""
@@ -186,7 +188,7 @@ def open_images(args: runs.Options, train: bool, classes: list | None = None):
     try:
         transform = data.image_transform(args.img_size, train, auto_augment=policy,
                                          reprob=args.reprob, scale=(args.crop_scale, 1.0),
-                                         crop_pct=args.crop_pct)
+                                         crop_pct=args.crop_pct or CROP_PCT)
     except (AssertionError, KeyError, NotImplementedError) as error:
         raise ValueError(f"--auto-augment {policy}: timm does not know it; the paper's is "
                          f"{AUGMENTATION['auto_augment']}") from error
@@ -199,7 +201,7 @@ def loader_of(args: runs.Options, ctx: training.Context, dataset, train: bool):
     return runs.loader_of(args, ctx, dataset, train)
 
 
-# ---- Training -------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 def train(args: runs.Options, ctx: training.Context, start: runs.Saved, build: Callable,
           optimizer_of: Callable, lr_start: float = 0.0, lr_end: float = 0.0,
@@ -258,7 +260,7 @@ def classification_loss(args: runs.Options, num_classes: int) -> Callable:
     return loss
 
 
-# ---- Evaluation and prediction --------------------------------------------------------------------
+# ---- Evaluation and prediction -------------------------------------------------------------------
 
 def saw_digits(saved: runs.Saved) -> bool:
     """Was it trained on the built-in digits?"""
@@ -269,14 +271,14 @@ def view_of(args: runs.Options, saved: runs.Saved) -> Callable:
     """PIL image -> what a model of that checkpoint was evaluated on."""
     if saw_digits(saved):
         return data.digit_transform(args.img_size)
-    return data.image_transform(args.img_size, False, crop_pct=args.crop_pct)
+    return data.image_transform(args.img_size, False, crop_pct=args.crop_pct or CROP_PCT)
 
 
 def evaluate(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> None:
     model = restore(args, ctx, saved)
     if args.data is None and not saw_digits(saved):
-        raise ValueError("--eval: this model classifies images, so --data DIR has to say where they "
-                         "are")
+        raise ValueError("--eval: this model classifies images, so --data DIR has to say where "
+                         "they are")
     dataset = open_images(args, False, saved.classes)
     image = torch.zeros(1, 3, args.img_size, args.img_size, device=ctx.device)
     outputs = model(image).shape[1]

@@ -4,14 +4,14 @@ One rule for every option: {**defaults, **RECIPE, **toy, **checkpoint, **typed}.
 
     RECIPE = {**runs.TRAINING, "epochs": 300.0, "recipe_lr": 1e-3, "recipe_batch": 1024, ...}
     parser = runs.Parser(description=...)                   # it keeps what was typed, nothing else
-    runs.add_training_arguments(parser, RECIPE)             # last: all help texts get their defaults
+    runs.add_training_arguments(parser, RECIPE)             # last: help texts get defaults
     typed = vars(parser.parse_args(argv))
     chosen = {**runs.defaults(parser), **RECIPE, **typed}
     start = runs.starting_point(chosen, chosen["init"])     # the run's own, or --init, or none
     args = runs.Options({**chosen, **start.model_options(), **typed})
 
-args does not change after that: what is computed from it has a name of its own. An option that makes
-the model is called like its field of fastvim.Config, so that a checkpoint's fields are options, too.
+args does not change after that: what is computed from it has a name of its own. An option that
+makes the model is called like its field of fastvim.Config: a checkpoint's fields are options, too.
 """
 import argparse
 import contextlib
@@ -29,7 +29,7 @@ import fastvim
 import safety
 import training
 
-# ---- Options -----------------------------------------------------------------------------------
+# ---- Options -------------------------------------------------------------------------------------
 
 SIZES = {size[0]: size for size in fastvim.SIZES}
 
@@ -39,8 +39,9 @@ MODEL_FIELDS = ("img_size", "patch_size", "depth", "schedule", "pool", "pool_sca
                 "drop_path_rate", "vit_pool", "vit_conv")
 
 # What a script's recipe leaves open of the options that every script has.
-TRAINING = dict(batch_size=128, accum=1, weight_decay=0.0, clip=0.0, ema=0.0, amp=False, eval_every=1,
-                save_minutes=10.0, seed=0, workers=min(4, os.cpu_count() or 1), device="auto")
+TRAINING = dict(batch_size=128, accum=1, weight_decay=0.0, clip=0.0, ema=0.0, amp=False,
+                eval_every=1, save_minutes=10.0, seed=0, workers=min(4, os.cpu_count() or 1),
+                device="auto")
 
 
 class Options(argparse.Namespace):
@@ -61,8 +62,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def defaults(parser: argparse.ArgumentParser) -> dict:
-    """What holds for the parser's options where nothing else is said: a switch is off, else None."""
-    options = {action.dest: None for action in parser._actions}
+    """What holds for the parser's options where nothing is said: a switch is off, else None."""
+    options = {action.dest: None for action in parser._actions if action.dest != "help"}
     switches = [a for a in parser._actions if isinstance(a, argparse._StoreTrueAction)]
     return options | {action.dest: False for action in switches}
 
@@ -94,7 +95,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, recipe: dict) -> Non
         ("batch-size", WHOLE, "samples per process and micro-step"),
         ("accum", WHOLE, "micro-steps per optimizer step; their gradients are averaged"),
         ("epochs", number(float, 1e-9), "passes over the training set, may be a fraction"),
-        ("steps", WHOLE, "optimizer steps; the run ends at --epochs or --steps, whichever is first"),
+        ("steps", WHOLE, "optimizer steps; the run ends at --epochs or --steps, which is first"),
         ("weight-decay", POSITIVE, "decoupled weight decay"),
         ("clip", POSITIVE, "largest gradient norm, 0 for no clipping"),
         ("ema", SHARE, "decay of the moving average of the weights, 0 for none"),
@@ -108,8 +109,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, recipe: dict) -> Non
         ("lr", POSITIVE, "peak learning rate (default {recipe_lr:g} x batch / {recipe_batch})"),
     ):
         add(f"--{name}", type=kind, help=text.format(**recipe))
-    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast; off: float32, as in "
-        "the paper")
+    add("--amp", action=argparse.BooleanOptionalAction,
+        help="bfloat16 autocast; off: float32, as in the paper")
     add("--resume", nargs="?", const="auto", metavar="FILE", help="continue, as if never stopped, "
         "from FILE or else from OUT/last.pt if it exists")
     add("--resume-changed", action="store_true", help="resume, though arguments changed")
@@ -128,7 +129,7 @@ def model_fields(args: Options) -> dict:
     return fields
 
 
-# ---- Checkpoints -------------------------------------------------------------------------------
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
@@ -179,14 +180,15 @@ def built_from_options(options: dict) -> dict:
         fields["schedule"] = f"{family}_2d"
     elif options.get("scan_order") == "spatial-first":
         fields["schedule"] = f"{family}_spatial"
-    fields = {field: value for field, value in fields.items() if value not in (None, False)}
+    fields = {field: value for field, value in fields.items()
+              if value is not None and value is not False}
     if fields.get("ssm_norm") == "none":
         fields["ssm_norm"] = None
     return {"name": name, "fields": fields}
 
 
 def starting_point(options: dict, path: str | None) -> Saved:
-    """What a run starts from: its own checkpoint with --resume, else the one at `path`, else none."""
+    """What a run starts from: with --resume its own checkpoint, else that at `path`, else none."""
     own = safety.checkpoint_to_resume(options["out"], options["resume"])
     if own is None:
         return read(path) if path else Saved()
@@ -214,11 +216,11 @@ def encoder_options(saved: Saved, typed: dict) -> dict:
     return options
 
 
-# ---- Running -----------------------------------------------------------------------------------
+# ---- Running -------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def plain_errors(prog: str, *kinds: type) -> Iterator[None]:
-    """For main(): what the user can put right, `kinds` among it, ends in a line, not a traceback."""
+    """For main(): what the user can put right, and `kinds`, ends in a line, not in a traceback."""
     try:
         yield
     except (ValueError, FileNotFoundError, ImportError, safety.NonFiniteError, *kinds) as error:

@@ -1,10 +1,10 @@
 """
-What keeps a run safe: files that are whole, signals that wait for a checkpoint, words for what fails.
+What keeps a run safe: whole files, signals that wait for a checkpoint, words for what fails.
 
     with stop_signals() as signals: ...           the first Ctrl-C only goes into the list
     write_whole(path, write)                      the old file or the new one, never half of it
     nonfinite_source(model, forward, batches)     which module made the nan
-    checkpoint_to_resume(out, resume)             nothing is overwritten that --resume could continue
+    checkpoint_to_resume(out, resume)             nothing is overwritten that could be continued
 """
 import contextlib
 import os
@@ -45,9 +45,9 @@ class NonFiniteError(RuntimeError):
 
     def __init__(self, what: str, step: int, epoch: int, where: str):
         super().__init__(
-            f"{what} at step {step}, epoch {epoch}. It begins in {where}. If that is no bug: a lower "
-            "--lr, a longer warmup, --clip 1 or no --amp, from the last checkpoint on with --resume "
-            "--resume-changed")
+            f"{what} at step {step}, epoch {epoch}. It begins in {where}. If that is no bug: a "
+            "lower --lr, a longer warmup, --clip 1 or no --amp, from the last checkpoint on with "
+            "--resume --resume-changed")
         self.step = step
         self.epoch = epoch
 
@@ -98,8 +98,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def out_of_memory_advice(error: Exception, args) -> str:
     advice = "a smaller model or image"
     if args.batch_size > 1:
-        advice = (f"--batch-size {args.batch_size // 2} --accum {args.accum * 2} (the same effective "
-                  "batch)")
+        advice = (f"--batch-size {args.batch_size // 2} --accum {args.accum * 2} (the same "
+                  "effective batch)")
     return (f"{error}\nOut of memory with --batch-size {args.batch_size} --accum {args.accum}: try "
             f"{advice}, or --amp; a checkpoint goes on with it with --resume --resume-changed")
 
@@ -157,7 +157,8 @@ def git_revision() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
                "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip() or "unknown"
     except OSError:
         return "unknown"
 
@@ -178,8 +179,8 @@ def checkpoint_to_resume(out: str, resume: str | None) -> Path | None:
         path = None
     for existing in (last, best):
         if existing.exists() and (path is None or path.resolve().parent != Path(out).resolve()):
-            raise SystemExit(f"{existing} exists: continue that run with --resume, or choose another "
-                             "--out")
+            raise SystemExit(f"{existing} exists: continue that run with --resume, or choose "
+                             "another --out")
     return path
 
 
@@ -196,6 +197,6 @@ def check_same_run(old: dict, new: dict, harmless) -> str:
     if "steps_per_epoch" in changed:  # then the checkpoint's step is no position in the data
         raise SystemExit(f"cannot resume: {text}. Keep the data and batch size x accum x processes")
     if changed and not new["resume_changed"]:
-        raise SystemExit(f"cannot resume exactly, these differ: {text}. Give the checkpoint's values, "
-                         "or add --resume-changed to go on with the new ones")
+        raise SystemExit(f"cannot resume exactly, these differ: {text}. Give the checkpoint's "
+                         "values, or add --resume-changed to go on with the new ones")
     return text

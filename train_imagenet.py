@@ -1,27 +1,30 @@
 """
 Classification: FastVim, Vim and baselines on ImageNet-1k, as in section 4.1 of the paper.
 
-    python train_imagenet.py --size t                             without --data: handwritten digits, minutes on a CPU
+    python train_imagenet.py --size t                 without --data: digits, minutes on a CPU
     torchrun --nproc-per-node 8 train_imagenet.py --size s --data IMAGENET_DIR --batch-size 128
-    python train_imagenet.py --size s --data DIR --init FastVim_small.ckpt --lr 1e-4        fine-tuning on other classes
-    python train_imagenet.py --size s --data IMAGENET_DIR --eval FastVim_small.ckpt         released weights, or our own
+    python train_imagenet.py --size s --data DIR --init FastVim_small.ckpt --lr 1e-4
+                                                      fine-tuning on other classes
+    python train_imagenet.py --size s --data IMAGENET_DIR --eval FastVim_small.ckpt
+                                                      released weights, or our own
     python train_imagenet.py --predict cat.jpg dog.png --eval runs/imagenet/best.pt
 
-What the paper and its released logs report (top-1 of the EMA model, after epoch 10 / 50 / 100 / 200 / 300):
+What the paper and its released logs report, top-1 of the EMA model, after epoch
 
-    FastVim-T  24.2  65.3  68.6  72.3  75.4     FastVim-S  37.6  72.8  75.5  79.1  81.1
-    FastVim-B  48.2  72.8  76.3  80.8  82.6     Vim-B with LayerNorm  19.3  70.6  75.8  80.9  82.6
+                   10    50   100   200   300                    10    50   100   200   300
+    FastVim-T    24.2  65.3  68.6  72.3  75.4      FastVim-S   37.6  72.8  75.5  79.1  81.1
+    FastVim-B    48.2  72.8  76.3  80.8  82.6      Vim-B, LN   19.3  70.6  75.8  80.9  82.6
 
 Its ablations, on FastVim-S (81.1), and the flags that repeat them:
 
-    Pool_col only 80.0   --schedule pool_col          class token 81.3         --class-token
-    Pool_row only 79.6   --schedule pool_row          RMS-RMS 80.7             --ssm-norm rmsnorm
-    without conv1d 78.4  --no-conv                    LN-LN 80.9               --block-norm layernorm
-    decompress after D 78.7  --skip-before-expand     ViT-S 80.1               --model deit_small_patch16_224
-    ViT-S with pooling 73.9  also --vit-pool          and conv1d 74.0          also --vit-pool --vit-conv
-    Vim-B without the post-SSM norm 81.2              --model vim_base --ssm-norm none
+    Pool_col only 80.0       --schedule pool_col       class token 81.3    --class-token
+    Pool_row only 79.6       --schedule pool_row       RMS-RMS 80.7        --ssm-norm rmsnorm
+    without conv1d 78.4      --no-conv                 LN-LN 80.9          --block-norm layernorm
+    decompress after D 78.7  --skip-before-expand      ViT-S 80.1          --model MODEL, which is
+    ViT-S with pooling 73.9  --model MODEL --vit-pool                      deit_small_patch16_224
+      and conv1d 74.0        also --vit-conv
+    Vim-B without the post-SSM norm 81.2               --model vim_base --ssm-norm none
 """
-
 import torch
 from torch import nn
 
@@ -35,8 +38,7 @@ import training
 # says lr 1e-3; the released configuration computes 2e-3 at that batch (--lr 2e-3).
 RECIPE = {**runs.TRAINING, **classification.AUGMENTATION, "model": "fastvim_tiny", "epochs": 300.0,
           "warmup": 5.0, "recipe_lr": 1e-3, "recipe_batch": 1024, "weight_decay": 0.05,
-          "ema": 0.9999, "img_size": classification.IMG_SIZE, "crop_pct": classification.CROP_PCT,
-          "out": "runs/imagenet"}
+          "ema": 0.9999, "img_size": classification.IMG_SIZE, "out": "runs/imagenet"}
 LR_WARMUP = 1e-6  # where the warmup begins
 LR_END = 1e-5
 DROP_PATH = {"tiny": 0.05, "small": 0.05, "base": 0.4, "large": 0.4, "huge": 0.4}  # L, H: as B
@@ -77,25 +79,22 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     on_digits = not typed.keys() & {"data", "eval", "predict"}
     toy = DIGITS if on_digits else {}
     chosen = {**runs.defaults(parser), **RECIPE, **toy, **typed}
-    looks = chosen["eval"] or chosen["predict"]
-    if looks:
+    if chosen["vit_conv"] and not chosen["vit_pool"]:
+        parser.error("--vit-conv goes with --vit-pool")
+    if chosen["eval"] or chosen["predict"]:
         start = runs.read(chosen["eval"] or f"{chosen['out']}/best.pt")
     else:
+        classification.check_pairs(chosen, parser)
         start = runs.starting_point(chosen, chosen["init"])
     if on_digits and not start.content:
         toy = {**DIGITS, **DIGITS_MODEL}
     known = {**runs.encoder_options(start, typed), **classification.crop_of(start, typed)}
     model = {**chosen, **known, **typed}["model"]
-    recipe = {**runs.defaults(parser), **RECIPE, "drop_path_rate": drop_path_of(model)}
-    args = runs.Options({**recipe, **toy, **known, **typed})
-    if args.vit_conv and not args.vit_pool:
-        parser.error("--vit-conv goes with --vit-pool")
-    if not looks:
-        classification.check_pairs(args, parser)
-        if args.init and not classification.is_ours(model):
-            raise ValueError(f"--init is for our models, {', '.join(fastvim.list_models())}: {model} "
-                             "is none")
-    return args, start
+    if chosen["init"] and not classification.is_ours(model):
+        raise ValueError(f"--init is for our models, {', '.join(fastvim.list_models())}: {model} "
+                         "is none")
+    recipe = {**chosen, "drop_path_rate": drop_path_of(model)}
+    return runs.Options({**recipe, **toy, **known, **typed}), start
 
 
 def drop_path_of(model: str) -> float:
@@ -122,7 +121,8 @@ def main() -> None:
             if args.data is None:
                 ctx.print("no --data: training on the built-in handwritten digits, by a recipe "
                           "scaled to them")
-            classification.train(args, ctx, start, classification.build_model, adamw, LR_WARMUP, LR_END)
+            classification.train(args, ctx, start, classification.build_model, adamw, LR_WARMUP,
+                                 LR_END)
         ctx.close()
 
 

@@ -21,22 +21,25 @@ What the paper reports (ImageNet-1k top-1):
 
     fine-tuned    FastMaskVim-B 83.0 (epoch 10, 50: 74.3, 81.0), L 84.9, H 86.1, H at 448 px 86.7;
                   pretrain --model vim_base 83.3, vim_large 85.1
-    linear        FastMaskVim-L 60.2, without the scale factor 0.02 (linear --pool-scale 1); Vim-L 45.6
+    linear        FastMaskVim-L 60.2, without the scale factor 0.02 (--pool-scale 1); Vim-L 45.6
     pretraining   B's loss near epoch 50, 100, 400, 1600: 0.454, 0.444, 0.438, 0.422
-    ablations     L 84.6 without the scale factor (finetune --pool-scale 1), 83.9 with a decay of the
-                  learning rate at every block (finetune --decay-blocks 1); B 82.8 with means over
-                  the kept tokens (pretrain --mask-divisor count)
+    ablations     L 84.6 without the scale factor (finetune --pool-scale 1), 83.9 with a decay of
+                  the learning rate at every block (finetune --decay-blocks 1); B 82.8 with means
+                  over the kept tokens (pretrain --mask-divisor count)
 """
 import argparse
 import math
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from PIL import Image, ImageDraw
+from einops import rearrange, repeat
+from PIL import ImageDraw
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 import checkpoints
 import classification
@@ -47,34 +50,33 @@ import safety
 import training
 
 # Tables 9 to 11. A learning rate is that of the whole batch: MAE's base rate x batch / 256.
-COMMON = {**runs.TRAINING, "model": "fastvim_tiny", "img_size": classification.IMG_SIZE}
-PRETRAIN = {**COMMON, "recipe_lr": 1.5e-4 * 4096 / 256, "recipe_batch": 4096, "epochs": 1600.0,
-            "warmup": 40.0, "weight_decay": 0.05, "eval_every": 20, "drop_path_rate": 0.0,
-            "auto_augment": "none", "reprob": 0.0, "crop_scale": 0.2, "out": "runs/mae"}
-MASKING = {"mask_ratio": 0.75, "mask_divisor": "axis", "decoder_depth": 2, "decoder_dim": 512,
-           "pixel_loss": False}
-FINETUNE = {**COMMON, **classification.AUGMENTATION, "recipe_lr": 5e-4 * 1024 / 256,
-            "recipe_batch": 1024, "epochs": 100.0, "warmup": 5.0, "weight_decay": 0.05,
-            "layer_decay": 0.65, "decay_blocks": 2, "drop_path_rate": 0.3, "out": "runs/mae_finetune"}
-FINETUNE_LARGE = {"recipe_lr": 1e-3 * 1024 / 256, "epochs": 50.0, "layer_decay": 0.75}  # L and H
-FINETUNE_448 = {"clip": 3.0, "crop_pct": 1.0}
-LINEAR = {**COMMON, "recipe_lr": 0.1 * 4096 / 256, "recipe_batch": 4096, "epochs": 90.0,
-          "warmup": 10.0, "weight_decay": 0.0, "drop_path_rate": 0.0, "auto_augment": "none",
-          "reprob": 0.0, "crop_scale": 0.08, "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0,
-          "out": "runs/mae_linear"}
-RECIPES = {"pretrain": {**PRETRAIN, **MASKING}, "finetune": FINETUNE, "linear": LINEAR}
+COMMON = dict(runs.TRAINING, model="fastvim_tiny", img_size=classification.IMG_SIZE)
+PRETRAIN = dict(COMMON, recipe_lr=1.5e-4 * 4096 / 256, recipe_batch=4096, epochs=1600.0,
+                warmup=40.0, weight_decay=0.05, eval_every=20, drop_path_rate=0.0,
+                auto_augment="none", reprob=0.0, crop_scale=0.2, out="runs/mae")
+MASKING = dict(mask_ratio=0.75, mask_divisor="axis", decoder_depth=2, decoder_dim=512,
+               pixel_loss=False)
+FINETUNE = dict(COMMON, **classification.AUGMENTATION, recipe_lr=5e-4 * 1024 / 256,
+                recipe_batch=1024, epochs=100.0, warmup=5.0, weight_decay=0.05, layer_decay=0.65,
+                decay_blocks=2, drop_path_rate=0.3, out="runs/mae_finetune")
+FINETUNE_LARGE = dict(recipe_lr=1e-3 * 1024 / 256, epochs=50.0, layer_decay=0.75)  # L and H
+FINETUNE_448 = dict(clip=3.0, crop_pct=1.0)
 FINETUNE_END = 1e-5  # of its cosine; the others end at 0
+LINEAR = dict(COMMON, recipe_lr=0.1 * 4096 / 256, recipe_batch=4096, epochs=90.0, warmup=10.0,
+              weight_decay=0.0, drop_path_rate=0.0, auto_augment="none", reprob=0.0,
+              crop_scale=0.08, mixup=0.0, cutmix=0.0, smoothing=0.0, out="runs/mae_linear")
+RECIPES = dict(pretrain=PRETRAIN | MASKING, finetune=FINETUNE, linear=LINEAR)
 
 # The same on the digits, scaled to 1,437 training images of 8 x 8 pixels and two CPU cores.
-DIGITS_MODEL = {"img_size": 32, "patch_size": 4, "decoder_dim": 128}
-DIGITS = {
-    "pretrain": {"recipe_lr": 1e-3, "recipe_batch": 64, "batch_size": 64, "epochs": 20.0,
-                 "warmup": 2.0, "eval_every": 5, "out": "runs/digits_mae"},
-    "finetune": {"recipe_lr": 1e-3, "recipe_batch": 32, "batch_size": 32, "epochs": 2.0,
-                 "warmup": 0.5, "drop_path_rate": 0.0, "mixup": 0.0, "cutmix": 0.0,
-                 "layer_decay": 0.9, "out": "runs/digits_finetune"},
-    "linear": {"recipe_lr": 0.1 * 64 / 256, "recipe_batch": 64, "batch_size": 64, "epochs": 10.0,
-               "warmup": 1.0, "out": "runs/digits_linear"}}
+DIGITS_MODEL = dict(img_size=32, patch_size=4, decoder_dim=128)
+DIGITS = dict(
+    pretrain=dict(recipe_lr=1e-3, recipe_batch=64, batch_size=64, epochs=20.0, warmup=2.0,
+                  eval_every=5, out="runs/digits_mae"),
+    finetune=dict(recipe_lr=1e-3, recipe_batch=32, batch_size=32, epochs=2.0, warmup=0.5,
+                  drop_path_rate=0.0, mixup=0.0, cutmix=0.0, layer_decay=0.9,
+                  out="runs/digits_finetune"),
+    linear=dict(recipe_lr=0.1 * 64 / 256, recipe_batch=64, batch_size=64, epochs=10.0, warmup=1.0,
+                out="runs/digits_linear"))
 
 # ---- Options -------------------------------------------------------------------------------------
 
@@ -84,48 +86,47 @@ def make_parsers() -> tuple[runs.Parser, dict[str, argparse.ArgumentParser]]:
     top = runs.Parser(description="Masked autoencoding. Without --data: on the handwritten digits "
                       "that come with scikit-learn, by recipes scaled to them.")
     stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    texts = {"pretrain": "Learn to paint what is masked.",
-             "finetune": "Train a classifier that starts from the encoder. FastVim-L and -H: learning "
-             "rate 0.004 x batch / 1024, 50 epochs, layer decay 0.75. From 448 px on: --clip 3 "
-             "--crop-pct 1.",
-             "linear": "Train a linear classifier on the frozen encoder."}
+    texts = dict(
+        pretrain="Learn to paint what is masked.",
+        finetune="Train a classifier that starts from the encoder. FastVim-L and -H: learning rate "
+        "0.004 x batch / 1024, 50 epochs, layer decay 0.75. From 448 px on: --clip 3 --crop-pct 1.",
+        linear="Train a linear classifier on the frozen encoder.")
     parsers = {}
     for stage, text in texts.items():
-        parser = stages.add_parser(
-            stage, help=text.partition(".")[0], usage="%(prog)s [options]",
-            description=f"{text} Without --data: on the digits, by a recipe scaled to them.")
+        parser = stages.add_parser(stage, help=text.partition(".")[0], description=text,
+                                   usage="%(prog)s [options]")
+        parsers[stage] = parser
         add = parser.add_argument_group("what to do").add_argument
         classification.add_data_argument(add)
+        add("--init", metavar="CKPT", help="start from this checkpoint, ours or a released one "
+            "(default: the last pretraining; pretrain: none)")
         if stage == "pretrain":
-            add("--init", metavar="CKPT", help="start from this checkpoint, ours or a released one")
-            add("--reconstruct", metavar="IMAGE", nargs="+", help="only paint these images by --init "
-                "(default: OUT/last.pt), into OUT/reconstruct.png")
+            add_pretraining_arguments(add)
         else:
-            add("--init", metavar="CKPT", help="start from this checkpoint, ours or a released one "
-                "(default: the last pretraining)")
             add("--scratch", action="store_true", help="start from random weights instead")
-        add = classification.add_model_arguments(parser)
-        if stage == "pretrain":
-            add("--mask-ratio", type=float, help="share of the patches that is removed")
-            add("--mask-divisor", choices=["axis", "count"], help="what divides a row's sum: its "
-                "length, or how many tokens it kept")
-            add("--decoder-depth", type=runs.WHOLE, help="Vim blocks")
-            add("--decoder-dim", type=runs.WHOLE, help="their width")
-            add("--pixel-loss", action="store_true", help="paint the pixels themselves, not "
-                "normalised by patch")
-        else:
             add("--released-pos-rows", action="store_true", help="hand over Vim's position rows in "
                 "the released code's order, which gives half of the patches a neighbour's")
         if stage == "finetune":
             add("--layer-decay", type=runs.number(float, 0.01, 1.01), help="factor of the learning "
                 "rate per step away from the head (default 0.65, L and H 0.75)")
             add("--decay-blocks", type=runs.WHOLE, help="a step every so many blocks")
+        classification.add_model_arguments(parser)
         add = classification.add_image_arguments(parser)
         if stage != "pretrain":
             classification.add_label_arguments(add)
         runs.add_training_arguments(parser, RECIPES[stage])
-        parsers[stage] = parser
     return top, parsers
+
+
+def add_pretraining_arguments(add: Callable) -> None:
+    add("--reconstruct", metavar="IMAGE", nargs="+", help="only paint these images by --init "
+        "(default: OUT/last.pt), into OUT/reconstruct.png")
+    add("--mask-ratio", type=float, help="share of the patches that is removed")
+    add("--mask-divisor", choices=["axis", "count"],
+        help="what divides a row's sum: its length, or how many tokens it kept")
+    add("--decoder-depth", type=runs.WHOLE, help="Vim blocks")
+    add("--decoder-dim", type=runs.WHOLE, help="their width")
+    add("--pixel-loss", action="store_true", help="paint the pixels, not normalised by patch")
 
 
 def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
@@ -141,6 +142,8 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     on_digits = not typed.keys() & {"data", "reconstruct"}
     toy = DIGITS[stage] if on_digits else {}
     chosen = {**runs.defaults(parser), **RECIPES[stage], **toy, **typed}
+    if stage != "pretrain":
+        classification.check_pairs(chosen, parser)
     start = find_start(stage, chosen)
     if on_digits and not start.content:
         toy = {**toy, **DIGITS_MODEL}
@@ -160,30 +163,24 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     if not classification.is_ours(found["model"]):
         raise ValueError(f"--model {found['model']} is none of ours: "
                          f"{', '.join(fastvim.list_models())}")
-    args = runs.Options({**recipe, **toy, **known, **typed})
-    if stage != "pretrain":
-        classification.check_pairs(args, parser)
-    return args, start
+    return runs.Options({**recipe, **toy, **known, **typed}), start
 
 
 def find_start(stage: str, options: dict) -> runs.Saved:
     """What the stage starts from: its own run, --init, or the last pretraining; or nothing."""
+    paints = stage == "pretrain" and options["reconstruct"]
     path = options["init"]
     advice = "run `python train_mae.py pretrain` first, or name one with --init"
     if stage != "pretrain":
         advice += ", or --scratch for none"
         if path is None and not options["scratch"]:
-            out = PRETRAIN["out"] if options["data"] else DIGITS["pretrain"]["out"]
-            path = f"{out}/last.pt"
-    elif options["reconstruct"] and path is None:
-        out = options["out"]
-        if out == PRETRAIN["out"] and not pathlib.Path(out, "last.pt").is_file():
-            out = DIGITS["pretrain"]["out"]  # where it is without --data
-        path = f"{out}/last.pt"
+            path = f"{PRETRAIN['out'] if options['data'] else DIGITS['pretrain']['out']}/last.pt"
+    elif paints and path is None:
+        path = f"{options['out']}/last.pt"
+        if options["out"] == PRETRAIN["out"] and not pathlib.Path(path).is_file():
+            path = f"{DIGITS['pretrain']['out']}/last.pt"  # where it is without --data
     try:
-        if stage == "pretrain" and options["reconstruct"]:
-            return runs.read(path)
-        return runs.starting_point(options, path)
+        return runs.read(path) if paints else runs.starting_point(options, path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}: {advice}") from error
 
@@ -230,7 +227,7 @@ class MaskedAutoencoder(fastvim.FastVim):
         decoder = fastvim.Config(schedule="vim", embed_dim=d, depth=decoder_depth,
                                  d_state=cfg.d_state)
         self.decoder_blocks = nn.ModuleList(fastvim.Block(decoder) for _ in range(decoder_depth))
-        self.decoder_norm = fastvim.NORMS["rmsnorm"](d)
+        self.decoder_norm = fastvim.NORMS["rmsnorm"](d, eps=1e-5)
         self.decoder_pred = nn.Linear(d, cfg.patch_size ** 2 * cfg.in_chans)
         self.init_weights()
 
@@ -238,7 +235,7 @@ class MaskedAutoencoder(fastvim.FastVim):
     def init_weights(self) -> None:
         """As the encoder's, but Xavier uniform patches; sines and cosines, fixed, for positions."""
         patches = self.patch_embed.proj
-        nn.init.trunc_normal_(patches.weight)  # not used: what a seed gives comes after these numbers
+        nn.init.trunc_normal_(patches.weight)  # not used, but what a seed gives lies behind it
         nn.init.xavier_uniform_(patches.weight.flatten(1))
         self.patch_embed.proj = nn.Identity()
         fastvim.init_weights(self)
@@ -264,11 +261,10 @@ class MaskedAutoencoder(fastvim.FastVim):
     def patchify(self, x: Tensor) -> Tensor:
         """Images (b c H W) -> patches (b l p*p*c): pixels by row, column, channel."""
         p = self.cfg.patch_size
-        if not isinstance(x, Tensor):
-            raise TypeError(f"images must be a tensor (b c H W), not {type(x).__name__}")
-        if x.ndim != 4 or min(x.shape[2:]) < p or x.shape[2] % p or x.shape[3] % p:
+        if not isinstance(x, Tensor) or x.ndim != 4 or min(x.shape[2:]) < p or any(
+                length % p for length in x.shape[2:]):
             raise ValueError(f"images must be (b c H W), of whole patches of {p} x {p} pixels, not "
-                             f"{tuple(x.shape)}")
+                             f"{getattr(x, 'shape', type(x).__name__)}")
         return rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
 
     def unpatchify(self, patches: Tensor, h: int) -> Tensor:
@@ -278,7 +274,9 @@ class MaskedAutoencoder(fastvim.FastVim):
 
     def target(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What to paint -> (b l p*p*c); each patch's mean and standard deviation (b l 1)."""
-        patches = fastvim.at_least_float32(self.patchify(x))
+        patches = self.patchify(x)
+        fastvim.check("images", x, None, self.cfg)
+        patches = fastvim.at_least_float32(patches)
         mean = patches.mean(-1, keepdim=True)
         std = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
         if self.norm_pix_loss:
@@ -449,20 +447,14 @@ def paint(model: MaskedAutoencoder, images: Tensor, path: str, digits: bool,
         shift = images.new_tensor(data.IMAGENET_MEAN)[:, None, None]
         scale = images.new_tensor(data.IMAGENET_STD)[:, None, None]
     pixels = ((pixels * scale + shift).clamp(0, 1) * 255).round().byte()
-    pixels = rearrange(pixels, "column b c H W -> column b H W c").cpu().numpy()
-    zoom = max(1, 128 // pixels.shape[3])
-    size = (zoom * pixels.shape[3], zoom * pixels.shape[2])  # width, height
-    gap = 4
-    head = 16
-    sheet = Image.new("RGB", (len(columns) * (size[0] + gap) - gap,
-                              head + len(images) * (size[1] + gap)), "white")
+    zoom = max(1, 128 // pixels.shape[4])
+    tiles = repeat(pixels, "column b c h w -> (b column) c (h x) (w y)", x=zoom, y=zoom)
+    sheet = to_pil_image(make_grid(tiles, nrow=len(columns), padding=4, pad_value=255))
+    sheet = sheet.crop((4, -12, sheet.width - 4, sheet.height))  # a line for the columns' names
     pen = ImageDraw.Draw(sheet)
+    pen.rectangle((0, 0, sheet.width, 15), "white")
     for i, name in enumerate(columns):
-        left = i * (size[0] + gap)
-        pen.text((left, 2), name, fill="black")
-        for j, image in enumerate(pixels[i]):
-            tile = Image.fromarray(image).resize(size, Image.Resampling.NEAREST)
-            sheet.paste(tile, (left, head + j * (size[1] + gap)))
+        pen.text((i * (tiles.shape[3] + 4), 2), name, fill="black")
     safety.write_whole(pathlib.Path(path), lambda file: sheet.save(file, format="png"), required)
 
 
@@ -496,8 +488,8 @@ def reconstruct(args: runs.Options, ctx: training.Context, start: runs.Saved) ->
 # ---- Classification ------------------------------------------------------------------------------
 
 def layer_scale(name: str, depth: int, decay: float, blocks: int = 2) -> float:
-    """A parameter's share of the learning rate: decay, once for every `blocks` blocks between it and
-    the head. MAE's code has blocks=1; a Mamba has twice as many blocks as a ViT of its size."""
+    """A parameter's share of the learning rate: decay, once for every `blocks` blocks between it
+    and the head. MAE's code has blocks=1; a Mamba has twice as many blocks as a ViT of its size."""
     layer = depth + 1  # head and final norm
     if name.startswith(("patch_embed.", "pos_embed", "cls_token")):
         layer = 0

@@ -77,7 +77,7 @@ class Context:
 def setup(args, training: bool = True) -> Context:
     """Joins the processes that torchrun started, if it did; chooses the device, seeds.
 
-    training=False: prints nothing of batch and learning rate. SystemExit: there is no such device."""
+    training=False: prints nothing of batch and learning rate. SystemExit: no such device."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device(args.device, world_size)
     if args.threads:
@@ -311,7 +311,8 @@ def take_up(run: Run, path: Path, harmless) -> None:
         before = {**checkpoint, **checkpoint["args"]}
     except Exception as error:  # a damaged or foreign file can fail in any way
         raise SystemExit(f"--resume: {path} is no readable checkpoint of a run "
-                         f"({type(error).__name__}: {error}). Try --resume {run.out / 'best.pt'}") from error
+                         f"({type(error).__name__}: {error}). Try --resume {run.out / 'best.pt'}"
+                         ) from error
     changed = safety.check_same_run(before, {**run.identity, **run.identity["args"]}, harmless)
     try:
         run.model.load_state_dict(checkpoint["model"])
@@ -399,8 +400,8 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
         about: dict | None = None) -> list[dict]:
     """Trains `model`; returns the log, a dict per epoch. The model holds the last weights.
 
-    model: on ctx.device. Each epoch puts it in train() mode: override train() to keep a part in eval
-        mode. To compile, use model.compile(), which keeps the parameters' names.
+    model: on ctx.device. Each epoch puts it in train() mode: override train() to keep a part in
+        eval mode. To compile, use model.compile(), which keeps the parameters' names.
     loader: len() and batch_sampler.set_epoch(epoch, skip), `skip` batches having been used.
     loss_fn(model, batch) -> scalar mean loss. The batch, any nesting of tensors, is on the device.
         Call model(...), none of its methods: with several processes it is wrapped.
