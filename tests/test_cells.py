@@ -207,7 +207,7 @@ def test_each_augmentation_comes_half_of_the_time(monkeypatch):
         calls[name] += 1
         return result
 
-    monkeypatch.setattr(data, "defocus", lambda x, radius: count("defocus", x))
+    monkeypatch.setattr(data.cells, "defocus", lambda x, radius: count("defocus", x))
     monkeypatch.setattr(data.CellTransform, "rotate", staticmethod(lambda x, degrees: count("rotate", x)))
     image = np.tile(np.arange(300, dtype=np.float32), (1, 300, 1)) + 1             # wide: no padding is seen
     results = draws(data.CellTransform(224, [0], [1], augment=True), image, 600)
@@ -225,14 +225,14 @@ def test_defocus_spreads_a_point_into_a_disc():
     point = torch.zeros(2, 15, 15)
     point[0, 7, 7], point[1, 7, 6] = 1.0, 3.0
     for radius in (1, 2, 3):
-        disc = data.defocus(point, radius)
+        disc = data.cells.defocus(point, radius)
         torch.testing.assert_close(disc.sum((1, 2)), torch.tensor([1.0, 3.0]))
         y, x = torch.nonzero(disc[0], as_tuple=True)
         assert (torch.hypot(y - 7.0, x - 7.0) < radius + 0.5).all() and (y == 7).sum() == 2 * radius + 1
         torch.testing.assert_close(disc[0].roll(-1, 1) * 3, disc[1])
         torch.testing.assert_close(disc[0], disc[0].T)
         torch.testing.assert_close(disc[0], disc[0].flip(0))
-    torch.testing.assert_close(data.defocus(torch.ones(1, 9, 9), 3), torch.ones(1, 9, 9))
+    torch.testing.assert_close(data.cells.defocus(torch.ones(1, 9, 9), 3), torch.ones(1, 9, 9))
 
 
 def test_rotation_turns_about_the_centre():
@@ -247,9 +247,9 @@ def test_rotation_turns_about_the_centre():
 def test_split_is_the_legacy_permutation():
     order = [2, 8, 4, 9, 1, 6, 7, 3, 0, 5]                # numpy.random.seed(0); numpy.random.permutation(10)
     for split, part in (("train", order[:6]), ("val", order[6:8]), ("test", order[8:])):
-        assert data.split_of(10, split).tolist() == sorted(part)
+        assert data.cells.split_of(10, split).tolist() == sorted(part)
     for n in (0, 1, 4, 7, 23):
-        parts = [data.split_of(n, split).tolist() for split in ("train", "val", "test")]
+        parts = [data.cells.split_of(n, split).tolist() for split in ("train", "val", "test")]
         assert sorted(sum(parts, [])) == list(range(n)) and len(parts[0]) == n * 6 // 10
 
 
@@ -350,14 +350,14 @@ class Shaky(fsspec.AbstractFileSystem):
 def shaky(monkeypatch):
     fsspec.register_implementation("shaky", Shaky, clobber=True)
     pauses = []
-    monkeypatch.setattr(data.time, "sleep", pauses.append)
+    monkeypatch.setattr(data.cells.time, "sleep", pauses.append)
     monkeypatch.setattr(Shaky, "calls", 0)
     return pauses
 
 
 def test_a_store_that_fails_is_asked_again(shaky, monkeypatch):
     monkeypatch.setattr(Shaky, "failures", 4)
-    assert data.fetch("shaky://bucket/a") == b"content of bucket/a"
+    assert data.cells.fetch("shaky://bucket/a") == b"content of bucket/a"
     assert Shaky.calls == 5 and shaky == [0.5, 1, 2, 4]
 
 
@@ -366,7 +366,7 @@ def test_but_not_for_ever(shaky, monkeypatch, error):
     monkeypatch.setattr(Shaky, "failures", 10**9)
     monkeypatch.setattr(Shaky, "error", error)
     with pytest.raises(OSError, match=f"shaky://bucket/a: failed 5 times, at last {type(error).__name__}: {error}"):
-        data.fetch("shaky://bucket/a")
+        data.cells.fetch("shaky://bucket/a")
     assert Shaky.calls == 5 and sum(shaky) == 7.5
 
 
@@ -375,16 +375,16 @@ def test_nor_when_it_cannot_help(shaky, monkeypatch, error):
     monkeypatch.setattr(Shaky, "failures", 10**9)
     monkeypatch.setattr(Shaky, "error", error)
     with pytest.raises(type(error)):
-        data.fetch("shaky://bucket/a")
+        data.cells.fetch("shaky://bucket/a")
     assert Shaky.calls == 1 and not shaky
 
 
 def test_unknown_stores_and_missing_files(tmp_path):
     with pytest.raises(ValueError, match="nosuch"):
-        data.fetch("nosuch://bucket/a")
+        data.cells.fetch("nosuch://bucket/a")
     for path in ("memory://nothing/here", str(tmp_path / "nothing")):
         with pytest.raises(FileNotFoundError):
-            data.fetch(path)
+            data.cells.fetch(path)
 
 
 # ---- JUMP-CP ---------------------------------------------------------------------------------------------------------
@@ -449,7 +449,7 @@ def test_jump_cp_layout(base, table):
             assert image.shape == (8, 4, 4) and label == list(LABELS.values())[i % 5]
             seen[i] = split
     assert sorted(seen) == list(range(40))
-    assert sorted(i for i in seen if seen[i] == "val") == data.split_of(40, "val").tolist()
+    assert sorted(i for i in seen if seen[i] == "val") == data.cells.split_of(40, "val").tolist()
 
 
 def test_gene_column_of_crispr_plates(base):
@@ -521,9 +521,9 @@ def test_paths_of_the_index(tmp_path):
 def test_loading_processes_read_from_a_store():
     base = "memory://bucket/jump"
     plate = data.JumpCP(*make_plate(base), "train", data.CellTransform(4, [0] * 8, [1] * 8, False))
-    loader = data.make_loader(plate, 4, train=False, workers=2, pin_memory=False)
+    loader = data.make_loader(plate, 4, train=False, workers=2)
     assert sorted(images[0, 0, 0, 0].item() for images, _ in loader) == sorted(
-        data.split_of(40, "train")[::4].tolist())
+        data.cells.split_of(40, "train")[::4].tolist())
 
 
 # ---- Drawn cells -----------------------------------------------------------------------------------------------------

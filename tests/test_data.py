@@ -104,7 +104,7 @@ def test_exif_orientation(tmp_path, orientation, first_half):
 def test_garbled_exif_keeps_the_pixels(tmp_path, monkeypatch):
     def fail(image, in_place):
         raise TypeError("bad operand type")               # as Pillow raises for some EXIF blocks
-    monkeypatch.setattr(data.ImageOps, "exif_transpose", fail)
+    monkeypatch.setattr(data.images.ImageOps, "exif_transpose", fail)
     assert (load(tmp_path, encoded(gradient())) == np.asarray(gradient())).all()
 
 
@@ -239,7 +239,7 @@ def test_a_run_that_ends_by_bad_files_ends(tmp_path):
             "except RuntimeError as error:\n"
             "    kept, sys.kept = sys.exc_info(), error\n"
             "    raise SystemExit('too many')\n")
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=pathlib.Path(data.__file__).parent,
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=pathlib.Path(data.__file__).parents[1],
                             capture_output=True, text=True, timeout=90)
     assert result.returncode == 1 and "too many" in result.stderr
 
@@ -275,12 +275,12 @@ def test_training_batches_keep_their_size(tmp_path):
 
 def test_collate():
     samples = [None, (torch.zeros(2), 4), (torch.ones(2), 5), None, None]
-    images, labels = data.collate(samples, refill=True)
+    images, labels = data.loading.collate(samples, refill=True)
     assert images.shape == (5, 2) and set(labels.tolist()) == {4, 5} and (images[:, 0] == labels - 4).all()
-    assert data.collate(samples, refill=False)[1].tolist() == [4, 5]
+    assert data.loading.collate(samples, refill=False)[1].tolist() == [4, 5]
     with pytest.raises(RuntimeError, match="all 3 samples of a batch are unreadable"):
-        data.collate([None] * 3, refill=True)
-    assert data.collate([None] * 3, refill=False) is None
+        data.loading.collate([None] * 3, refill=True)
+    assert data.loading.collate([None] * 3, refill=False) is None
 
 
 # ---- transforms ------------------------------------------------------------------------------------------------------
@@ -407,8 +407,8 @@ def test_state_is_restored_after_an_error():
 
 
 def test_stable_hash_is_the_same_everywhere():
-    assert data.stable_hash(0, 1, 23) == data.stable_hash(0, np.int64(1), 23) == 0x16D4D97D75A572482C68E0058DD4FF5D
-    assert len({data.stable_hash(*key) for key in ((0, 1, 23), (0, 12, 3), (1, 0, 23), (0, 1), (0, 123))}) == 5
+    assert data.loading.stable_hash(0, 1, 23) == data.loading.stable_hash(0, np.int64(1), 23) == 0x16D4D97D75A572482C68E0058DD4FF5D
+    assert len({data.loading.stable_hash(*key) for key in ((0, 1, 23), (0, 12, 3), (1, 0, 23), (0, 1), (0, 123))}) == 5
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -431,9 +431,9 @@ def epoch_of(sampler, epoch, skip=0):
 
 
 def test_ranks_share_the_global_batch():
-    whole = epoch_of(data.BatchSampler(50, 12, seed=3), 7)
+    whole = epoch_of(data.loading.BatchSampler(50, 12, seed=3), 7)
     for world_size in (2, 3):
-        parts = [epoch_of(data.BatchSampler(50, 12 // world_size, 3, rank=r, world_size=world_size), 7)
+        parts = [epoch_of(data.loading.BatchSampler(50, 12 // world_size, 3, rank=r, world_size=world_size), 7)
                  for r in range(world_size)]
         assert [len(part) for part in parts] == [4] * world_size
         for i, batch in enumerate(whole):
@@ -442,7 +442,7 @@ def test_ranks_share_the_global_batch():
 
 
 def test_training_order():
-    sampler = data.BatchSampler(50, 12, seed=3)
+    sampler = data.loading.BatchSampler(50, 12, seed=3)
     first, second = epoch_of(sampler, 0), epoch_of(sampler, 1)
     for epoch, batches in enumerate((first, second)):
         assert len(batches) == len(sampler) == 4 and all(len(batch) == 12 for batch in batches)    # 2 are dropped
@@ -452,12 +452,12 @@ def test_training_order():
     assert [i for _, i in first[0]] != [i for _, i in second[0]]
     assert epoch_of(sampler, 0) == first == list(sampler)
     # seed 4 at epoch 0 is no repetition of seed 3 at epoch 1
-    assert [i for _, i in epoch_of(data.BatchSampler(50, 12, seed=4), 0)[0]] != [i for _, i in second[0]]
+    assert [i for _, i in epoch_of(data.loading.BatchSampler(50, 12, seed=4), 0)[0]] != [i for _, i in second[0]]
 
 
 def test_skip_resumes_exactly():
     for rank in range(2):
-        sampler = data.BatchSampler(50, 6, 3, rank=rank, world_size=2)
+        sampler = data.loading.BatchSampler(50, 6, 3, rank=rank, world_size=2)
         whole = epoch_of(sampler, 2)
         for skip in range(5):
             assert epoch_of(sampler, 2, skip) == whole[skip:] and len(sampler) == 4
@@ -470,7 +470,7 @@ def test_skip_resumes_exactly():
 def test_evaluation_visits_each_index_once(n, world_size):
     seen = []
     for rank in range(world_size):
-        sampler = data.BatchSampler(n, 4, shuffle=False, drop_last=False, rank=rank, world_size=world_size)
+        sampler = data.loading.BatchSampler(n, 4, train=False, rank=rank, world_size=world_size)
         batches = list(sampler)
         assert len(batches) == len(sampler) and all(0 < len(batch) <= 4 for batch in batches)
         indices = [i for batch in batches for _, i in batch]
@@ -481,8 +481,8 @@ def test_evaluation_visits_each_index_once(n, world_size):
 
 def test_too_small_training_set():
     with pytest.raises(ValueError, match=r"has 10 samples.* 12 \(6 in each of 2 processes\).*--batch-size"):
-        data.BatchSampler(10, 6, world_size=2)
-    assert len(data.BatchSampler(12, 6, world_size=2)) == 1
+        data.loading.BatchSampler(10, 6, world_size=2)
+    assert len(data.loading.BatchSampler(12, 6, world_size=2)) == 1
     with pytest.raises(ValueError, match="--batch-size"):
         data.make_loader(Draws(), 13, train=True)
     assert len(data.make_loader(Draws(), 13, train=False)) == 1

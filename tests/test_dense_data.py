@@ -80,10 +80,10 @@ def test_bad_files_of_ade20k_are_counted_and_named(tmp_path, fault, message):
 def test_table_of_ade20ks_classes(tmp_path, table, expected):
     (tmp_path / "table.txt").write_text(table, encoding="utf-8")
     if expected:
-        assert data.names_of_classes(tmp_path / "table.txt") == expected
+        assert data.dense.names_of_classes(tmp_path / "table.txt") == expected
     else:
         with pytest.raises(ValueError, match="table.txt: the first column should number the classes"):
-            data.names_of_classes(tmp_path / "table.txt")
+            data.dense.names_of_classes(tmp_path / "table.txt")
 
 
 @pytest.mark.parametrize("depth", [2, 4])
@@ -248,7 +248,7 @@ def test_packed_runs():
         packed = rle.encode(mask)
         flat = mask.flatten(order="F")
         expected = np.diff([0, *np.flatnonzero(np.diff(flat, prepend=0)), len(flat)]).tolist()
-        assert data.run_lengths(packed["counts"].decode()) == expected
+        assert data.dense.run_lengths(packed["counts"].decode()) == expected
 
 
 def turned(path):
@@ -288,7 +288,7 @@ def test_bad_files_of_coco(tmp_path, monkeypatch):
     jpeg(tmp_path / "train2017" / f"{2:012}.jpg", 20)
     file = tmp_path / "train2017" / f"{3:012}.jpg"
     file.write_bytes(file.read_bytes()[:300])
-    monkeypatch.setattr(data, "MAX_BAD", 1)
+    monkeypatch.setattr(data.loading, "MAX_BAD", 1)
     found = data.Coco(root, "train", plain)
     for i, message in enumerate(("No such file", "has 20 x 32 pixels, its annotation says 24 x 32", "(?i)truncated")):
         with pytest.warns(UserWarning, match=message):
@@ -335,10 +335,10 @@ def test_photometric_distortion():
     gray = torch.full((3, 2, 2), 10, dtype=torch.uint8)
     colour = torch.tensor([200, 100, 50], dtype=torch.uint8)[:, None, None].expand(3, 2, 2)
     torch.manual_seed(0)
-    found = torch.stack([data.distorted(gray)[:, 0, 0] for _ in range(1000)])                # (1000 3)
+    found = torch.stack([data.dense.distorted(gray)[:, 0, 0] for _ in range(1000)])                # (1000 3)
     assert found.dtype == torch.uint8 and (found == found[:, :1]).all()     # gray has no saturation and no hue
     assert found.min() == 0 and 58 <= found.max() <= 63 and 0.2 < (found == 10).float().mean() < 0.3
-    hue = [colorsys.rgb_to_hsv(*data.distorted(colour)[:, 0, 0].tolist()) for _ in range(1000)]
+    hue = [colorsys.rgb_to_hsv(*data.dense.distorted(colour)[:, 0, 0].tolist()) for _ in range(1000)]
     hue, before = torch.tensor([h for h, s, v in hue]), colorsys.rgb_to_hsv(200, 100, 50)[0]
     moved = (hue - before + 0.5) % 1 - 0.5
     assert 0.09 < moved.max() < 0.12 and -0.12 < moved.min() < -0.09        # rounding adds a bit
@@ -352,7 +352,7 @@ def test_masks_stay_on_their_pixels():
     differences = []
     for ratio in torch.linspace(0.4, 1.9, 30).tolist():
         axis = torch.arange(float(round(90 * ratio)))
-        image, mask = (data.resized_crop(x, (0, 0, 90, 90), [len(axis)] * 2, nearest).float()[0]
+        image, mask = (data.dense.resized_crop(x, (0, 0, 90, 90), [len(axis)] * 2, nearest).float()[0]
                        for x, nearest in ((pixels, False), (masks, True)))
         differences += [(x * axis).sum() / x.sum() - (y * axis).sum() / y.sum()
                         for x, y in zip((image.sum(0), image.sum(1)), (mask.sum(0), mask.sum(1)))]
@@ -362,9 +362,9 @@ def test_masks_stay_on_their_pixels():
 def test_crops_are_filled():
     """Where the image is large enough: no strip of padding from rounding."""
     for ratio in torch.linspace(1, 2, 50).tolist():
-        (_, _, height, width), new = data.random_window((48, 64), ratio, 32)
+        (_, _, height, width), new = data.dense.random_window((48, 64), ratio, 32)
         assert new == [32, 32] and height * ratio > 32 - 1e-3 and width * ratio < 32 + ratio
-    assert data.random_window((3, 3), 0.1, 32)[1] == [2, 2]                 # torch cannot resize to 1 x 1
+    assert data.dense.random_window((3, 3), 0.1, 32)[1] == [2, 2]                 # torch cannot resize to 1 x 1
 
 
 def test_crops_of_one_class_are_drawn_again():
