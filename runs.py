@@ -15,15 +15,18 @@ the model is called like its field of fastvim.Config, so that a checkpoint's fie
 """
 import argparse
 import contextlib
+import dataclasses
 import math
 import os
-from typing import Callable, Iterator, NamedTuple, Optional
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 
 import checkpoints
 import data
 import fastvim
+import safety
 import training
 
 # ---- Options -----------------------------------------------------------------------------------
@@ -59,7 +62,9 @@ class Parser(argparse.ArgumentParser):
 
 def defaults(parser: argparse.ArgumentParser) -> dict:
     """What holds for the parser's options where nothing else is said: a switch is off, else None."""
-    return {action.dest: False if action.const is True else None for action in parser._actions}
+    options = {action.dest: None for action in parser._actions}
+    switches = [a for a in parser._actions if isinstance(a, argparse._StoreTrueAction)]
+    return options | {action.dest: False for action in switches}
 
 
 def number(kind: type, least: float, below: float = math.inf) -> Callable[[str], float]:
@@ -110,7 +115,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, recipe: dict) -> Non
     add("--resume-changed", action="store_true", help="resume, though arguments changed")
     for action in parser._actions:
         value = recipe.get(action.dest)
-        if value not in (None, False) and "default" not in action.help:
+        if value is not None and value is not False and "default" not in action.help:
             action.help += f" (default {value})"
 
 
@@ -125,15 +130,16 @@ def model_fields(args: Options) -> dict:
 
 # ---- Checkpoints -------------------------------------------------------------------------------
 
-class Saved(NamedTuple):
-    """A checkpoint and what it says of itself, which is nothing in a released file."""
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A checkpoint, and what it says of itself: nothing if it is a released file, or no file."""
     path: str = ""
-    content: dict = {}              # as checkpoints.read returns it; {} where a run starts from none
-    resumed: bool = False           # it is the run's own: training.fit takes its weights
-    options: dict = {}              # of the run that wrote it
-    name: Optional[str] = None      # of the model
-    fields: dict = {}               # that the model was made with
-    classes: Optional[list] = None  # their names
+    content: dict = dataclasses.field(default_factory=dict)  # as checkpoints.read returns it
+    resumed: bool = False  # it is the run's own: training.fit takes its weights
+    options: dict = dataclasses.field(default_factory=dict)  # of the run that wrote it
+    name: str | None = None  # of the model
+    fields: dict = dataclasses.field(default_factory=dict)  # that the model was made with
+    classes: list | None = None  # their names
 
     @property
     def gives_weights(self) -> bool:
@@ -179,9 +185,9 @@ def built_from_options(options: dict) -> dict:
     return {"name": name, "fields": fields}
 
 
-def starting_point(options: dict, path: Optional[str]) -> Saved:
+def starting_point(options: dict, path: str | None) -> Saved:
     """What a run starts from: its own checkpoint with --resume, else the one at `path`, else none."""
-    own = training.checkpoint_to_resume(options["out"], options["resume"])
+    own = safety.checkpoint_to_resume(options["out"], options["resume"])
     if own is None:
         return read(path) if path else Saved()
     try:
@@ -215,13 +221,13 @@ def plain_errors(prog: str, *kinds: type) -> Iterator[None]:
     """For main(): what the user can put right, `kinds` among it, ends in a line, not a traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError, ImportError, training.NonFiniteError, *kinds) as error:
+    except (ValueError, FileNotFoundError, ImportError, safety.NonFiniteError, *kinds) as error:
         text = str(error)
         if "Original Traceback" in text:  # from a loading process: only the message is wanted
             text = text.rpartition(f"{type(error).__name__}: ")[2].strip()
         raise SystemExit(f"{prog}: {text}") from error
     except RuntimeError as error:
-        if not training.is_out_of_memory(error):
+        if not safety.is_out_of_memory(error):
             raise
         raise SystemExit(f"{prog}: {error}\nOut of memory: try a smaller --batch-size, or --amp")
 
@@ -233,6 +239,34 @@ def loader_of(args: Options, ctx: training.Context, dataset, train: bool = False
     settings = {"batch_size": args.batch_size, "workers": args.workers, **more}
     return data.make_loader(dataset, train=train, seed=args.seed, rank=ctx.rank,
                             world_size=ctx.world_size, **settings)
+
+
+def count_bad(ctx: training.Context, *datasets) -> int:
+    """How many files of these data.Files some process has found bad."""
+    found = [ctx.sum(files.bad.to(ctx.device, torch.float32)) > 0 for files in datasets]
+    return sum(int(bad.sum()) for bad in found)
+
+
+def evaluate_classifier(model, loader, ctx: training.Context, amp: bool = False) -> dict:
+    """-> {"top1", "top5": percent, "loss": mean cross-entropy, "images": how many}.
+
+    loader: batches (images, labels), None where no image could be read. All processes' sums and
+    counts are added up, so batches and processes of unequal size weigh as they should."""
+    sums = torch.zeros(4, dtype=torch.float64, device=ctx.device)  # loss, right first, in 5, images
+    with torch.no_grad():
+        for images, labels in filter(None, loader):
+            images = images.to(ctx.device, non_blocking=True)
+            labels = labels.to(ctx.device, non_blocking=True)
+            with torch.autocast(ctx.device.type, torch.bfloat16, enabled=amp):
+                logits = model(images).float()  # (b classes)
+            hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (b 5)
+            sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+            sums[1] += hits[:, 0].sum()
+            sums[2] += hits.sum()
+            sums[3] += len(labels)
+    loss, top1, top5, count = ctx.sum(sums).tolist()
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count,
+            "images": count}
 
 
 def print_likeliest(path: str, p: torch.Tensor, classes: list) -> None:

@@ -1,0 +1,204 @@
+"""Image classifiers: what train_imagenet.py shares with the later stages of train_mae.py."""
+import argparse
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import nn
+
+import checkpoints
+import data
+import fastvim
+import runs
+import training
+
+IMG_SIZE = 224  # pixels
+CROP_PCT = 0.875  # the side of the evaluation's centre crop, as a share of the resized image
+AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "crop_scale": 0.08,
+                "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
+
+
+def add_data_argument(add: Callable) -> None:
+    add("--data", metavar="DIR", help="ImageNet's layout: DIR/train/CLASS/*.jpg and "
+        "DIR/val/CLASS/*.jpg (or .png)")
+
+
+def size_name(letter: str) -> str:
+    """An argparse type: s -> fastvim_small."""
+    if letter not in runs.SIZES:
+        raise argparse.ArgumentTypeError(f"{letter!r}: choose from {', '.join(runs.SIZES)}")
+    return f"fastvim_{runs.SIZES[letter]}"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, others: str = "") -> Callable:
+    """The options that make an encoder. others: which are not ours, for the help."""
+    add = parser.add_argument_group("model").add_argument
+    add("--size", dest="model", type=size_name, metavar="{t,s,b,l,h}",
+        help="FastVim-T, S, B, L or H (default t)")
+    add("--model", metavar="NAME",
+        help=f"another one: vim_small, ... (python fastvim.py lists them){others}")
+    add("--img-size", type=runs.WHOLE, help=f"pixels (default {IMG_SIZE})")
+    add("--patch-size", type=runs.WHOLE, help="pixels (default: the size's own, 16 or 14)")
+    add("--depth", type=runs.WHOLE, help="blocks (default: the size's own)")
+    add("--drop-path", dest="drop_path_rate", type=runs.SHARE, metavar="RATE",
+        help="stochastic depth at the last block (default: the recipe's)")
+    add("--grad-checkpointing", action="store_true", help="keep only the blocks' inputs for the "
+        "backward pass and compute the rest again: less memory, more time, the same result")
+    add = parser.add_argument_group("the paper's ablations").add_argument
+    add("--schedule", choices=["fastvim", "pool_col", "pool_row", "vim"],
+        help="which axis is pooled in which layer")
+    add("--pool", choices=fastvim.POOLS, help="how a row becomes one token (default mean)")
+    add("--pool-scale", type=float,
+        help="factor of mean pooling (default 1; 0.25 after masked pretraining)")
+    add("--class-token", action=argparse.BooleanOptionalAction,
+        help="read out a class token instead of the mean")
+    add("--block-norm", choices=fastvim.NORM_KINDS, help="norm before the mixer (default rmsnorm)")
+    add("--ssm-norm", choices=[*fastvim.NORM_KINDS, "none"],
+        help="norm after the scan (default layernorm)")
+    add("--no-conv", dest="d_conv", action="store_const", const=0, help="leave out the convolution")
+    add("--skip-before-expand", action="store_const", const=True,
+        help="decompress after the D skip instead of before it")
+    return add
+
+
+def add_image_arguments(parser: argparse.ArgumentParser) -> Callable:
+    """The options of open_images."""
+    add = parser.add_argument_group("augmentation and schedule").add_argument
+    add("--warmup", type=runs.POSITIVE, help="epochs of linear warmup")
+    add("--auto-augment", metavar="POLICY", help="timm's policy string, or none")
+    add("--reprob", type=runs.SHARE, help="probability of random erasing")
+    add("--crop-scale", type=runs.number(float, 0.01, 1.01),
+        help="smallest share of an image that a crop keeps")
+    add("--crop-pct", type=runs.number(float, 0.1),
+        help="evaluation: centre crop's share of the resized image")
+    return add
+
+
+def add_label_arguments(add: Callable) -> None:
+    add("--mixup", type=runs.POSITIVE, help="alpha of mixup, 0 for none")
+    add("--cutmix", type=runs.POSITIVE, help="alpha of cutmix, 0 for none")
+    add("--smoothing", type=runs.SHARE, help="label smoothing")
+
+
+def check_pairs(args: runs.Options, parser: argparse.ArgumentParser) -> None:
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        parser.error(f"--batch-size {args.batch_size}: mixup and cutmix pair images, so it has to "
+                     "be even")
+
+
+def crop_of(saved: runs.Saved, typed: dict) -> dict:
+    """The checkpoint's --crop-pct, if the run is of its image size."""
+    known = saved.options.get("crop_pct")
+    size = saved.fields.get("img_size", IMG_SIZE)
+    if known is None or typed.get("img_size", size) != size:
+        return {}
+    return {"crop_pct": known}
+
+
+def build_encoder(args: runs.Options, num_classes: int) -> fastvim.FastVim:
+    """The model of ours that the options name. ValueError: an option that it does not have."""
+    fields = runs.model_fields(args)
+    model = fastvim.create_model(args.model, num_classes=num_classes, **fields)
+    model.grad_checkpointing = args.grad_checkpointing
+    return model
+
+
+def linear_probe(model: fastvim.FastVim, num_classes: int) -> fastvim.FastVim:
+    """The model frozen, under a classifier that learns (Table 11): of normalised features, without
+    learnt scale or shift."""
+    model.requires_grad_(False)
+    linear = nn.Linear(model.cfg.embed_dim, num_classes)
+    nn.init.trunc_normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    norm = nn.BatchNorm1d(model.cfg.embed_dim, affine=False, eps=1e-6)
+    model.head = nn.Sequential(norm, linear)
+    return model
+
+
+def open_images(args: runs.Options, train: bool, classes: list | None = None):
+    """The training or the validation set. classes: names that the folders must have."""
+    if args.data is None:
+        return data.Digits(train, args.img_size)
+    policy = args.auto_augment if train and args.auto_augment != "none" else None
+    try:
+        transform = data.image_transform(args.img_size, train, auto_augment=policy,
+                                         reprob=args.reprob, scale=(args.crop_scale, 1.0),
+                                         crop_pct=args.crop_pct)
+    except (AssertionError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"--auto-augment {policy}: timm does not know it; the paper's is "
+                         f"{AUGMENTATION['auto_augment']}") from error
+    return data.ImageFolder(args.data, "train" if train else "val", transform, classes)
+
+
+def saw_digits(saved: runs.Saved) -> bool:
+    """Was it trained on the built-in digits?"""
+    return bool(saved.options) and saved.options.get("data") is None
+
+
+def view_of(args: runs.Options, saved: runs.Saved) -> Callable:
+    """PIL image -> what a model of that checkpoint was evaluated on."""
+    if saw_digits(saved):
+        return data.digit_transform(args.img_size)
+    return data.image_transform(args.img_size, False, crop_pct=args.crop_pct)
+
+
+def loader_of(args: runs.Options, ctx: training.Context, dataset, train: bool):
+    if args.data is None:  # the digits lie in memory
+        return runs.loader_of(args, ctx, dataset, train, workers=0)
+    return runs.loader_of(args, ctx, dataset, train)
+
+
+def train(args: runs.Options, ctx: training.Context, start: runs.Saved, build: Callable,
+          optimizer_of: Callable, lr_start: float = 0.0, lr_end: float = 0.0,
+          released_pos_rows: bool = False) -> list[dict]:
+    """One run; returns training.fit's log.
+
+    build(args, num_classes) -> model; optimizer_of(model, args, lr): what updates it.
+    lr_start, lr_end: where the warmup begins and the cosine ends."""
+    train_set = open_images(args, True)
+    classes = train_set.classes
+    val_set = open_images(args, False, classes)
+    loader = loader_of(args, ctx, train_set, True)
+    val_loader = loader_of(args, ctx, val_set, False)
+    model = build(args, len(classes))
+    if start.gives_weights:
+        note = checkpoints.load(model, start.content, True, released_pos_rows)
+        ctx.print(f"{start.path}: {note}; pool_scale {model.cfg.pool_scale:g}")
+    model = model.to(ctx.device)
+    ctx.print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+              f"{len(classes)} classes, {len(train_set):,} training and {len(val_set):,} "
+              "validation images")
+
+    def evaluate(model, epoch):
+        metrics = runs.evaluate_classifier(model, val_loader, ctx, args.amp)
+        if args.data:
+            metrics["unreadable"] = runs.count_bad(ctx, train_set, val_set)
+        return metrics
+
+    peak = training.peak_lr(args, ctx)
+    total, per_epoch = training.run_length(args, loader)
+    warmup = round(args.warmup * per_epoch)
+
+    def lr(step):
+        return training.cosine(step, total, peak, warmup=warmup, start=lr_start, end=lr_end)
+
+    built = {"name": args.model, "fields": runs.model_fields(args) | {"num_classes": len(classes)}}
+    return training.fit(
+        args, ctx, model, loader, classification_loss(args, len(classes)),
+        optimizer_of(model, args, peak), lr, evaluate=evaluate, metric="top1",
+        harmless=("data", "eval", "predict", "init", "grad_checkpointing"),
+        about={"built": built, "classes": classes})
+
+
+def classification_loss(args: runs.Options, num_classes: int) -> Callable:
+    """loss(model, (images, labels)): cross-entropy with --mixup, --cutmix and --smoothing."""
+    if not (args.mixup or args.cutmix):
+        return lambda model, batch: F.cross_entropy(model(batch[0]), batch[1],
+                                                    label_smoothing=args.smoothing)
+    mixup = data.extra("timm.data").Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing,
+                                          num_classes=num_classes)
+
+    def loss(model, batch):
+        images, labels = mixup(*batch)  # labels (b classes), smoothed
+        return F.cross_entropy(model(images), labels)
+
+    return loss
