@@ -5,7 +5,8 @@ channel. FastChannelVim and its baselines on the JUMP-CP benchmark, or on your o
     python train_jump.py                            without data: drawn cells, minutes on a CPU
     python train_jump.py --model vim_tiny --out runs/vim      by a model that mixes the channels
     torchrun ... train_jump.py --index BR00116991.pq --patch 8 --pool max --batch-size 32 \\
-        --platemap JUMP-Target-1_compound_platemap.tsv --metadata JUMP-Target-1_compound_metadata.tsv
+        --platemap JUMP-Target-1_compound_platemap.tsv \\
+        --metadata JUMP-Target-1_compound_metadata.tsv
     python train_jump.py --data DIR --channel-names DNA,ER,RNA     DIR/CLASS/*.npy, or paged *.tif
     python train_jump.py --data DIR --stats         mean and standard deviation of its channels
     python train_jump.py --data DIR --eval runs/jump/best.pt    accuracy by number of channels
@@ -44,6 +45,7 @@ import channels
 import data
 import fastvim
 import runs
+import safety
 import training
 from channels import Channels, classify, match_channels, saved_channels
 
@@ -146,7 +148,7 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
 
 def was_on_cells(saved: runs.Saved) -> bool:
     """Is it a checkpoint of a run on the drawn cells?"""
-    return bool(saved.options) and not (saved.options["data"] or saved.options.get("index"))
+    return bool(saved.options) and not (saved.options.get("data") or saved.options.get("index"))
 
 
 # ---- Data and model ----------------------------------------------------------------------------
@@ -238,8 +240,8 @@ def train(args, ctx, start: runs.Saved) -> None:
         return F.cross_entropy(classify(args, net, images, shown), labels)
 
     def evaluate_all(model, epoch):
-        metrics = training.evaluate_classifier(model, val_loader, ctx, args.amp)
-        return {**metrics, "unreadable": training.count_bad(ctx, train_set, val_set)}
+        metrics = runs.evaluate_classifier(model, val_loader, ctx, args.amp)
+        return {**metrics, "unreadable": runs.count_bad(ctx, train_set, val_set)}
 
     def lr(step):
         return training.cosine(step, total, peak, warmup=round(args.warmup * per_epoch), end=LR_END)
@@ -326,7 +328,7 @@ def predict(args, ctx, saved: runs.Saved) -> None:
 def write(args, name: str, content) -> None:
     """content(file) writes OUT/name; if it cannot, for a full disk, that is a warning."""
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    training.write_whole(Path(args.out, name), content, required=False)
+    safety.write_whole(Path(args.out, name), content, required=False)
 
 
 def main() -> None:
