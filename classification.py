@@ -2,6 +2,7 @@
 import argparse
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -10,6 +11,7 @@ import data
 import fastvim
 import runs
 import training
+from baselines import PooledAttention
 
 IMG_SIZE = 224  # pixels
 CROP_PCT = 0.875  # the side of the evaluation's centre crop, as a share of the resized image
@@ -94,12 +96,56 @@ def crop_of(saved: runs.Saved, typed: dict) -> dict:
     return {"crop_pct": known}
 
 
-def build_encoder(args: runs.Options, num_classes: int) -> fastvim.FastVim:
-    """The model of ours that the options name. ValueError: an option that it does not have."""
+# ---- Models ---------------------------------------------------------------------------------------
+
+def is_ours(model: str) -> bool:
+    return model in fastvim.list_models()
+
+
+def build_model(args: runs.Options, num_classes: int) -> nn.Module:
+    """The model that args ask for. ValueError: an unknown name, an option that it does not have."""
+    if not is_ours(args.model):
+        return build_timm(args, num_classes)
     fields = runs.model_fields(args)
+    if "vit_pool" in fields:
+        raise ValueError("--vit-pool and --vit-conv are for the ViTs of timm: name one with --model")
     model = fastvim.create_model(args.model, num_classes=num_classes, **fields)
     model.grad_checkpointing = args.grad_checkpointing
     return model
+
+
+def build_timm(args: runs.Options, num_classes: int) -> nn.Module:
+    """A model of timm, a ViT perhaps with the pooling of Table 7."""
+    timm = data.extra("timm")
+    if not timm.is_model(args.model):
+        raise ValueError(f"--model {args.model}: neither a model of timm nor one of ours: a family, "
+                         f"{', '.join(fastvim.FAMILIES)}, and a size, {', '.join(fastvim.SIZES)}, "
+                         "such as fastvim_tiny")
+    fields = runs.model_fields(args)
+    known = ("img_size", "patch_size", "depth", "drop_path_rate")
+    wrong = fields.keys() - {*known, "vit_pool", "vit_conv"}
+    if wrong:
+        raise ValueError(f"--model {args.model} is timm's and does not know {', '.join(wrong)}")
+    fields = {name: value for name, value in fields.items() if name in known}
+    try:
+        model = timm.create_model(args.model, num_classes=num_classes, **fields)
+    except TypeError:  # a convolutional net takes any size
+        model = timm.create_model(args.model, num_classes=num_classes,
+                                  drop_path_rate=args.drop_path_rate)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if args.vit_pool:
+        pool_attention(model, args)
+    return model
+
+
+def pool_attention(model: nn.Module, args: runs.Options) -> None:
+    blocks = getattr(model, "blocks", [None])
+    if not all(hasattr(getattr(block, "attn", None), "qkv") for block in blocks):
+        raise ValueError(f"--vit-pool: {args.model} is no ViT of timm")
+    for i, block in enumerate(blocks):
+        block.attn = PooledAttention(block.attn, model.num_prefix_tokens,
+                                     model.patch_embed.grid_size, i % 2, args.vit_conv)
 
 
 def linear_probe(model: fastvim.FastVim, num_classes: int) -> fastvim.FastVim:
@@ -113,6 +159,24 @@ def linear_probe(model: fastvim.FastVim, num_classes: int) -> fastvim.FastVim:
     model.head = nn.Sequential(norm, linear)
     return model
 
+
+def restore(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> nn.Module:
+    """The model that the checkpoint says it is, else that args name, with its weights."""
+    weights, _ = checkpoints.model_weights(saved.content)
+    head = weights.get("head.1.weight", weights.get("head.weight"))
+    if saved.classes is None and head is None:
+        raise ValueError(f"{saved.path} says neither its classes nor holds a head.weight to count "
+                         "them")
+    count = len(head) if saved.classes is None else len(saved.classes)
+    model = build_model(args, count)
+    if is_ours(args.model) and "head.1.weight" in weights:
+        model = linear_probe(model, count)
+    scale = "" if args.pool_scale is None else f", pool_scale {args.pool_scale:g}"
+    ctx.print(f"{saved.path}: {checkpoints.load(model, saved.content)} into {args.model}{scale}")
+    return model.to(ctx.device).eval()
+
+
+# ---- Data -----------------------------------------------------------------------------------------
 
 def open_images(args: runs.Options, train: bool, classes: list | None = None):
     """The training or the validation set. classes: names that the folders must have."""
@@ -129,23 +193,13 @@ def open_images(args: runs.Options, train: bool, classes: list | None = None):
     return data.ImageFolder(args.data, "train" if train else "val", transform, classes)
 
 
-def saw_digits(saved: runs.Saved) -> bool:
-    """Was it trained on the built-in digits?"""
-    return bool(saved.options) and saved.options.get("data") is None
-
-
-def view_of(args: runs.Options, saved: runs.Saved) -> Callable:
-    """PIL image -> what a model of that checkpoint was evaluated on."""
-    if saw_digits(saved):
-        return data.digit_transform(args.img_size)
-    return data.image_transform(args.img_size, False, crop_pct=args.crop_pct)
-
-
 def loader_of(args: runs.Options, ctx: training.Context, dataset, train: bool):
     if args.data is None:  # the digits lie in memory
         return runs.loader_of(args, ctx, dataset, train, workers=0)
     return runs.loader_of(args, ctx, dataset, train)
 
+
+# ---- Training -------------------------------------------------------------------------------------
 
 def train(args: runs.Options, ctx: training.Context, start: runs.Saved, build: Callable,
           optimizer_of: Callable, lr_start: float = 0.0, lr_end: float = 0.0,
@@ -202,3 +256,52 @@ def classification_loss(args: runs.Options, num_classes: int) -> Callable:
         return F.cross_entropy(model(images), labels)
 
     return loss
+
+
+# ---- Evaluation and prediction --------------------------------------------------------------------
+
+def saw_digits(saved: runs.Saved) -> bool:
+    """Was it trained on the built-in digits?"""
+    return bool(saved.options) and saved.options.get("data") is None
+
+
+def view_of(args: runs.Options, saved: runs.Saved) -> Callable:
+    """PIL image -> what a model of that checkpoint was evaluated on."""
+    if saw_digits(saved):
+        return data.digit_transform(args.img_size)
+    return data.image_transform(args.img_size, False, crop_pct=args.crop_pct)
+
+
+def evaluate(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> None:
+    model = restore(args, ctx, saved)
+    if args.data is None and not saw_digits(saved):
+        raise ValueError("--eval: this model classifies images, so --data DIR has to say where they "
+                         "are")
+    dataset = open_images(args, False, saved.classes)
+    image = torch.zeros(1, 3, args.img_size, args.img_size, device=ctx.device)
+    outputs = model(image).shape[1]
+    if outputs != len(dataset.classes):
+        raise ValueError(f"the checkpoint tells {outputs} classes apart, {args.data} holds "
+                         f"{len(dataset.classes)}")
+    loader = loader_of(args, ctx, dataset, False)
+    result = runs.evaluate_classifier(model, loader, ctx, args.amp)
+    ctx.print(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss "
+              f"{result['loss']:.4f} on {result['images']:,.0f} images of {len(dataset):,}")
+
+
+def predict(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> None:
+    """Prints the likeliest classes of each image."""
+    model = restore(args, ctx, saved)
+    transform = view_of(args, saved)
+    for path, image in data.each_readable(args.predict, data.load_rgb):
+        with torch.inference_mode():
+            p = model(transform(image)[None].to(ctx.device))[0].softmax(0)  # (classes)
+        runs.print_likeliest(path, p, saved.classes or names_of(len(p)))
+
+
+def names_of(count: int) -> list[str]:
+    """Names for the classes of released weights: ImageNet's, or numbers."""
+    if count != 1000:
+        return [str(i) for i in range(count)]
+    info = data.extra("timm.data").ImageNetInfo()
+    return [info.index_to_description(i) for i in range(count)]

@@ -1,10 +1,13 @@
-"""The compiled backends of fastvim.py: building the kernels, calling them, the block as one differentiable operation.
+"""The compiled backends of fastvim.py: calling the kernels, their operations for autograd, building.
 
-fastvim.py imports this file and registers what it finds here; nothing is compiled before a model runs. Three parts:
+fastvim.py registers what `backends` returns; nothing is compiled before a model runs. Four parts:
 
-    1 Kernels: the operations of fastvim.py, section 3, and their backward functions, by a library of C functions
-    2 the block as one operation of torch.library: its gradient, its shapes for torch.compile
-    3 building scan_cpu.cpp and scan_cuda.cu, once, whoever asks at the same time
+    1 the boundary to C: one function hands over pointers, and only of what C expects
+    2 Kernels: the methods of fastvim.Backend by a library of C functions
+    3 the same as operations of torch.library, which know their gradients and shapes
+    4 building scan_cpu.cpp and scan_cuda.cu, once, whoever asks at the same time
+
+The letters are those of fastvim.py: b images, l tokens, p steps, e inner width, n states, r rank.
 """
 import contextlib
 import ctypes
@@ -12,6 +15,7 @@ import functools
 import hashlib
 import importlib.util
 import logging
+import math
 import os
 import platform
 import re
@@ -19,379 +23,680 @@ import shutil
 import subprocess
 import sys
 import threading
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+import torch.nn as nn
+from einops import rearrange, repeat
 from torch import Tensor
 
-import fastvim
-from fastvim import Backend, SSMWeights, Walk, project, ssm
-
 log = logging.getLogger("fastvim")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)     # the kernels know them by their place in this list
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)     # kernels know them by their place here
+MAX_STATES = 64
+EPS = 1e-5                                  # of all norms
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. The operations by compiled kernels
+# --------------------------------------------------------------------------------------------------
+# 1. The boundary to C
+#
+# scan.h says which fields the structure of each operation has, and of what type. Python reads it, so
+# that there is no second list to keep: fields are given by name, and one that is missing, too many or
+# of another type, layout or device is an error here and not a crash there.
+
+
+def read_structures(path: str) -> dict[str, list[tuple[str, str]]]:
+    """scan.h -> {operation: [(field, type), ...]}, type one of int64_t, void, float and int32_t.
+
+    A structure within another, such as Walk, is laid out in its place."""
+    with open(path) as file:
+        text = re.sub(r"//.*", "", file.read())
+    structures = {}
+    for name, body in re.findall(r"struct (\w+) \{(.*?)\};", text, re.DOTALL):
+        fields = []
+        for kind, names in re.findall(r"(?:const )?(\w+) ([^;]+);", body):
+            if kind in structures:
+                fields += structures[kind]
+            else:
+                fields += [(field.strip(" *\n"), kind) for field in names.split(",")]
+        structures[name] = fields
+    prototypes = re.findall(r"int (\w+)\(const (\w+) \*", text)
+    return {operation: structures[name] for operation, name in prototypes}
+
+
+def is_plain(t) -> bool:
+    """Is t a tensor with memory of its own, as C needs it? Not so what FakeTensorMode, torch.func,
+    DTensor and other subclasses make, and what is on no device or not strided."""
+    return (
+        type(t) in (Tensor, nn.Parameter)
+        and t.layout is torch.strided
+        and t.device.type != "meta"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
+
+
+def to_c(operation: str, fields: list, device: torch.device, values: dict) -> list[int]:
+    """The fields of an operation's structure as whole numbers: a tensor as its address, None as 0."""
+    dtypes = {"float": torch.float32, "int32_t": torch.int32, "void": DTYPES[values.get("dtype", 0)]}
+    numbers = []
+    for name, kind in fields:
+        value = values[name]
+        if value is None:
+            value = 0
+        elif kind != "int64_t":
+            right = is_plain(value) and value.device == device and value.dtype == dtypes[kind]
+            if not right or not is_dense(value, values.get("stride") if name in "BC" else None):
+                raise TypeError(
+                    f"{operation}: {name} must be a contiguous {dtypes[kind]} tensor on {device}, "
+                    f"not {describe(value)}"
+                )
+            value = value.data_ptr()
+        numbers.append(value)
+    return numbers
+
+
+def is_dense(t: Tensor, row: int | None) -> bool:
+    """Is t contiguous or, where row is given, do its rows lie evenly, `row` elements apart? Strides of
+    axes of length 1 say nothing."""
+    if row is None:
+        return t.is_contiguous()
+    _, b, p, _ = t.shape
+    strides = (b * p * row, p * row, row, 1)
+    return all(n == 1 or given == want for n, given, want in zip(t.shape, t.stride(), strides))
+
+
+def describe(value) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{type(value).__name__} of {value.dtype} {tuple(value.shape)} on {value.device}"
+
+
+class Walk(NamedTuple):
+    """A Grid as kernels follow it: tables over the positions of its walk, for `rows` images, or one
+    row if all walk alike. scan.h says the same."""
+    token: Tensor                           # (rows l) int32, position -> token as it lies
+    group: Tensor                           # (rows l) int32, position -> scan step, -1 for a hole
+    weight: Tensor                          # (rows l) float32, factor in the mean of its step
+    member: Tensor                          # (rows l) int32, positions sorted by step, holes last
+    start: Tensor                           # (rows p+1) int32, step g has start[g] .. start[g + 1]
+
+
+def make_walk(token, group, steps, pool_weight) -> Walk:
+    """token, group (rows l) int64, group -1 for holes; pool_weight: how much of a step's mean its
+    tokens make together (rows p)."""
+    key = group.masked_fill(group < 0, steps)               # (rows l)
+    key, member = key.sort(dim=1, stable=True)
+    edges = torch.arange(steps + 1, device=key.device).repeat(len(key), 1)
+    start = torch.searchsorted(key, edges)                  # (rows p+1)
+    weight = pool_weight / start.diff(dim=1).clamp(min=1)   # (rows p)
+    weight = weight.gather(1, group.clamp(min=0))           # (rows l)
+    return Walk(token.int(), group.int(), weight.float(), member.int(), start.int())
+
+
+@functools.lru_cache(64)
+def full_walk(storage, order, pooled, lengths, scale, device) -> Walk:
+    """The Walk of a full grid, remembered: its tables depend on the grid alone."""
+    sizes = dict(zip(storage.split(), lengths))
+    kept = [axis for axis in order.split() if axis not in pooled.split()]
+    steps = math.prod(sizes[axis] for axis in kept)
+    with torch.inference_mode(False):       # the tables outlive this call, and may serve training
+        token = torch.arange(math.prod(lengths), device=device)
+        token = rearrange(token, f"({storage}) -> ({order})", **sizes)
+        group = torch.arange(steps, device=device)
+        group = repeat(group, f"({' '.join(kept)}) -> ({order})", **sizes)
+        weight = torch.full((1, steps), scale, device=device)
+        return make_walk(token[None], group[None], steps, weight)
+
+
+def walk_with_holes(grid) -> Walk:
+    """The Walk of a GridWithHoles, from what its own methods do to numbers; kept in grid.tables."""
+    if grid.tables is None:
+        rows, length = grid.walk.shape
+        step = torch.arange(grid.steps, device=grid.walk.device).expand(1, rows, -1)
+        group = grid.expand(step[..., None])[0, ..., 0]     # (rows l)
+        group = group.masked_fill(grid.hole, -1)
+        ones = torch.ones(1, rows, length, 1, device=grid.walk.device)
+        weight = grid.pool(ones)[0, ..., 0]                 # (rows p)
+        grid.tables = make_walk(grid.walk, group, grid.steps, weight)
+    return grid.tables
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. The methods of a backend
+
+
+class Tensors(NamedTuple):
+    """The tensors of fastvim.SSMWeights that kernels take, all float32; k = 2 directions."""
+    conv_weight: Tensor                     # (k e 4)
+    conv_bias: Tensor                       # (k e)
+    x_proj: Tensor                          # (k r+2n e)
+    dt_proj: Tensor                         # (k e r)
+    dt_bias: Tensor                         # (k e)
+    A_log: Tensor                           # (k e n)
+    D: Tensor                               # (k e)
+    norm_weight: Tensor | None              # (e), None without the post-SSM norm
+    norm_bias: Tensor | None                # (e), None for RMSNorm
 
 
 class Kernels:
-    """The operations by the C functions of a compiled library, forward and backward. scan_cpu.cpp and scan_cuda.cu
-    have the same functions (the comment at the top of scan_cpu.cpp describes them); they trust their arguments and
-    allocate nothing. The methods here allocate and call; those called checked_... also check, for use by hand.
+    """Runs the operations of scan.h, forward and backward. load() returns the library: a function of
+    (operation, numbers, device). Kernels trust their arguments and allocate nothing that they return:
+    the methods here allocate, check and call."""
 
-    load() returns the library: an object whose functions take tensors (None for an absent one) and whole numbers."""
+    def __init__(self, name: str, dtypes: tuple, load):
+        self.name = name
+        self.dtypes = dtypes
+        self._load = load
+        self._library = None
+        self._problem = None
+        self._lock = threading.Lock()
 
-    def __init__(self, name, dtypes, load):
-        self.name, self.dtypes, self._load = name, dtypes, load
-        self._library, self._error, self._lock = None, None, threading.Lock()
-
-    def error(self):
-        """None if the library is there, which builds it on the first call; else one line on what is wrong."""
+    def problem(self) -> str | None:
+        """None if the library is there, which the first call builds; else one line on what is wrong."""
         with self._lock:
-            if self._library is None and self._error is None:
+            if self._library is None and self._problem is None:
                 try:
+                    self.structures = read_structures(find_source("scan.h"))
                     self._library = self._load()
                 except (OSError, RuntimeError, ImportError, AttributeError) as error:
-                    self._error = str(error) or type(error).__name__
-        return self._error
+                    self._problem = str(error) or type(error).__name__
+        return self._problem
 
-    @property
-    def library(self):
-        if self._library is None and self.error():
-            raise RuntimeError(f"backend {self.name} cannot be used: {self._error}")
-        return self._library
+    def run(self, operation: str, device: torch.device, **values):
+        if self._library is None and self.problem():
+            raise RuntimeError(f"backend {self.name} cannot be used: {self._problem}")
+        numbers = to_c(operation, self.structures[operation], device, values)
+        self._library(operation, numbers, device)
 
-    def block(self, mixer, hidden, residual, block_norm, plan, scratch=None):
-        """A Block (or, without block_norm, a Mixer) as one operation -> hidden, residual (B L D).
-        scratch: a dictionary that the blocks of one call of a model share at inference, see _empty."""
-        w, dtype = mixer.weights(), fastvim.activation_dtype(hidden.device, mixer.in_proj.weight)
-        walk = plan if isinstance(plan, Walk) else plan.walk(hidden.device)
-        norm_w = norm_b = None
-        if block_norm is not None:
-            norm_w, norm_b = block_norm.weight, getattr(block_norm, "bias", None)
-            norm_w, norm_b = (t if t is None else t.float().contiguous() for t in (norm_w, norm_b))
-            if residual is None:                                            # the first block
-                hidden, residual = torch.zeros_like(hidden), hidden.float()
-        save = torch.is_grad_enabled()
-        # Without gradients there is nothing to dispatch: the plain function saves a tenth of a millisecond a block.
-        plain = not save and type(hidden) is Tensor and not torch.compiler.is_compiling()
-        run = functools.partial(_run_block, scratch) if plain else torch.ops.fastvim.block
-        return run(
-            hidden.to(dtype), residual, norm_w, norm_b, mixer.in_proj.weight.to(dtype), mixer.out_proj.weight.to(dtype),
-            *w[:9], *walk, w.pool, w.skip_before_expand, self.name, save)[:2]
-
-    # -- the operations: arguments as the functions of fastvim.py take them, contiguous and right; plan is a Walk
-
-    def add_norm(self, hidden, residual, weight, bias, dtype, scratch=None):
-        """-> normed (B L D) in dtype, residual + hidden. hidden None norms the residual alone."""
-        u, out, D = _empty(residual.shape, dtype, residual.device, scratch, "u"), None, residual.shape[-1]
-        if hidden is not None:
-            out = torch.empty_like(residual)
-        self.library.add_norm(DTYPES.index(dtype), residual.numel() // D, D, hidden, residual, weight, bias, u, out)
-        return u, residual if out is None else out
+    def add_norm(self, hidden, residual, weight, bias):
+        """hidden, residual (b l d), weight, bias (d) -> normed in hidden's type, residual + hidden.
+        hidden None: only the norm, in weight's type."""
+        d = weight.numel()
+        rows = residual.numel() // d
+        u = torch.empty_like(residual, dtype=weight.dtype if hidden is None else hidden.dtype)
+        out = None if hidden is None else torch.empty_like(residual)
+        self.run(
+            "add_norm", residual.device, dtype=DTYPES.index(u.dtype), rows=rows, d=d, hidden=hidden,
+            residual=residual, weight=weight.float(), bias=float32(bias), u=u, out=out,
+        )
+        return u, out
 
     def add_norm_backward(self, residual, weight, bias, du, dout):
-        """-> the gradients of residual + hidden (float32; and in du's type, if that is another), weight and bias."""
-        D, code = residual.shape[-1], DTYPES.index(du.dtype)
-        dr, dhidden = torch.empty_like(residual), None if code == 0 else torch.empty_like(du)
-        dweight, dbias = torch.empty_like(weight), None if bias is None else torch.empty_like(weight)
-        self.library.add_norm_backward(code, residual.numel() // D, D, residual, weight, int(bias is not None), du,
-                                       dout, dr, dhidden, dweight, dbias)
-        return dr, dhidden, dweight, dbias
+        """residual: the sum that add_norm returned -> the gradients of residual (float32), of hidden
+        in du's type or None if they are the same, of weight and bias."""
+        d = weight.numel()
+        dresidual = torch.empty_like(residual)
+        dhidden = None if du.dtype == torch.float32 else torch.empty_like(du)
+        dweight = torch.empty_like(weight, dtype=torch.float32)
+        dbias = None if bias is None else torch.empty_like(dweight)
+        self.run(
+            "add_norm_backward", residual.device, dtype=DTYPES.index(du.dtype),
+            rows=residual.numel() // d, d=d, centred=int(bias is not None), residual=residual,
+            weight=weight.float(), du=du, dout=dout, dresidual=dresidual, dhidden=dhidden,
+            dweight=dweight, dbias=dbias,
+        )
+        return dresidual, dhidden, dweight, dbias
 
-    def conv_pool(self, xz, w, walk):
-        _, B, _, P, E, _ = sizes = _sizes(xz, walk)
-        p = torch.empty((2, B, P, E), device=xz.device)
-        argmax = torch.empty_like(p, dtype=torch.int32) if w.pool == "max" else None
-        self.library.conv_pool(*sizes, int(w.pool == "max"), xz, w.conv_w, w.conv_b, *walk, p, argmax)
-        return p, argmax
+    def conv_pool(self, xz, w: Tensors, walk: Walk, pool: str):
+        """xz (b l 2e) -> pooled (k b p e) and, for max pooling, the place of each maximum."""
+        sizes = sizes_of(xz, w, walk)
+        pooled = torch.empty((2, sizes["b"], sizes["p"], sizes["e"]), device=xz.device)
+        argmax = torch.empty_like(pooled, dtype=torch.int32) if pool == "max" else None
+        self.run(
+            "conv_pool", xz.device, **sizes, **walk._asdict(), max=int(pool == "max"), xz=xz,
+            conv_weight=w.conv_weight, conv_bias=w.conv_bias, pooled=pooled, argmax=argmax,
+        )
+        return pooled, argmax
 
-    def conv_pool_backward(self, xz, argmax, w, walk, dp, g, dxz):
-        """Fills the x half of dxz -> the gradients of conv_w, conv_b and, unless the scan has it, D."""
-        dconv_w, dconv_b = torch.empty_like(w.conv_w), torch.empty_like(w.conv_b)
-        D, dD = (None, None) if w.skip_before_expand else (w.D, torch.empty_like(w.D))
-        self.library.conv_pool_backward(*_sizes(xz, walk), int(w.pool == "max"), xz, w.conv_w, w.conv_b, D, *walk,
-                                        argmax, dp, g, dxz, dconv_w, dconv_b, dD)
-        return dconv_w, dconv_b, dD
+    def conv_pool_backward(self, xz, argmax, w: Tensors, walk: Walk, skip, dpooled, g, dxz):
+        """Fills the x half of dxz -> the gradients of conv_weight, conv_bias and, unless the scan
+        has it (skip), D."""
+        dconv_weight = torch.empty_like(w.conv_weight)
+        dconv_bias = torch.empty_like(w.conv_bias)
+        dD = None if skip else torch.empty_like(w.D)
+        self.run(
+            "conv_pool_backward", xz.device, **sizes_of(xz, w, walk), **walk._asdict(),
+            max=int(argmax is not None), xz=xz, conv_weight=w.conv_weight, conv_bias=w.conv_bias,
+            D=None if skip else w.D, argmax=argmax, dpooled=dpooled, g=g, dxz=dxz,
+            dconv_weight=dconv_weight, dconv_bias=dconv_bias, dD=dD,
+        )
+        return dconv_weight, dconv_bias, dD
 
-    def selective_scan(self, x, dt, A, B, C, D, dt_bias):
+    def selective_scan(self, x, dt, A, B, C, D=None, dt_bias=None, stride=None):
+        """As fastvim.selective_scan. stride: B and C are columns of a table that is so wide."""
         s = torch.empty_like(x)
-        self.library.selective_scan(*x.shape, A.shape[2], x, dt, A, B, C, B.stride(2), D, dt_bias, s)
+        self.run(
+            "selective_scan", x.device, **scan_sizes(x, A, stride), x=x, dt=dt, A=A, B=B, C=C, D=D,
+            dt_bias=dt_bias, s=s,
+        )
         return s
 
-    def selective_scan_backward(self, x, dt, A, B, C, D, dt_bias, ds):
-        """ds (K B P E), or (B P E) if it is the same for all directions -> the gradients of the seven others."""
-        dB, dC = (torch.empty(t.shape, device=t.device) for t in (B, C))
-        dx, ddt, dA, dD, ddt_bias = (None if t is None else torch.empty_like(t) for t in (x, dt, A, D, dt_bias))
-        self.library.selective_scan_backward(*x.shape, A.shape[2], x, dt, A, B, C, B.stride(2), D, dt_bias, ds,
-                                             int(ds.ndim == 3), dx, ddt, dA, dB, dC, dD, ddt_bias)
-        return dx, ddt, dA, dB, dC, dD, ddt_bias
+    def selective_scan_backward(self, x, dt, A, B, C, D, dt_bias, ds, stride=None):
+        """ds (k b p e), or (b p e) if it is the same for all directions -> the gradients of the
+        seven others."""
+        like = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias}
+        grads = {
+            f"d{name}": None if t is None else torch.empty(t.shape, device=t.device)
+            for name, t in like.items()
+        }
+        self.run(
+            "selective_scan_backward", x.device, **scan_sizes(x, A, stride), shared=int(ds.ndim == 3),
+            **like, ds=ds, **grads,
+        )
+        return tuple(grads.values())
 
-    def expand_gate(self, xz, kept, s, w, walk, scratch=None):
-        _, B, S, _, E, _ = sizes = _sizes(xz, walk)
-        y = _empty((B, S, E), xz.dtype, xz.device, scratch, "y")
-        self.library.expand_gate(*sizes, xz, s, w.conv_w, w.conv_b, None if w.skip_before_expand else w.D, w.norm_w,
-                                 w.norm_b, walk.token, walk.group, y)
+    def expand_gate(self, xz, s, w: Tensors, walk: Walk, skip):
+        """s (k b p e) and the z of xz (b l 2e) -> y (b l e)."""
+        sizes = sizes_of(xz, w, walk)
+        y = xz.new_empty(sizes["b"], sizes["l"], sizes["e"])
+        self.run(
+            "expand_gate", xz.device, **sizes, **walk._asdict(), xz=xz, s=s,
+            conv_weight=w.conv_weight, conv_bias=w.conv_bias, D=None if skip else w.D,
+            norm_weight=w.norm_weight, norm_bias=w.norm_bias, y=y,
+        )
         return y
 
-    def expand_gate_backward(self, xz, s, w, walk, dy, dxz):
-        """Fills the z half of dxz -> y once more, g (B L E) the gradient of each direction's expanded s, that of s
-        (B P E), the same in both directions, and those of norm_w and norm_b."""
-        _, B, _, P, E, _ = sizes = _sizes(xz, walk)
-        y, g, ds = torch.empty_like(dy), torch.empty_like(dy), torch.empty((B, P, E), device=xz.device)
-        dnorm_w, dnorm_b = (None if t is None else torch.empty_like(t) for t in (w.norm_w, w.norm_b))
-        self.library.expand_gate_backward(*sizes, xz, s, w.conv_w, w.conv_b, None if w.skip_before_expand else w.D,
-                                          w.norm_w, w.norm_b, walk.token, walk.group, walk.member, walk.start, dy,
-                                          y, dxz, g, ds, dnorm_w, dnorm_b)
-        return y, g, ds, dnorm_w, dnorm_b
-
-    # -- the same with checks
-
-    def _check(self, name, tensor, dtype, shape, device):
-        """Raises TypeError or ValueError unless tensor is as the kernels expect it."""
-        if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.device != device:
-            got = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"backend {self.name}: {name} must be {dtype} on {device}, not {got}")
-        if tensor.shape != shape:
-            raise ValueError(f"backend {self.name}: {name} must have the shape {tuple(shape)}, not "
-                             f"{tuple(tensor.shape)}")
-
-    def _checked(self, xz, w, walk):
-        """Checks all that conv_pool and expand_gate get to see besides their own results -> xz and w, contiguous."""
-        if not isinstance(xz, Tensor) or xz.dtype not in self.dtypes:
-            raise TypeError(f"backend {self.name}: activations must be a tensor of {', '.join(map(str, self.dtypes))}, "
-                            f"not {getattr(xz, 'dtype', type(xz).__name__)}")
-        if xz.ndim != 3 or w.A_log.ndim != 3 or w.dt_proj.ndim != 3 or not 1 <= w.A_log.shape[2] <= 64:
-            raise ValueError(f"backend {self.name}: expected activations (B, L, 2E), A_log (2, E, N <= 64) and dt_proj "
-                             f"(2, E, R), not {tuple(xz.shape)}, {tuple(w.A_log.shape)} and {tuple(w.dt_proj.shape)}")
-        (B, S, width), device = xz.shape, xz.device
-        E, N, R, b, P = width // 2, w.A_log.shape[2], w.dt_proj.shape[2], walk.token.shape[0], walk.start.shape[-1] - 1
-        if S < 1 or b not in (1, B):
-            raise ValueError(f"backend {self.name}: activations {tuple(xz.shape)} do not fit a plan of batch {b}")
-        shapes = [(2, E, 4), (2, E), (2, R + 2 * N, E), (2, E, R), (2, E), (2, E, N), (2, E), (E,), (E,),
-                  (b, S), (b, S), (b, S), (b, S), (b, P + 1)]
-        f32, i32 = torch.float32, torch.int32
-        tensors = w[:9] + tuple(walk)
-        for t, shape, dtype in zip(tensors, shapes, (f32,) * 9 + (i32, i32, f32, i32, i32)):
-            if t is None or t.shape != shape or t.dtype != dtype or t.device != device:      # rare: now find its name
-                for name in SSMWeights._fields[:9] + Walk._fields:
-                    if (getattr(w, name) if name in SSMWeights._fields else getattr(walk, name)) is t:
-                        break
-                if t is not None or name not in ("norm_w", "norm_b"):
-                    self._check(name if name in SSMWeights._fields else f"the plan's {name}", t, dtype, shape, device)
-        if not all(t is None or t.is_contiguous() for t in tensors[:9]):
-            w = SSMWeights(*(t if t is None else t.contiguous() for t in tensors[:9]), *w[9:])
-        return xz.contiguous(), w
-
-    def checked_add_norm(self, hidden, residual, weight, bias):
-        if not isinstance(hidden, Tensor) or not isinstance(weight, Tensor) or hidden.ndim < 1:
-            raise TypeError(f"backend {self.name}: hidden and weight must be tensors")
-        self._check("weight", weight, weight.dtype, hidden.shape[-1:], hidden.device)
-        for name, t, like in ("residual", residual, hidden), ("bias", bias, weight):
-            if t is not None:
-                self._check(name, t, torch.float32, like.shape, hidden.device)
-        if weight.dtype not in self.dtypes:
-            raise TypeError(f"backend {self.name}: weight must be of {', '.join(map(str, self.dtypes))}, not "
-                            f"{weight.dtype}")
-        if residual is None:
-            hidden, residual = None, hidden.float()
-        arguments = (t if t is None else t.contiguous() for t in (
-            hidden if hidden is None else hidden.to(weight.dtype), residual, weight.float(), bias))
-        return self.add_norm(*arguments, weight.dtype)
-
-    def checked_conv_pool(self, xz, w, plan):
-        walk = plan.walk(getattr(xz, "device", "cpu"))
-        return self.conv_pool(*self._checked(xz, w, walk), walk)
-
-    def checked_expand_gate(self, xz, kept, s, w, plan):
-        walk = plan.walk(getattr(xz, "device", "cpu"))
-        xz, w = self._checked(xz, w, walk)
-        self._check("s", s, torch.float32, (2, len(xz), plan.steps, xz.shape[2] // 2), xz.device)
-        return self.expand_gate(xz, kept, s.contiguous(), w, walk)
-
-    def _checked_scan(self, x, dt, A, B, C, D, dt_bias):
-        if not isinstance(x, Tensor) or x.ndim != 4 or not isinstance(A, Tensor) or A.ndim != 3 or x.shape[2] < 1:
-            raise ValueError(f"backend {self.name}: expected x (K, B, P, E) and A (K, E, N), not "
-                             f"{tuple(getattr(x, 'shape', '?'))} and {tuple(getattr(A, 'shape', '?'))}")
-        (K, batch, P, E), N = x.shape, A.shape[2]
-        if K not in (1, 2) or not 1 <= N <= 64:
-            raise ValueError(f"backend {self.name}: {K} directions and {N} states; it knows 1 or 2 and at most 64")
-        for name, t, shape in (("x", x, x.shape), ("dt", dt, x.shape), ("A", A, (K, E, N)), ("B", B, (K, batch, P, N)),
-                               ("C", C, (K, batch, P, N)), ("D", D, (K, E)), ("dt_bias", dt_bias, (K, E))):
-            if t is not None or name in ("dt", "B", "C"):
-                self._check(name, t, torch.float32, shape, x.device)
-        return [t if t is None else t.contiguous() for t in (x, dt, A, B, C, D, dt_bias)]
-
-    def checked_scan(self, x, dt, A, B, C, D=None, dt_bias=None):
-        return self.selective_scan(*self._checked_scan(x, dt, A, B, C, D, dt_bias))
-
-    def checked_scan_backward(self, x, dt, A, B, C, D, dt_bias, ds):
-        arguments = self._checked_scan(x, dt, A, B, C, D, dt_bias)
-        self._check("ds", ds, torch.float32, x.shape, x.device)
-        return self.selective_scan_backward(*arguments, ds.contiguous())
+    def expand_gate_backward(self, xz, s, w: Tensors, walk: Walk, skip, dy, dxz):
+        """Fills the z half of dxz -> g (b l e) the gradient of each direction's expanded s, that of s
+        (b p e), the same in both directions, and those of the norm."""
+        sizes = sizes_of(xz, w, walk)
+        g = torch.empty_like(dy)
+        ds = torch.empty((sizes["b"], sizes["p"], sizes["e"]), device=xz.device)
+        dnorm_weight = None if w.norm_weight is None else torch.empty_like(w.norm_weight)
+        dnorm_bias = None if w.norm_bias is None else torch.empty_like(w.norm_bias)
+        self.run(
+            "expand_gate_backward", xz.device, **sizes, **walk._asdict(), xz=xz, s=s,
+            conv_weight=w.conv_weight, conv_bias=w.conv_bias, D=None if skip else w.D,
+            norm_weight=w.norm_weight, norm_bias=w.norm_bias, dy=dy, dxz=dxz, g=g, ds=ds,
+            dnorm_weight=dnorm_weight, dnorm_bias=dnorm_bias,
+        )
+        return g, ds, dnorm_weight, dnorm_bias
 
 
-def _empty(shape, dtype, device, scratch, name):
-    """An empty tensor, in scratch if there is one. On a CPU, fresh large buffers come page by page from the system,
-    which costs more than filling them: sharing u, xz and y made FastVim-T 1.2 x faster at 1024 and 2048 px."""
-    if scratch is None or device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    if name not in scratch or scratch[name].shape != shape or scratch[name].dtype != dtype:
-        scratch[name] = torch.empty(shape, dtype=dtype)
-    return scratch[name]
+def float32(t):
+    return None if t is None else t.float()
 
 
-def _sizes(xz, walk):
-    B, S, width = xz.shape
-    b, P = walk.start.shape
-    return DTYPES.index(xz.dtype), B, S, P - 1, width // 2, b
+def sizes_of(xz, w: Tensors, walk: Walk) -> dict:
+    """The lengths of all axes. Raises ValueError where the shapes do not fit together."""
+    b, l, width = xz.shape
+    e = width // 2
+    r = w.dt_proj.shape[-1]
+    n = w.A_log.shape[-1]
+    rows, edges = walk.start.shape
+    shapes = [(2, e, 4), (2, e), (2, r + 2 * n, e), (2, e, r), (2, e), (2, e, n), (2, e), (e,), (e,)]
+    found = [t if t is None else t.shape for t in w]
+    if found != [shape if t is not None else None for shape, t in zip(shapes, w)]:
+        named = {name: None if t is None else tuple(t.shape) for name, t in w._asdict().items()}
+        raise ValueError(f"activations {tuple(xz.shape)} do not fit weights of shapes {named}")
+    if l < 1 or rows not in (1, b) or walk.token.shape != (rows, l) or not 1 <= n <= MAX_STATES:
+        raise ValueError(
+            f"activations {tuple(xz.shape)} do not fit a walk of {tuple(walk.token.shape)} tokens, "
+            f"or {n} states are not 1 to {MAX_STATES}"
+        )
+    return {"dtype": DTYPES.index(xz.dtype), "b": b, "l": l, "p": edges - 1, "e": e, "rows": rows}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. The block as one operation
+def scan_sizes(x, A, stride) -> dict:
+    k, b, p, e = x.shape
+    n = A.shape[2]
+    if k not in (1, 2) or not 1 <= n <= MAX_STATES or p < 1:
+        raise ValueError(
+            f"{k} directions, {p} steps and {n} states; kernels know 1 or 2 directions, at least one "
+            f"step and at most {MAX_STATES} states"
+        )
+    return {"k": k, "b": b, "p": p, "e": e, "n": n, "stride": stride or n}
+
+
+class CompiledBackend:
+    """fastvim.Backend by Kernels. What they do not know is run by `plain`, and said once."""
+    why = "compiled kernels"
+
+    def __init__(self, kernels: Kernels, device: str, plain, announce):
+        self.kernels = kernels
+        self.name = kernels.name
+        self.devices = (device,)
+        self.problem = kernels.problem
+        self.plain = plain
+        self.announce = announce
+
+    def add_norm(self, hidden, residual, norm):
+        if residual is None or not self.serves(hidden, lacks_norm(norm)):
+            return self.plain.add_norm(hidden, residual, norm)
+        weight = norm.weight
+        hidden = hidden.to(weight.dtype).contiguous()
+        arguments = (hidden, residual.contiguous(), weight, getattr(norm, "bias", None))
+        if runs_directly(hidden):
+            return self.kernels.add_norm(*arguments)
+        return torch.ops.fastvim.add_norm(*arguments, self.name)
+
+    def ssm(self, xz, w, grid):
+        if not self.serves(xz, lacks_weights(w)):
+            return self.plain.ssm(xz, w, grid)
+        arguments = (xz.contiguous(), *tensors_of(w), w.pool, w.skip_before_expand)
+        if runs_directly(xz):
+            return run_ssm(self.kernels, walk_of(grid, xz.device), *arguments)[0]
+        return torch.ops.fastvim.ssm(*arguments, *pack_grid(grid), self.name)[0]
+
+    # One operation at a time, for tests and measurements: no gradients
+
+    def conv_pool(self, xz, w, grid):
+        """-> None, where plain PyTorch returns c, which kernels do not store; pooled (k b p e)."""
+        walk = walk_of(grid, xz.device)
+        return None, self.kernels.conv_pool(xz.contiguous(), tensors_of(w), walk, w.pool)[0]
+
+    def selective_scan(self, x, dt, A, B, C, D=None, dt_bias=None):
+        check_scan(x, dt, A, B, C, D, dt_bias)
+        arguments = [None if t is None else t.contiguous() for t in (x, dt, A, B, C, D, dt_bias)]
+        return self.kernels.selective_scan(*arguments)
+
+    def expand_gate(self, xz, c, s, w, grid):
+        walk = walk_of(grid, xz.device)
+        return self.kernels.expand_gate(
+            xz.contiguous(), s.contiguous(), tensors_of(w), walk, w.skip_before_expand
+        )
+
+    def serves(self, activations: Tensor, lacks: str) -> bool:
+        """Can the kernels run this call? What they lack is logged once."""
+        if not lacks and activations.dtype not in self.kernels.dtypes:
+            lacks = f"{activations.dtype} activations"
+        if not lacks and torch._C._functorch.peek_interpreter_stack() is not None:
+            lacks = "torch.func transforms"
+        if lacks and not torch.compiler.is_compiling():
+            self.announce(
+                logging.WARNING, "backend %s has no %s: python runs this", self.name, lacks
+            )
+        return not lacks
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Nobody has hung anything on the module: calling it does what its class says."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    changed = "forward" in module.__dict__ or module._backward_pre_hooks
+    return not any(hooks) and not changed
+
+
+def lacks_norm(norm: nn.Module | None) -> str:
+    """What kernels lack to compute the norm, "" if nothing: they read its weights, do not call it."""
+    if norm is None:
+        return ""
+    if not is_untouched(norm):
+        return "hooks on norms"
+    if not isinstance(norm, (nn.RMSNorm, nn.LayerNorm)) or norm.weight is None or norm.eps != EPS:
+        return f"norms such as {type(norm).__name__}"
+    return ""
+
+
+def lacks_weights(w) -> str:
+    if w.pool == "attention":
+        return "attention pooling"
+    if w.conv_weight is None or w.conv_weight.shape[2] != 4:
+        return "convolution of other than four taps"
+    return lacks_norm(w.norm)
+
+
+def tensors_of(w) -> Tensors:
+    """fastvim.SSMWeights -> what kernels take of them."""
+    norm_weight = norm_bias = None
+    if w.norm is not None:
+        norm_weight = w.norm.weight.float()
+        norm_bias = float32(getattr(w.norm, "bias", None))
+    tensors = (*w[:7], norm_weight, norm_bias)
+    return Tensors(*(None if t is None else t.contiguous() for t in tensors))
+
+
+def walk_of(grid, device: torch.device) -> Walk:
+    return unpack_grid(device, *pack_grid(grid))
+
+
+def pack_grid(grid) -> tuple:
+    """A Grid as arguments of an operation: tables, storage, order, pooled, lengths, scale. A full
+    grid has no tables: they are looked up when the operation runs, on real tensors."""
+    if hasattr(grid, "walk"):
+        return (list(walk_with_holes(grid)), "", "", "", [grid.steps], 1.0)
+    lengths = [length for _, length in grid.sizes]
+    return ([], grid.storage, grid.order, grid.pooled, lengths, grid.scale)
+
+
+def unpack_grid(device, tables, storage, order, pooled, lengths, scale) -> Walk:
+    if tables:
+        return Walk(*tables)
+    return full_walk(storage, order, pooled, tuple(lengths), scale, device)
+
+
+def runs_directly(t: Tensor) -> bool:
+    """Is there nothing to record or transform? Then the plain function saves the dispatcher's time."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return is_plain(t) and torch._C._len_torch_dispatch_stack() == 0
+
+
+def check_scan(x, dt, A, B, C, D, dt_bias):
+    """Raises ValueError unless the shapes are those of fastvim.selective_scan."""
+    if x.ndim != 4 or A.ndim != 3:
+        raise ValueError(
+            f"expected x (k b p e) and A (k e n), not {tuple(x.shape)} and {tuple(A.shape)}"
+        )
+    k, b, p, e = x.shape
+    n = A.shape[2]
+    shapes = {"dt": (k, b, p, e), "A": (k, e, n), "B": (k, b, p, n), "C": (k, b, p, n)}
+    shapes |= {"D": (k, e), "dt_bias": (k, e)}
+    for (name, shape), t in zip(shapes.items(), (dt, A, B, C, D, dt_bias)):
+        if t is not None and t.shape != shape:
+            raise ValueError(f"{name} must have the shape {shape}, not {tuple(t.shape)}")
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Operations of torch.library: what autograd, torch.compile and torch.export see
 #
-# With kernels that know their own backward pass, autograd need not see inside: one operation a block keeps xz, the
-# residual and the pooled tensors, and computes u, c and the gated y again in the backward pass. That is 6 D floats a
-# token where autograd's own graph would keep several times that. torch.compile and torch.export see one node.
+# Kernels know their own backward pass, so autograd need not look inside: ssm keeps xz and the pooled
+# tensors, and computes the convolutions again on the way back.
 
 
-def _no_autocast(device):
-    on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
+def project(pooled, w: Tensors):
+    """fastvim.select with the intermediate result: pooled (k b p e) -> dt (k b p e), B, C (k b p n),
+    columns of a table, low (k bp r), the table's width."""
+    r = w.dt_proj.shape[2]
+    n = w.A_log.shape[2]
+    table = torch.bmm(pooled.flatten(1, 2), w.x_proj.mT)    # (k bp r+2n)
+    low, B, C = table.view(*pooled.shape[:3], r + 2 * n).split([r, n, n], -1)
+    low = low.flatten(1, 2)                                 # (k bp r)
+    dt = torch.bmm(low, w.dt_proj.mT).view(pooled.shape)    # (k b p e)
+    return dt, B, C, low, r + 2 * n
 
 
-_SCHEMA = ("Tensor? block_w, Tensor? block_b, Tensor in_proj, Tensor out_proj, Tensor conv_w, Tensor conv_b, "
-           "Tensor x_proj, Tensor dt_proj, Tensor dt_bias, Tensor A_log, Tensor D, Tensor? norm_w, Tensor? norm_b, "
-           "Tensor token, Tensor group, Tensor weight, Tensor member, Tensor start, str pool, bool skip, str backend")
+def run_ssm(kernels, walk, xz, *rest):
+    """fastvim.ssm by kernels -> y (b l e) and, for the way back, pooled, argmax or None, s."""
+    *tensors, pool, skip = rest
+    w = Tensors(*tensors)
+    pooled, argmax = kernels.conv_pool(xz, w, walk, pool)   # (k b p e)
+    dt, B, C, _, stride = project(pooled, w)
+    D = w.D if skip else None
+    A = -torch.exp(w.A_log)
+    s = kernels.selective_scan(pooled, dt, A, B, C, D, w.dt_bias, stride)
+    return kernels.expand_gate(xz, s, w, walk, skip), pooled, argmax, s
 
 
-def _run_block(scratch, hidden, residual, block_w, block_b, in_proj, out_proj, *rest):
-    """add_norm, in_proj, ssm, out_proj -> hidden and residual (B L D), and, to save, xz, p, argmax, s. Without block_w
-    the norm is left out: hidden comes normed."""
-    (pool, skip, backend, _), walk = rest[14:], Walk(*rest[9:14])
-    ops, w, out = fastvim.BACKENDS[backend].kernels, SSMWeights(*rest[:9], None, None, pool, skip), None
-    with _no_autocast(hidden.device):
-        u = hidden
-        if block_w is not None:
-            D = hidden.shape[-1:]
-            if residual is None or residual.shape != hidden.shape or residual.dtype != torch.float32:
-                raise ValueError(f"residual must be float32 of hidden's shape {tuple(hidden.shape)}")
-            if block_w.shape != D or block_w.dtype != torch.float32 or hidden.dtype != in_proj.dtype or (
-                    block_b is not None and (block_b.shape != D or block_b.dtype != torch.float32)):
-                raise ValueError(f"the block's norm must be float32 of shape {tuple(D)}, hidden of in_proj's type")
-            u, out = ops.add_norm(hidden.contiguous(), residual.contiguous(), block_w, block_b, in_proj.dtype, scratch)
-        if scratch is None:
-            xz = F.linear(u, in_proj)                                       # (B L 2E)
-        else:
-            xz = _empty((*u.shape[:2], len(in_proj)), u.dtype, u.device, scratch, "xz")
-            torch.mm(u.flatten(0, 1), in_proj.mT, out=xz.flatten(0, 1))
-        xz, w = ops._checked(xz, w, walk)
-        y, p, argmax, s = ssm(xz, w, walk, ops, scratch)                    # (B L E)
-        return F.linear(y, out_proj), out, xz, p, argmax, s                 # (B L D) ...
+def run_ssm_backward(kernels, walk, dy, pooled, argmax, s, xz, *rest):
+    """dy (b l e) -> the gradients of xz and of the nine Tensors, None where there is none."""
+    *tensors, pool, skip = rest
+    w = Tensors(*tensors)
+    dxz = torch.empty_like(xz)
+    g, ds, *dnorm = kernels.expand_gate_backward(xz, s, w, walk, skip, dy, dxz)
+    dt, B, C, low, stride = project(pooled, w)
+    D = w.D if skip else None
+    A = -torch.exp(w.A_log)
+    dp, ddt, dA, dB, dC, dD, ddt_bias = kernels.selective_scan_backward(
+        pooled, dt, A, B, C, D, w.dt_bias, ds, stride
+    )
+    ddt = ddt.flatten(1, 2)                                 # (k bp e)
+    ddt_proj = ddt.mT @ low                                 # (k e r)
+    dtable = torch.cat([ddt @ w.dt_proj, dB.flatten(1, 2), dC.flatten(1, 2)], 2)
+    dx_proj = dtable.mT @ pooled.flatten(1, 2)              # (k r+2n e)
+    dp = torch.baddbmm(dp.flatten(1, 2), dtable, w.x_proj).view_as(pooled)
+    argmax = argmax if pool == "max" else None
+    dconv_weight, dconv_bias, dskip = kernels.conv_pool_backward(
+        xz, argmax, w, walk, skip, dp, g, dxz
+    )
+    dD = dD if skip else dskip
+    return [dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA * A, dD, *dnorm]
 
 
-def _block_operation(hidden, *arguments):
-    hidden, *others = _run_block(None, hidden, *arguments)
-    if not arguments[-1]:                                                   # nothing to save
-        others[1:] = [None] * 4
-    return hidden, *[hidden.new_empty(0) if t is None else t for t in others]
+def no_autocast(device):
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
-_block = torch.library.custom_op(
-    "fastvim::block", _block_operation, mutates_args=(),
-    schema=f"(Tensor hidden, Tensor? residual, {_SCHEMA}, bool save) "
-           "-> (Tensor hidden, Tensor residual, Tensor xz, Tensor p, Tensor argmax, Tensor s)")
+def or_empty(like, values):
+    """Operations return tensors: an empty one stands for None."""
+    return [like.new_empty(0) if t is None else t for t in values]
 
 
-@_block.register_fake
-def _(hidden, residual, block_w, block_b, in_proj, out_proj, *rest):
-    start, pool, save = rest[13], rest[14], rest[17]
-    B, S, D = hidden.shape
-    pooled, f32 = (2, B, start.shape[1] - 1, out_proj.shape[1]), dict(dtype=torch.float32)
-    empty = hidden.new_empty
-    out = empty(0) if block_w is None else empty(B, S, D, **f32)
-    saved = [empty(0) for _ in range(4)] if not save else [
-        empty(B, S, in_proj.shape[0], dtype=in_proj.dtype), empty(pooled, **f32),
-        empty(pooled, dtype=torch.int32) if pool == "max" else empty(0), empty(pooled, **f32)]
-    return empty(B, S, out_proj.shape[0], dtype=in_proj.dtype), out, *saved
+# The arguments that ssm and its backward pass share
+SSM = (
+    "Tensor xz, Tensor conv_weight, Tensor conv_bias, Tensor x_proj, Tensor dt_proj, Tensor dt_bias, "
+    "Tensor A_log, Tensor D, Tensor? norm_weight, Tensor? norm_bias, str pool, bool skip, "
+    "Tensor[] tables, str storage, str order, str pooled, SymInt[] lengths, float scale, str backend"
+)
+TENSORS = 10                                                # xz and the nine after it
+GRID = slice(TENSORS + 2, TENSORS + 8)
 
 
-def _block_backward_operation(d_hidden, d_out, u, xz, p, argmax, s, block_w, block_b, in_proj, out_proj, *rest):
-    """The gradients of the arguments of block, hidden (in the activations' type) to norm_b; empty where there is none.
-    u: what block returned as residual, or, without block_w, its hidden."""
-    (pool, skip, backend), walk = rest[14:], Walk(*rest[9:14])
-    ops, w = fastvim.BACKENDS[backend].kernels, SSMWeights(*rest[:9], None, None, pool, skip)
-    xz, w = ops._checked(xz, w, walk)
-    with _no_autocast(u.device):
-        residual = u
-        if block_w is not None:
-            u = ops.add_norm(None, residual, block_w, block_b, in_proj.dtype)[0]             # (B L D)
-        d_hidden, dxz = d_hidden.contiguous(), torch.empty_like(xz)
-        y, g, ds, d_norm_w, d_norm_b = ops.expand_gate_backward(xz, s, w, walk, d_hidden @ out_proj, dxz)
-        d_out_proj = d_hidden.flatten(0, 1).mT @ y.flatten(0, 1)                             # (D E)
-        dt, Bm, Cm, low = project(p, w)
-        A, D = -torch.exp(w.A_log), w.D if skip else None
-        dp, d_dt, dA, dB, dC, d_D, d_dt_bias = ops.selective_scan_backward(p, dt, A, Bm, Cm, D, w.dt_bias, ds)
-        d_dt = d_dt.flatten(1, 2)                                                            # (K BP E)
-        d_dt_proj = d_dt.mT @ low.flatten(1, 2)                                              # (K E R)
-        d_proj = torch.cat([d_dt @ w.dt_proj, dB.flatten(1, 2), dC.flatten(1, 2)], 2)        # (K BP R+2N)
-        d_x_proj = d_proj.mT @ p.flatten(1, 2)                                               # (K R+2N E)
-        dp = torch.baddbmm(dp.flatten(1, 2), d_proj, w.x_proj).view_as(p)                    # (K B P E)
-        d_conv_w, d_conv_b, d_skip = ops.conv_pool_backward(xz, argmax if pool == "max" else None, w, walk, dp, g, dxz)
-        du = dxz @ in_proj                                                                   # (B L D)
-        d_in_proj = dxz.flatten(0, 1).mT @ u.flatten(0, 1)                                   # (2E D)
-        d_residual = d_block_w = d_block_b = None
-        if block_w is not None:
-            d_residual, du, d_block_w, d_block_b = ops.add_norm_backward(
-                residual, block_w, block_b, du, d_out if d_out is None else d_out.contiguous())
-    grads = (du, d_residual, d_block_w, d_block_b, d_in_proj, d_out_proj, d_conv_w, d_conv_b, d_x_proj, d_dt_proj,
-             d_dt_bias, dA * A, d_D if skip else d_skip, d_norm_w, d_norm_b)
-    return [xz.new_empty(0) if t is None else t for t in grads]
+def ssm_operation(*arguments):
+    kernels = KERNELS[arguments[-1]]
+    xz = arguments[0]
+    walk = unpack_grid(xz.device, *arguments[GRID])
+    with no_autocast(xz.device):
+        return tuple(or_empty(xz, run_ssm(kernels, walk, *arguments[:TENSORS + 2])))
 
 
-_block_backward = torch.library.custom_op(
-    "fastvim::block_backward", _block_backward_operation, mutates_args=(),
-    schema=f"(Tensor d_hidden, Tensor? d_out, Tensor u, Tensor xz, Tensor p, Tensor argmax, Tensor s, {_SCHEMA}) "
-           "-> Tensor[]")
+ssm = torch.library.custom_op(
+    "fastvim::ssm", ssm_operation, mutates_args=(),
+    schema=f"({SSM}) -> (Tensor y, Tensor pooled, Tensor argmax, Tensor s)",
+)
 
 
-@_block_backward.register_fake
-def _(d_hidden, d_out, u, xz, p, argmax, s, block_w, block_b, in_proj, *rest):
-    du = None if block_w is not None and in_proj.dtype == torch.float32 else u.new_empty(u.shape, dtype=in_proj.dtype)
-    like = du, None if block_w is None else u, block_w, block_b, in_proj, *rest[:10]
-    return [xz.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
+@ssm.register_fake
+def _(*arguments):
+    xz, pool = arguments[0], arguments[TENSORS]
+    tables, storage, order, pooled, lengths, _ = arguments[GRID]
+    b, l, width = xz.shape
+    if tables:
+        p = tables[4].shape[1] - 1
+    else:
+        sizes = dict(zip(storage.split(), lengths))
+        p = math.prod(n for axis, n in sizes.items() if axis not in pooled.split())
+    p = xz.new_empty(2, b, p, width // 2, dtype=torch.float32)
+    argmax = torch.empty_like(p, dtype=torch.int32) if pool == "max" else xz.new_empty(0)
+    return xz.new_empty(b, l, width // 2), p, argmax, torch.empty_like(p)
 
 
-def _save_block(ctx, inputs, output):
-    _, out, *saved = output
-    ctx.save_for_backward(inputs[0] if inputs[2] is None else out, *saved, *inputs[2:20])
-    ctx.flags = inputs[20:23]
-    ctx.mark_non_differentiable(*saved, *([out] if inputs[2] is None else []))
+def ssm_backward_operation(dy, pooled, argmax, s, *arguments):
+    kernels = KERNELS[arguments[-1]]
+    xz = arguments[0]
+    walk = unpack_grid(xz.device, *arguments[GRID])
+    with no_autocast(xz.device):
+        saved = (dy.contiguous(), pooled, argmax, s)
+        grads = run_ssm_backward(kernels, walk, *saved, *arguments[:TENSORS + 2])
+    return or_empty(xz, grads)
+
+
+ssm_backward = torch.library.custom_op(
+    "fastvim::ssm_backward", ssm_backward_operation, mutates_args=(),
+    schema=f"(Tensor dy, Tensor pooled_, Tensor argmax, Tensor s, {SSM}) -> Tensor[]",
+)
+
+
+@ssm_backward.register_fake
+def _(dy, pooled, argmax, s, *arguments):
+    return or_empty(arguments[0], [None if t is None else torch.empty_like(t) for t in arguments[:TENSORS]])
+
+
+def save_ssm(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:], *inputs[:TENSORS], *inputs[TENSORS + 2])
+    ctx.rest = [v for i, v in enumerate(inputs) if i >= TENSORS and i != TENSORS + 2]
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_block(ctx, d_hidden, d_out, *_):
-    u, xz, p, argmax, s, block_w, block_b, in_proj, out_proj, *rest = ctx.saved_tensors
-    if d_hidden is None:
-        d_hidden = xz.new_zeros(*xz.shape[:2], out_proj.shape[0])
-    inputs = block_w, block_b, in_proj, out_proj, *rest
-    du, d_residual, *grads = torch.ops.fastvim.block_backward(
-        d_hidden, None if block_w is None else d_out, u, xz, p, argmax, s, *inputs, *ctx.flags)
-    if block_w is not None and in_proj.dtype == torch.float32:
-        du = d_residual
-    grads = [d_residual, *grads]
-    return du, *(g if t is not None else None for g, t in zip(grads, (block_w, *inputs))), *[None] * 9
+def differentiate_ssm(ctx, dy, *_):
+    pooled, argmax, s, *inputs = ctx.saved_tensors
+    tensors, tables = inputs[:TENSORS], inputs[TENSORS:]
+    pool, skip, *rest = ctx.rest
+    grads = torch.ops.fastvim.ssm_backward(
+        dy, pooled, argmax, s, *tensors, pool, skip, tables, *rest
+    )
+    grads = [None if t is None else grad for t, grad in zip(tensors, grads)]
+    return (*grads, None, None, [None] * len(tables), *[None] * 6)
 
 
-_block.register_autograd(_differentiate_block, setup_context=_save_block)
+ssm.register_autograd(differentiate_ssm, setup_context=save_ssm)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Building the libraries
+def add_norm_operation(hidden, residual, weight, bias, backend):
+    return KERNELS[backend].add_norm(hidden, residual, weight, bias)
+
+
+add_norm = torch.library.custom_op(
+    "fastvim::add_norm", add_norm_operation, mutates_args=(),
+    schema="(Tensor hidden, Tensor residual, Tensor weight, Tensor? bias, str backend) "
+           "-> (Tensor u, Tensor out)",
+)
+
+
+@add_norm.register_fake
+def _(hidden, residual, weight, bias, backend):
+    return torch.empty_like(hidden), torch.empty_like(residual)
+
+
+def add_norm_backward_operation(du, dout, out, weight, bias, backend):
+    grads = KERNELS[backend].add_norm_backward(out, weight, bias, du.contiguous(), dout)
+    return or_empty(du, grads)
+
+
+add_norm_backward = torch.library.custom_op(
+    "fastvim::add_norm_backward", add_norm_backward_operation, mutates_args=(),
+    schema="(Tensor du, Tensor? dout, Tensor out, Tensor weight, Tensor? bias, str backend) "
+           "-> Tensor[]",
+)
+
+
+@add_norm_backward.register_fake
+def _(du, dout, out, weight, bias, backend):
+    dhidden = None if du.dtype == torch.float32 else torch.empty_like(du)
+    dweight = torch.empty_like(weight, dtype=torch.float32)
+    dbias = None if bias is None else torch.empty_like(dweight)
+    return or_empty(du, [torch.empty_like(out), dhidden, dweight, dbias])
+
+
+def save_add_norm(ctx, inputs, output):
+    _, _, weight, bias, backend = inputs
+    ctx.save_for_backward(output[1], weight, bias)
+    ctx.backend = backend
+    ctx.set_materialize_grads(False)
+
+
+def differentiate_add_norm(ctx, du, dout):
+    out, weight, bias = ctx.saved_tensors
+    if du is None:
+        return dout, dout, None, None, None
+    dout = None if dout is None else dout.contiguous()
+    dresidual, dhidden, dweight, dbias = torch.ops.fastvim.add_norm_backward(
+        du, dout, out, weight, bias, ctx.backend
+    )
+    dhidden = dresidual if du.dtype == torch.float32 else dhidden
+    dbias = None if bias is None else dbias.to(bias.dtype)
+    return dhidden, dresidual, dweight.to(weight.dtype), dbias, None
+
+
+add_norm.register_autograd(differentiate_add_norm, setup_context=save_add_norm)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Building the libraries
 
 
 
-def _cache():
+def cache_folder() -> str:
     """Where compiled libraries are kept: FASTVIM_CACHE, else fastvim in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = os.environ.get("FASTVIM_CACHE") or os.path.join(home, "fastvim")
@@ -400,8 +705,9 @@ def _cache():
 
 
 @contextlib.contextmanager
-def _build_lock(path):
-    """One builder at a time. The lock belongs to the open file: a process that is killed gives it back."""
+def lock(path: str):
+    """One builder at a time. The lock belongs to the open file: a process that is killed gives it
+    back."""
     try:
         import fcntl
     except ImportError:
@@ -411,123 +717,142 @@ def _build_lock(path):
         yield
 
 
-def _source(name):
-    for folder in (os.path.dirname(os.path.abspath(__file__)), os.path.join(sys.prefix, "share", "fastvim")):
+def find_source(name: str) -> str:
+    here = os.path.dirname(os.path.abspath(__file__))
+    for folder in (here, os.path.join(sys.prefix, "share", "fastvim")):
         if os.path.isfile(os.path.join(folder, name)):
             return os.path.join(folder, name)
     raise RuntimeError(f"{name} is missing: it belongs beside fastvim.py")
 
 
-def _digest(*parts):
-    """Names a build by all that it depends on."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else repr(part).encode())
-    return digest.hexdigest()[:16]
+def name_build(stem: str, sources: list[str], *parts) -> str:
+    """A name that changes with all that a build depends on."""
+    digest = hashlib.sha256(repr(parts).encode())
+    for source in sources:
+        with open(source, "rb") as file:
+            digest.update(file.read())
+    return f"{stem}_{digest.hexdigest()[:16]}"
 
 
-def _output(*command):
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+def output_of(*command: str) -> str:
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+    )
     if result.returncode:
-        lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines() or ["?"]
-        raise RuntimeError(f"{os.path.basename(command[0])} failed: {lines[0]}")
+        lines = result.stderr.splitlines() or ["?"]
+        wrong = [line for line in lines if "error" in line] or lines
+        raise RuntimeError(f"{os.path.basename(command[0])} failed: {wrong[0]}")
     return result.stdout
 
 
-class CLibrary:
-    """A shared library of C functions of pointers and int64: tensors go by their data, None as the null pointer.
-    last: further arguments, the same for every function."""
-
-    def __init__(self, path, *last):
-        library = ctypes.CDLL(path)
-
-        def wrap(function):
-            function.restype = None
-
-            def call(*args):
-                values = [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in args + last]
-                if function.argtypes is None:   # a pointer travels like an int64 in all 64-bit calling conventions
-                    function.argtypes = [ctypes.c_int64] * len(values)
-                function(*values)
-            return call
-        for name in ("add_norm", "conv_pool", "selective_scan", "expand_gate"):
-            setattr(self, name, wrap(getattr(library, name)))
-            setattr(self, f"{name}_backward", wrap(getattr(library, f"{name}_backward")))
+def torch_openmp() -> list[str]:
+    """The OpenMP runtime that torch has loaded (Linux): two would fight for the cores."""
+    if not os.path.exists("/proc/self/maps"):
+        return []
+    with open("/proc/self/maps") as file:
+        loaded = sorted({line.split(None, 5)[-1].strip() for line in file if "omp" in line})
+    return [path for path in loaded if re.search(r"lib(g|i)?omp[^/]*\.so", path)][:1]
 
 
-def _load_cpu():
-    source = _source("scan_cpu.cpp")
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+def processor() -> str:
+    """What -march=native depends on."""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith(("flags", "Features")):
+                    return line
+    return platform.machine()
+
+
+def load_cpu():
+    sources = [find_source("scan_cpu.cpp"), find_source("scan.h")]
+    compilers = (os.environ.get("CXX"), *map(shutil.which, ("g++", "clang++", "c++")))
+    compiler = next(filter(None, compilers), None)
     if compiler is None:
-        raise RuntimeError("no C++ compiler found: install g++ (Debian, Ubuntu: apt install g++) or set CXX")
-    maps, cpuinfo = "/proc/self/maps", "/proc/cpuinfo"
-    openmp, features = ["-fopenmp"], platform.machine()
-    if os.path.exists(maps):                    # Linux: use torch's own OpenMP, two would fight for the cores
-        with open(maps) as file:
-            openmp += [p for p in sorted({line.split(None, 5)[-1].strip() for line in file if "omp" in line})
-                       if re.search(r"lib(g|i)?omp[^/]*\.so", p)][:1]
-        with open(cpuinfo) as file:
-            features = next((line for line in file if line.startswith(("flags", "Features"))), features)
-    flags = ["-std=c++17", "-O3", "-march=native", *openmp, "-shared", "-fPIC"]
-    with open(source, "rb") as file:
-        name = f"scan_cpu_{_digest(file.read(), compiler, _output(compiler, '--version'), flags, features)}"
-    path = os.path.join(_cache(), f"{name}.so")
+        raise RuntimeError(
+            "no C++ compiler found: install g++ (Debian, Ubuntu: apt install g++) or set CXX"
+        )
+    flags = ["-std=c++17", "-O3", "-march=native", "-fopenmp", *torch_openmp(), "-shared", "-fPIC"]
+    version = output_of(compiler, "--version")
+    name = name_build("scan_cpu", sources, compiler, version, flags, processor())
+    path = os.path.join(cache_folder(), f"{name}.so")
     if not os.path.exists(path):
-        with _build_lock(os.path.join(_cache(), f"{name}.lock")):
+        with lock(os.path.join(cache_folder(), f"{name}.lock")):
             if not os.path.exists(path):        # nobody else has built it meanwhile
-                log.info("compiling %s", source)
-                _output(compiler, source, *flags, "-o", f"{path}.tmp")
-                os.replace(f"{path}.tmp", path)                             # all or nothing, even if this is killed
-    return CLibrary(path)
+                log.info("compiling %s", sources[0])
+                output_of(compiler, sources[0], *flags, "-o", f"{path}.tmp")
+                os.replace(f"{path}.tmp", path)                 # all or nothing, even if killed
+    library = ctypes.CDLL(path)
+
+    def call(operation: str, numbers: list[int], device: torch.device):
+        getattr(library, operation)((ctypes.c_int64 * len(numbers))(*numbers), None)
+
+    return call
 
 
-def _load_cuda():
+def load_cuda():
     from torch.utils import cpp_extension
-    sources = [_source("scan_cuda.cpp"), _source("scan_cuda.cu")]
-    nvcc = cpp_extension.CUDA_HOME and os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    sources = [find_source("scan_cuda.cpp"), find_source("scan_cuda.cu")]
     if torch.version.cuda is None:
         raise RuntimeError("this torch is built without CUDA")
-    if not nvcc or not os.path.exists(nvcc):
-        raise RuntimeError(f"no nvcc found: install the CUDA toolkit {torch.version.cuda} or set CUDA_HOME")
-    version = re.search(r"release ((\d+)\.\d+)", _output(nvcc, "--version"))
-    if version[2] != torch.version.cuda.split(".")[0]:
-        raise RuntimeError(f"nvcc is of CUDA {version[1]}, torch of CUDA {torch.version.cuda}: install a toolkit of "
-                           "the same major version and set CUDA_HOME to it")
+    nvcc = os.path.join(cpp_extension.CUDA_HOME or "", "bin", "nvcc")
+    if not os.path.exists(nvcc):
+        raise RuntimeError(
+            f"no nvcc found: install the CUDA toolkit {torch.version.cuda} or set CUDA_HOME"
+        )
+    version, major = re.search(r"release ((\d+)\.\d+)", output_of(nvcc, "--version")).groups()
+    if major != torch.version.cuda.split(".")[0]:
+        raise RuntimeError(
+            f"nvcc is of CUDA {version}, torch of CUDA {torch.version.cuda}: install a toolkit of "
+            "the same major version and set CUDA_HOME to it"
+        )
     flags = ["-O3", "-std=c++17", "-ftz=true"]
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(sorted(
-        {"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())})) or "8.0;9.0"
-    name = f"scan_cuda_{_digest(*(open(s, 'rb').read() for s in sources), torch.__version__, version[1], flags, archs)}"
-    folder = os.path.join(_cache(), name)
-    path = os.path.join(folder, f"{name}.so")
+    gpus = range(torch.cuda.device_count())
+    archs = {"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in gpus}
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(sorted(archs)) or "8.0;9.0"
+    name = name_build(
+        "scan_cuda", [*sources, find_source("scan.h")], torch.__version__, version, flags, archs
+    )
+    folder = os.path.join(cache_folder(), name)
     os.makedirs(folder, exist_ok=True)
-    if not os.path.exists(os.path.join(folder, "done")):
-        with _build_lock(os.path.join(_cache(), f"{name}.lock")):
-            if not os.path.exists(os.path.join(folder, "done")):
+    done = os.path.join(folder, "done")
+    if not os.path.exists(done):
+        with lock(os.path.join(cache_folder(), f"{name}.lock")):
+            if not os.path.exists(done):
                 log.warning("compiling the CUDA kernels for %s: once, about a minute", archs)
-                with contextlib.suppress(FileNotFoundError):                # left by a build that was killed: load()
-                    os.remove(os.path.join(folder, "lock"))                 # would wait for it for ever
-                before = {k: os.environ.get(k) for k in ("PATH", "TORCH_CUDA_ARCH_LIST")}
-                os.environ.update(TORCH_CUDA_ARCH_LIST=archs, PATH=os.pathsep.join(         # ninja is beside python
-                    [os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]))
-                try:
-                    library = cpp_extension.load(name, sources, extra_cuda_cflags=flags, build_directory=folder)
-                finally:
-                    for key, value in before.items():
-                        os.environ.pop(key) if value is None else os.environ.update({key: value})
-                open(os.path.join(folder, "done"), "w").close()
-                return library
+                build_extension(name, sources, flags, archs, folder)
+                open(done, "w").close()
+    path = os.path.join(folder, f"{name}.so")
     spec = importlib.util.spec_from_file_location(name, path)
     library = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(library)
-    return library
+    return lambda operation, numbers, device: library.call(operation, numbers, device.index)
 
 
-def register(name, device, dtypes, load):
-    """Registers the Backend that runs the kernels of the library which load() returns."""
-    k = Kernels(name, dtypes, load)
-    fastvim.register_backend(Backend(name, (device,), "compiled kernels", k.checked_add_norm, k.checked_conv_pool,
-                                     k.checked_scan, k.checked_expand_gate, k))
+def build_extension(name, sources, flags, archs, folder):
+    """torch's way to compile, which reads its settings from the environment."""
+    from torch.utils import cpp_extension
+    with contextlib.suppress(FileNotFoundError):                # left by a build that was killed:
+        os.remove(os.path.join(folder, "lock"))                 # load() would wait for it for ever
+    before = {key: os.environ.get(key) for key in ("PATH", "TORCH_CUDA_ARCH_LIST")}
+    beside_python = os.path.dirname(sys.executable)             # where ninja is
+    os.environ["PATH"] = os.pathsep.join([beside_python, before["PATH"] or os.defpath])
+    os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+    try:
+        cpp_extension.load(name, sources, extra_cuda_cflags=flags, build_directory=folder)
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key)
+            if value is not None:
+                os.environ[key] = value
 
 
-register("cpu", "cpu", DTYPES[:2], _load_cpu)
-register("cuda", "cuda", DTYPES, _load_cuda)
+KERNELS = {
+    "cpu": Kernels("cpu", DTYPES[:2], load_cpu),
+    "cuda": Kernels("cuda", DTYPES, load_cuda),
+}
+
+
+def backends(plain, announce) -> list[CompiledBackend]:
+    """plain: the fastvim.Backend for what kernels do not know; announce: logs a message once."""
+    return [CompiledBackend(kernels, name, plain, announce) for name, kernels in KERNELS.items()]

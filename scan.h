@@ -91,7 +91,7 @@ struct ExpandGateBackward {
     const void *xz;
     const float *s, *conv_weight, *conv_bias, *D, *norm_weight, *norm_bias;
     const void *dy;
-    void *y, *dxz, *g;                          // y once more; the z half of dxz; g the gradient of each expanded s
+    void *dxz, *g;                              // the z half of dxz; g [b][l][e] the gradient of each expanded s
     float *ds, *dnorm_weight, *dnorm_bias;      // ds [b][p][e], the same for both directions
 };
 

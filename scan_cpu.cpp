@@ -1,31 +1,24 @@
-// scan_cpu.cpp: the operations of fastvim.py (its section 3) and their gradients on the CPU.
+// scan_cpu.cpp: the operations of scan.h on the CPU.
 //
 //     g++ -std=c++17 -O3 -march=native -fopenmp -shared -fPIC -Wall -Wextra scan_cpu.cpp -o scan_cpu.so
 //
-// Plain C functions on raw pointers, called through ctypes: sizes are int64_t, everything is contiguous, channels are
-// the last axis. No torch header, no -ffast-math: NaN and infinity travel as they do in PyTorch.
+// Plain C functions, called through ctypes. No torch header, no -ffast-math: NaN and infinity travel as they do in
+// PyTorch. The argument structures, the walk and the letters of the axes are those of scan.h; besides, W is the lanes of
+// a vector, and T the type of the activations, float or bf16 (dtype 0 or 1).
 //
-// Symbols: B batch, S positions = slots (tokens) of an image, P scan steps (groups), E inner channels, N states,
-//          K = 2 directions (0 forward, 1 backward), D embed_dim, W lanes of a vector. T: float or bf16 (dtype 0 or 1).
-//
-// The walk. A layer flattens the token grid in some order and pools some of its axes. Kernels see this as tables over
-// the positions of the flatten order (shared by all images: Bt = 1; or one row per image: Bt = B):
-//     token[t]   the slot (row of xz) at position t          group[t]  its scan step; -1: padding, which reads as zero
-//     weight[t]  its factor in the mean of its group
-//     member, start   group g owns the positions member[start[g]] ... member[start[g + 1] - 1], in ascending order
-//
-// Four ideas carry everything below. Figures in comments: FastVim-T, 8 images of 224 px, one core of a 3 GHz AVX-512
-// Xeon, halved as if for two; ns per B S E element where nothing else is said.
+// Four ideas carry everything after the naive scan. Figures in comments: FastVim-T, 8 images of 224 px, one core of a
+// 3 GHz AVX-512 Xeon, halved as if for two; ns per b l e element where nothing else is said.
 //   1. Channels are the vector axis. No operation mixes them except sums, so nothing is ever transposed, and a token at
-//      any stride is one pointer. E need not be a multiple of W: the rest runs the same code on vectors of width 1.
+//      any stride is one pointer. e need not be a multiple of W: the rest runs the same code on vectors of width 1.
 //   2. Both convolutions, forward and backward in time, are one pass over tiles of 4 positions and their 3 neighbours
 //      on each side. c = silu(conv(x)) is never stored: it is computed again wherever it is needed.
 //   3. Work is cut into chunks that depend on the sizes alone. Each chunk sums its share of the parameter gradients by
 //      itself, the shares are added in order: the same bits on any number of threads, without atomics.
 //   4. The price is exp: 8 instructions, a sigmoid 12. The rest is arranged around them.
+#include "scan.h"
+
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <vector>
@@ -33,16 +26,44 @@
 #include <immintrin.h>
 #endif
 
-#define INLINE inline __attribute__((always_inline))
-#define EACH [&](auto lane, At at) __attribute__((always_inline))       // the body of a loop over channels
-#define FULLY _Pragma("GCC unroll 16")                                  // arrays of vectors are registers if unrolled
 using i64 = int64_t;
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 1. Vectors
+// 1. The scan in plain loops. It says what selective_scan computes, and is compared with it by a test.
+
+extern "C" int selective_scan_naive(const SelectiveScan* a, void*) {
+    const i64 k = a->k, b = a->b, p = a->p, e = a->e, n = a->n;
+    for (i64 i = 0; i < k * b * e; i++) {
+        const i64 direction = i / (b * e), image = i / e % b, channel = i % e, own = direction * e + channel;
+        std::vector<float> h(n);                                        // the state, zero at first
+        for (i64 t = 0; t < p; t++) {
+            const i64 step = direction == 0 ? t : p - 1 - t;            // direction 1 begins at the end
+            const i64 row = (direction * b + image) * p + step;
+            const float *B = a->B + row * a->stride, *C = a->C + row * a->stride;
+            const float x = a->x[row * e + channel];
+            const float dt = a->dt[row * e + channel] + (a->dt_bias ? a->dt_bias[own] : 0);
+            const float delta = std::max(dt, 0.f) + std::log1p(std::exp(-std::abs(dt)));        // softplus
+            float s = a->D ? a->D[own] * x : 0;
+            for (i64 j = 0; j < n; j++) {
+                const float decay = std::exp(delta * a->A[own * n + j]);                        // equation 2
+                h[j] = decay * h[j] + delta * B[j] * x;                                         // equation 3
+                s += C[j] * h[j];                                                               // equation 4
+            }
+            a->s[row * e + channel] = s;
+        }
+    }
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 2. Vectors
 //
 // The compiler's vector extension gives + - * / < ?: on vectors for every instruction set, and a * b + c becomes one
-// instruction. Functions are templates over V = Vec or float, so that the same line serves the rest of E % W.
+// instruction. Functions are templates over V = Vec or float, so that the same line serves the rest of e % W.
+
+#define INLINE inline __attribute__((always_inline))
+#define EACH [&](auto lane, At at) __attribute__((always_inline))       // the body of a loop over channels
+#define FULLY _Pragma("GCC unroll 16")                                  // arrays of vectors are registers if unrolled
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 #define FASTVIM_AVX512 1
@@ -176,24 +197,26 @@ struct Sum {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 2. Loops over channels, threads, memory, chunks
+// 3. Loops over channels, threads, memory, chunks
 
 // A place in the channel axis. Sets of rows that are read together (weights, sums of gradients) are kept in blocks:
-// [E / W][rows][W]. So one pointer and constant offsets reach all of them; 14 pointers would not fit into registers.
+// [e / W][rows][W]. So one pointer and constant offsets reach all of them; 14 pointers would not fit into registers.
 struct At {
-    i64 e, block;                               // the channel; the first one of its block of W
-    INLINE i64 in(i64 rows) const { return block * rows + (e - block); }
+    i64 channel, block;                         // block: the first channel of its block of W
+    INLINE operator i64() const { return channel; }
+    INLINE i64 in(i64 rows) const { return block * rows + (channel - block); }
+    INLINE At from(i64 first) const { return {channel - first, block - first}; }
 };
 
-INLINE At place(i64 e) { return {e, e - e % W}; }
-INLINE i64 whole(i64 E) { return (E + W - 1) / W * W; }                 // E with the last block filled up
+INLINE At place(i64 channel) { return {channel, channel - channel % W}; }
+INLINE i64 whole(i64 e) { return (e + W - 1) / W * W; }                 // e with the last block filled up
 
 template <class F> INLINE void channels(i64 from, i64 to, F body) {
-    i64 e = from;
-    for (; e + W <= to; e += W) body(Vec(), At{e, e});
-    for (; e < to; e++) body(float(), place(e));
+    i64 i = from;
+    for (; i + W <= to; i += W) body(Vec(), At{i, i});
+    for (; i < to; i++) body(float(), place(i));
 }
-template <class F> INLINE void channels(i64 E, F body) { channels(0, E, body); }
+template <class F> INLINE void channels(i64 e, F body) { channels(0, e, body); }
 
 // Tasks on all threads, or on this one if there is less to do (in elements) than starting the others would take.
 template <class F> void parallel(i64 tasks, [[maybe_unused]] i64 elements, F task) {
@@ -239,514 +262,577 @@ struct Slots {
     }
 };
 
-struct Walk {
-    i64 B, S, P, E, Bt;
-    const int32_t *token, *group;
-    const float* weight;
-    const int32_t *member, *start;
+// The walk of one image
+static Walk image_walk(const Walk& walk, const Sizes& n, i64 image) {
+    const i64 row = walk.rows == 1 ? 0 : image, at = row * n.l;
+    return {1, walk.token + at, walk.group + at, walk.weight + at, walk.member + at, walk.start + row * (n.p + 1)};
+}
 
-    Walk image(i64 b) const {
-        Walk w = *this;
-        if (Bt == 1) return w;
-        w.token += b * S, w.group += b * S;
-        if (weight) w.weight += b * S;
-        if (member) w.member += b * S, w.start += b * (P + 1);
-        return w;
+// Positions t0 <= t < t1 of an image. If part < 0, the steps p0 <= step < p1 lie in them with all their members. Else
+// the steps are spread over the image (2-D pooling to few steps), and the chunk makes a partial sum of all of them.
+struct Chunk { i64 image, t0, t1, p0, p1, part; };
+
+// An image in chunks of at least `least` positions, or in `parts` if it can be cut nowhere between two steps
+static std::vector<Chunk> cut(const Walk& w, const Sizes& n, i64 least, i64 parts) {
+    std::vector<Chunk> list;
+    i64 t0 = 0, p0 = 0, reach = -1;
+    for (i64 step = 0; step + 1 < n.p; step++) {
+        // Steps 0 .. step are the first start[step + 1] positions if none of them reaches beyond.
+        const i64 t1 = w.start[step + 1];
+        if (t1 > w.start[step]) reach = std::max<i64>(reach, w.member[t1 - 1]);
+        if (reach + 1 != t1 || t1 - t0 < least) continue;
+        list.push_back({0, t0, t1, p0, step + 1, -1});
+        t0 = t1;
+        p0 = step + 1;
     }
-    bool real(i64 t) const { return t >= 0 && t < S && group[t] >= 0; }
-};
-
-// Positions t0 <= t < t1 of image b. If part < 0, the groups g0 <= g < g1 lie in them with all their members. Else the
-// groups are spread over the image (2-D pooling to few groups), and the chunk makes a partial sum of all of them.
-struct Chunk { i64 b, t0, t1, g0, g1, part; };
+    if (t0 == 0 && parts >= 2)
+        for (i64 i = 0; i < parts; i++) list.push_back({0, i * n.l / parts, (i + 1) * n.l / parts, 0, n.p, i});
+    else
+        list.push_back({0, t0, n.l, p0, n.p, -1});
+    return list;
+}
 
 struct Chunks {
     std::vector<Chunk> list;
-    std::vector<i64> split;                     // images whose groups are spread, each cut into `parts`
+    std::vector<i64> split;                     // images whose steps are spread, each cut into `parts`
     i64 parts;
 
-    Chunks(const Walk& walk, i64 least, bool may_split) {
-        const i64 S = walk.S, P = walk.P;
-        parts = may_split ? std::min({i64(16), S / (2 * P), S / least}) : 0;
-        for (i64 b = 0; b < walk.B; b++) {
-            const Walk w = walk.image(b);
-            const size_t first = list.size();
-            i64 t0 = 0, g0 = 0, reach = -1;
-            if (b > 0 && walk.Bt == 1) {        // cuts as in image 0
-                for (size_t i = 0; i < first / b; i++) list.push_back(list[i]), list.back().b = b;
-            } else {
-                for (i64 g = 0; g + 1 < P; g++) {
-                    // Groups 0 .. g are the first start[g + 1] positions if none of them reaches beyond.
-                    const i64 t1 = w.start[g + 1];
-                    if (t1 > w.start[g]) reach = std::max<i64>(reach, w.member[t1 - 1]);
-                    if (reach + 1 != t1 || t1 - t0 < least) continue;
-                    list.push_back({b, t0, t1, g0, g + 1, -1});
-                    t0 = t1, g0 = g + 1;
-                }
-                if (t0 > 0 || parts < 2) list.push_back({b, t0, S, g0, P, -1});
-                else
-                    for (i64 i = 0; i < parts; i++) list.push_back({b, i * S / parts, (i + 1) * S / parts, 0, P, i});
+    Chunks(const Sizes& n, const Walk& walk, i64 least, bool may_split)
+        : parts(may_split ? std::min({i64(16), n.l / (2 * n.p), n.l / least}) : 0) {
+        std::vector<Chunk> cuts;
+        for (i64 image = 0; image < n.b; image++) {
+            if (image < walk.rows) cuts = cut(image_walk(walk, n, image), n, least, parts);
+            for (Chunk c : cuts) {
+                c.image = image;
+                if (c.part >= 0) c.part += i64(split.size()) * parts;
+                list.push_back(c);
             }
-            if (list[first].part < 0) continue;
-            for (i64 i = 0; i < parts; i++) list[first + i].part = i64(split.size()) * parts + i;
-            split.push_back(b);
+            if (cuts[0].part >= 0) split.push_back(image);
         }
     }
 
-    // Room for the partial sums [split image][part][K][rows], and their sums, to result [K][B][rows]
-    float* partial(i64 K, i64 rows) const { return scratch<SPLIT>(i64(split.size()) * parts * K * rows); }
-    void reduce(const float* partial, i64 K, i64 B, i64 rows, float* result) const {
-        parallel(split.size() * K, i64(split.size()) * parts * K * rows, [&](i64 i) {
-            add_rows(partial + (i / K * parts * K + i % K) * rows, parts, K * rows, rows,
-                     result + (i % K * B + split[i / K]) * rows);
+    // Room for the partial sums [split image][part][k][floats], and their sums, to result [k][b][floats]
+    float* partial(i64 k, i64 floats) const { return scratch<SPLIT>(i64(split.size()) * parts * k * floats); }
+    void reduce(const float* partial, i64 k, i64 b, i64 floats, float* result) const {
+        parallel(split.size() * k, i64(split.size()) * parts * k * floats, [&](i64 i) {
+            add_rows(partial + (i / k * parts * k + i % k) * floats, parts, k * floats, floats,
+                     result + (i % k * b + split[i / k]) * floats);
         });
     }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 3. The convolution of a tile
+// 4. The convolution of a tile
 
 constexpr int TILE = 4;
+template <int N> using Count = std::integral_constant<int, N>;
 
 // Tiles of 4 positions load the weights once and share neighbours, 2.5 rows of x a position instead of 7: conv_pool
 // 0.35 -> 0.26, its gradient 1.17 -> 0.66. (Tiles of 2, 3, 6 and 7: 0.30, 0.28, 0.27, 0.25.)
-template <class F> INLINE void tiles(i64 t0, i64 t1, F tile) {
+template <class F> INLINE void tiles(i64 t0, i64 t1, F tile) {          // tile(number of positions, first one)
     i64 t = t0;
-    for (; t + TILE <= t1; t += TILE) tile(std::integral_constant<int, TILE>(), t);
-    for (; t < t1; t++) tile(std::integral_constant<int, 1>(), t);
+    for (; t + TILE <= t1; t += TILE) tile(Count<TILE>(), t);
+    for (; t < t1; t++) tile(Count<1>(), t);
 }
 
 // The parameters as blocked rows. Convolution weights are multiplied by -log2(e): the result is at once the argument
 // that sigmoid2 wants, and the -ln2 that t sigmoid2(t) lacks to be silu is put into the weight with which it is used.
 enum Row { W0 = 0, B0 = 4, W1 = 5, B1 = 9, D0 = 10, D1 = 11, NW = 12, NB = 13, ROWS = 14 };
-struct Pack { const float *rows, *zero; };      // zero: 2E zeros
+struct Packed { const float *rows, *zero; };    // zero: 2 e zeros
 
-static Pack pack(i64 E, const float* conv_w, const float* conv_b, const float* D = nullptr, float scale = 0,
-                 const float* norm_w = nullptr, const float* norm_b = nullptr) {
-    float *rows = scratch<PACK>(whole(E) * (ROWS + 2)), *zero = rows + whole(E) * ROWS;
-    std::fill(zero, zero + 2 * whole(E), 0.f);
-    for (i64 e = 0; e < E; e++) {
-        float* r = rows + place(e).in(ROWS);
-        for (int k = 0; k < 2; k++) {
-            for (int j = 0; j < 4; j++) r[(5 * k + j) * W] = -LOG2E * conv_w[(k * E + e) * 4 + j];
-            r[(5 * k + 4) * W] = -LOG2E * conv_b[k * E + e];
-            r[(D0 + k) * W] = D ? scale * D[k * E + e] : 0;
+static Packed pack(i64 e, const float* conv_weight, const float* conv_bias, const float* D = nullptr, float scale = 0,
+                   const float* norm_weight = nullptr, const float* norm_bias = nullptr) {
+    float *rows = scratch<PACK>(whole(e) * (ROWS + 2)), *zero = rows + whole(e) * ROWS;
+    std::fill(zero, zero + 2 * whole(e), 0.f);
+    for (i64 i = 0; i < e; i++) {
+        float* row = rows + place(i).in(ROWS);
+        for (int dir = 0; dir < 2; dir++) {
+            const i64 own = dir * e + i;
+            for (int j = 0; j < 4; j++) row[(5 * dir + j) * W] = -LOG2E * conv_weight[own * 4 + j];
+            row[(5 * dir + 4) * W] = -LOG2E * conv_bias[own];
+            row[(D0 + dir) * W] = D ? scale * D[own] : 0;
         }
-        r[NW * W] = norm_w ? norm_w[e] : 1;
-        r[NB * W] = norm_b ? norm_b[e] : 0;
+        row[NW * W] = norm_weight ? norm_weight[i] : 1;
+        row[NB * W] = norm_bias ? norm_bias[i] : 0;
     }
     return {rows, zero};
 }
 
-// The rows of positions t - 3 ... t + U + 2; beyond the ends and for padding a row of zeros.
-template <int U, class T> INLINE void neighbours(const Walk& w, const T* xz, const void* zero, i64 t, const T** x) {
-    for (int i = 0; i < U + 6; i++)
-        x[i] = w.real(t + i - 3) ? xz + w.token[t + i - 3] * 2 * w.E : (const T*)zero;
-}
+// One image as a tile sees it
+template <class T> struct View {
+    Walk walk;
+    Packed packed;
+    i64 image, l, e;
+    const T* xz;
 
-template <int COUNT, class V, class T> INLINE void gather(const T* const* rows, i64 e, V* v) {
-    FULLY for (int i = 0; i < COUNT; i++) v[i] = load<V>(rows[i] + e);
+    template <class Args> View(const Args& a, Packed packed, i64 image)
+        : walk(image_walk(a.walk, a.n, image)), packed(packed), image(image), l(a.n.l), e(a.n.e),
+          xz((const T*)a.xz + image * l * 2 * e) {}
+
+    // The x of positions t - 3 ... t + U + 2; beyond the ends and for holes a row of zeros.
+    template <int U> INLINE void neighbours(i64 t, const T** x) const {
+        for (int i = 0; i < U + 6; i++) {
+            const i64 at = t + i - 3;
+            const bool token = at >= 0 && at < l && walk.group[at] >= 0;
+            x[i] = token ? xz + walk.token[at] * 2 * e : (const T*)packed.zero;
+        }
+    }
+};
+
+template <int COUNT, class V, class T> INLINE void gather(const T* const* rows, i64 at, V* v) {
+    FULLY for (int i = 0; i < COUNT; i++) v[i] = load<V>(rows[i] + at);
 }
 
 // t = -log2(e) conv(x) of both directions, where x holds the U + 6 values. Direction 1 is the mirror image. (Convolving
 // each direction just before its use makes conv_pool_backward slower, 0.64 -> 0.68.)
 template <int U, class V> INLINE void conv(const V* x, const float* row, V (*t)[U]) {
-    FULLY for (int k = 0; k < 2; k++) {
-        const int step = k ? -1 : 1;
+    FULLY for (int dir = 0; dir < 2; dir++) {
+        const int step = dir ? -1 : 1;
         V w[5];
-        FULLY for (int j = 0; j < 5; j++) w[j] = load<V>(row + (5 * k + j) * W);
+        FULLY for (int j = 0; j < 5; j++) w[j] = load<V>(row + (5 * dir + j) * W);
         FULLY for (int u = 0; u < U; u++) {
-            const V* y = x + (k ? u + 6 : u);
-            t[k][u] = w[3] * y[3 * step] + (w[2] * y[2 * step] + (w[1] * y[step] + (w[0] * y[0] + w[4])));
+            const V* y = x + (dir ? u + 6 : u);
+            t[dir][u] = w[3] * y[3 * step] + (w[2] * y[2 * step] + (w[1] * y[step] + (w[0] * y[0] + w[4])));
         }
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 4. conv_pool: both directions' silu(conv(x)), pooled. The rows of p are the accumulators.
+// 5. conv_pool: both directions' silu(conv(x)), pooled. The rows of pooled are the accumulators.
 
-extern "C" void conv_pool(i64 dtype, i64 B, i64 S, i64 P, i64 E, i64 Bt, i64 max, const void* xz, const float* conv_w,
-                          const float* conv_b, const int32_t* token, const int32_t* group, const float* weight,
-                          const int32_t* member, const int32_t* start, float* p, int32_t* argmax) {
-    const Walk walk{B, S, P, E, Bt, token, group, weight, member, start};
-    const Pack packed = pack(E, conv_w, conv_b);
-    const Chunks chunks(walk, 24, !max);
-    const i64 PE = P * E;
-    float* partial = chunks.partial(2, PE);
-    by_type(dtype, [&](auto type) {
-        using T = decltype(type);
-        parallel(chunks.list.size(), B * S * E, [&](i64 i) {
-            const Chunk c = chunks.list[i];
-            const Walk w = walk.image(c.b);
-            float *trash = scratch<TASK>(2 * whole(E)), *sum[2];        // trash: where padding goes
-            int32_t* arg[2];
-            for (int k = 0; k < 2; k++) {
-                sum[k] = c.part < 0 ? p + (k * B + c.b) * PE : partial + (c.part * 2 + k) * PE;
-                arg[k] = max ? argmax + (k * B + c.b) * PE : nullptr;
-                std::fill(sum[k] + c.g0 * E, sum[k] + c.g1 * E, max ? -INFINITY : 0.f);
-                if (max) std::fill(arg[k] + c.g0 * E, arg[k] + c.g1 * E, -1);
-            }
-            tiles(c.t0, c.t1, [&](auto size, i64 t) {
-                constexpr int U = decltype(size)::value;
-                const T* x[U + 6];
-                float *to[2][U], factor[U];
-                int32_t* to_arg[2][U];
-                bool shared = !max;                                     // a tile of one group adds once
-                neighbours<U>(w, (const T*)xz + c.b * S * 2 * E, packed.zero, t, x);
-                for (int u = 0; u < U; u++) {
-                    const i64 g = w.group[t + u];
-                    shared &= g >= 0 && g == w.group[t];
-                    factor[u] = -LN2 * (max ? 1.f : w.weight[t + u]);
-                    for (int k = 0; k < 2; k++) {
-                        to[k][u] = g < 0 ? trash : sum[k] + g * E;
-                        if (max) to_arg[k][u] = g < 0 ? (int32_t*)trash + whole(E) : arg[k] + g * E;
-                    }
-                }
-                channels(E, EACH {
-                    using V = decltype(lane);
-                    V xs[U + 6], cs[2][U];
-                    gather<U + 6>(x, at.e, xs);
-                    conv<U>(xs, packed.rows + at.in(ROWS), cs);
-                    FULLY for (int k = 0; k < 2; k++) {
-                        V* c = cs[k];
-                        FULLY for (int u = 0; u < U; u++) c[u] *= sigmoid2(c[u]);
-                        if (shared) {
-                            V s = load<V>(to[k][0] + at.e);
-                            for (int u = 0; u < U; u++) s += factor[u] * c[u];
-                            store(to[k][0] + at.e, s);
-                            continue;
-                        }
-                        FULLY for (int u = 0; u < U; u++) {
-                            V v = factor[u] * c[u], best = load<V>(to[k][u] + at.e);
-                            if (!max) {
-                                store(to[k][u] + at.e, best + v);
-                                continue;
-                            }
-                            using I = typename Of<V>::I;
-                            auto better = (v > best) | ((v != v) & (best == best));     // of equal ones the first stays
-                            store(to[k][u] + at.e, better ? v : best);
-                            store(to_arg[k][u] + at.e, better ? int32_t(t + u) - I{} : load<I>(to_arg[k][u] + at.e));
-                        }
-                    }
-                });
-            });
-            for (i64 g = c.g0; max && g < c.g1; g++)
-                for (int k = 0; k < 2 && w.start[g] == w.start[g + 1]; k++)
-                    std::fill(sum[k] + g * E, sum[k] + (g + 1) * E, 0.f);
-        });
+// Where a chunk adds up: rows [p][e] of each direction, and what belongs to a hole
+struct Pool { float* sum[2]; int32_t* argmax[2]; float* trash; int32_t* trash_argmax; };
+
+// c of U positions and one direction, added to the rows `to`, which are one row if all are of one step
+template <int U, class V>
+INLINE void pool_mean(const V* c, const float* weight, bool one_step, float* const* to, At at) {
+    if (one_step) {
+        V s = load<V>(to[0] + at);
+        for (int u = 0; u < U; u++) s += weight[u] * c[u];
+        store(to[0] + at, s);
+    } else {
+        FULLY for (int u = 0; u < U; u++) add_to(to[u] + at, weight[u] * c[u]);
+    }
+}
+
+template <int U, class V>
+INLINE void pool_max(const V* c, i64 t, float* const* to, int32_t* const* argmax, At at) {
+    using I = typename Of<V>::I;
+    FULLY for (int u = 0; u < U; u++) {
+        V v = -LN2 * c[u], best = load<V>(to[u] + at);
+        auto better = (v > best) | ((v != v) & (best == best));         // of equal ones the first stays
+        store(to[u] + at, better ? v : best);
+        store(argmax[u] + at, better ? int32_t(t + u) - I{} : load<I>(argmax[u] + at));
+    }
+}
+
+template <int U, class T>
+INLINE void pool_tile(Count<U>, const View<T>& view, const Pool& pool, bool max, i64 t) {
+    const i64 e = view.e;
+    const float* rows = view.packed.rows;
+    const T* x[U + 6];
+    float *to[2][U], weight[U];
+    int32_t* argmax[2][U];
+    bool one_step = true;                                               // a tile of one step adds once
+    view.template neighbours<U>(t, x);
+    for (int u = 0; u < U; u++) {
+        const i64 step = view.walk.group[t + u];
+        one_step &= step >= 0 && step == view.walk.group[t];
+        weight[u] = -LN2 * view.walk.weight[t + u];
+        for (int dir = 0; dir < 2; dir++) {
+            to[dir][u] = step < 0 ? pool.trash : pool.sum[dir] + step * e;
+            if (max) argmax[dir][u] = step < 0 ? pool.trash_argmax : pool.argmax[dir] + step * e;
+        }
+    }
+    channels(e, EACH {
+        using V = decltype(lane);
+        V xs[U + 6], c[2][U];
+        gather<U + 6>(x, at, xs);
+        conv<U>(xs, rows + at.in(ROWS), c);
+        FULLY for (int dir = 0; dir < 2; dir++) {
+            FULLY for (int u = 0; u < U; u++) c[dir][u] *= sigmoid2(c[dir][u]);
+            if (max) pool_max<U>(c[dir], t, to[dir], argmax[dir], at);
+            else pool_mean<U>(c[dir], weight, one_step, to[dir], at);
+        }
     });
-    chunks.reduce(partial, 2, B, PE, p);
+}
+
+template <class T> void pool_chunk(const ConvPool& a, Packed packed, const Chunk& c, float* partial) {
+    const i64 e = a.n.e, pe = a.n.p * e, from = c.p0 * e, to = c.p1 * e;
+    const View<T> view(a, packed, c.image);
+    float* trash = scratch<TASK>(2 * whole(e));
+    Pool pool{{}, {}, trash, (int32_t*)trash + whole(e)};
+    for (int dir = 0; dir < 2; dir++) {
+        const i64 own = (dir * a.n.b + c.image) * pe;
+        pool.sum[dir] = c.part < 0 ? a.pooled + own : partial + (c.part * 2 + dir) * pe;
+        std::fill(pool.sum[dir] + from, pool.sum[dir] + to, a.max ? -INFINITY : 0.f);
+        if (a.max) pool.argmax[dir] = a.argmax + own;
+        if (a.max) std::fill(pool.argmax[dir] + from, pool.argmax[dir] + to, -1);
+    }
+    const bool max = a.max;
+    tiles(c.t0, c.t1, [&](auto size, i64 t) { pool_tile(size, view, pool, max, t); });
+    for (i64 step = c.p0; max && step < c.p1; step++)
+        if (view.walk.start[step] == view.walk.start[step + 1])         // nothing was kept of it
+            for (float* sum : pool.sum) std::fill(sum + step * e, sum + (step + 1) * e, 0.f);
+}
+
+extern "C" int conv_pool(const ConvPool* a, void*) {
+    const Sizes n = a->n;
+    const Packed packed = pack(n.e, a->conv_weight, a->conv_bias);
+    const Chunks chunks(n, a->walk, 24, !a->max);
+    float* partial = chunks.partial(2, n.p * n.e);
+    by_type(n.dtype, [&](auto type) {
+        using T = decltype(type);
+        parallel(chunks.list.size(), n.b * n.l * n.e,
+                 [&](i64 i) { pool_chunk<T>(*a, packed, chunks.list[i], partial); });
+    });
+    chunks.reduce(partial, 2, n.b, n.p * n.e, a->pooled);
+    return 0;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 5. expand_gate: v = (s0 + s1 + D0 c0 + D1 c1) / 2, its norm over the channels, times silu(z)
+// 6. expand_gate: v = (s0 + s1 + D0 c0 + D1 c1) / 2, its norm over the channels, times silu(z)
 
-// v of a tile and its statistics: the norm is n = norm_w xhat + norm_b, xhat = (v - mean) scale.
-template <int U> struct Mixed { float *v, mean[U], scale[U]; };         // v: U rows, whole(E) apart
 enum Norm { NONE, RMS, LAYER };
+
+// One image of expand_gate or of its gradient
+template <class T> struct Mixing : View<T> {
+    const float* s[2];                          // [p][e] of each direction
+    bool skip;                                  // D c is added here, not by the scan
+    Norm norm;
+
+    template <class Args> Mixing(const Args& a, Packed packed, i64 image)
+        : View<T>(a, packed, image), skip(a.D), norm(a.norm_bias ? LAYER : a.norm_weight ? RMS : NONE) {
+        for (int dir = 0; dir < 2; dir++) s[dir] = a.s + (dir * a.n.b + image) * a.n.p * a.n.e;
+    }
+};
+
+// v of a tile and its statistics: the norm is n = norm_weight xhat + norm_bias, xhat = (v - mean) scale.
+template <int U> struct Mixed { float *v, mean[U], scale[U]; };         // v: U rows, whole(e) apart
 
 // `out` are OUT rows that the caller writes afterwards. Asking for them here hides that memory has to be read before it
 // is written: expand_gate_backward at 2048 px, out of cache, 2.0 -> 1.4. (Elsewhere it did not pay, nor did asking for
 // the next tile's x and z.)
 template <int U, int OUT, class T>
-INLINE Mixed<U> mix(const Walk& w, Pack packed, const T* const* x, const float* s, i64 s1_at, i64 t, bool skip,
-                    Norm norm, float* buffer, T* const* out) {
-    const i64 E = w.E;
+INLINE Mixed<U> mix(const Mixing<T>& view, const T* const* x, i64 t, float* buffer, T* const* out) {
+    const i64 e = view.e;
+    const float* rows = view.packed.rows;
+    const bool skip = view.skip;
+    const Norm norm = view.norm;
     const float *s0[U], *s1[U];
     for (int u = 0; u < U; u++) {
-        const i64 g = w.group[t + u];
-        s0[u] = g < 0 ? packed.zero : s + g * E;
-        s1[u] = g < 0 ? packed.zero : s + s1_at + g * E;
+        const i64 step = view.walk.group[t + u];
+        s0[u] = step < 0 ? view.packed.zero : view.s[0] + step * e;
+        s1[u] = step < 0 ? view.packed.zero : view.s[1] + step * e;
     }
     Mixed<U> m;
     m.v = buffer;
     Sum sum[U], square[U];
-    channels(E, EACH {
+    channels(e, EACH {
         using V = decltype(lane);
-        const float* row = packed.rows + at.in(ROWS);
+        const float* row = rows + at.in(ROWS);
         V v[U], xs[U + 6], c[2][U];
-        for (int i = 0; i < OUT; i++) __builtin_prefetch(out[i] + at.e, 1);
-        FULLY for (int u = 0; u < U; u++) v[u] = (load<V>(s0[u] + at.e) + load<V>(s1[u] + at.e)) * 0.5f;
+        for (int i = 0; i < OUT; i++) __builtin_prefetch(out[i] + at, 1);
+        FULLY for (int u = 0; u < U; u++) v[u] = (load<V>(s0[u] + at) + load<V>(s1[u] + at)) * 0.5f;
         if (skip) {
-            gather<U + 6>(x, at.e, xs);
+            gather<U + 6>(x, at, xs);
             conv<U>(xs, row, c);
-            FULLY for (int k = 0; k < 2; k++) {
-                V d = load<V>(row + (D0 + k) * W);
-                FULLY for (int u = 0; u < U; u++) v[u] += d * (c[k][u] * sigmoid2(c[k][u]));
+            FULLY for (int dir = 0; dir < 2; dir++) {
+                V d = load<V>(row + (D0 + dir) * W);
+                FULLY for (int u = 0; u < U; u++) v[u] += d * (c[dir][u] * sigmoid2(c[dir][u]));
             }
         }
         FULLY for (int u = 0; u < U; u++) {
-            store(m.v + u * whole(E) + at.e, v[u]);
+            store(m.v + u * whole(e) + at, v[u]);
             sum[u].add(norm == LAYER ? v[u] : v[u] * v[u]);
         }
     });
-    for (int u = 0; u < U; u++) m.mean[u] = norm == LAYER ? sum[u].total() / E : 0;
+    for (int u = 0; u < U; u++) m.mean[u] = norm == LAYER ? sum[u].total() / e : 0;
     // The variance is a second pass over the tile, which lies in the first cache. The mean of squares less the square
     // of the mean would save it (3 %), and lose all digits when the mean is large.
     if (norm == LAYER)
-        channels(E, EACH {
+        channels(e, EACH {
             FULLY for (int u = 0; u < U; u++) {
-                auto d = load<decltype(lane)>(m.v + u * whole(E) + at.e) - m.mean[u];
+                auto d = load<decltype(lane)>(m.v + u * whole(e) + at) - m.mean[u];
                 square[u].add(d * d);
             }
         });
     for (int u = 0; u < U; u++)
-        m.scale[u] = norm == NONE ? 1 : 1 / std::sqrt((norm == LAYER ? square : sum)[u].total() / E + 1e-5f);
+        m.scale[u] = norm == NONE ? 1 : 1 / std::sqrt((norm == LAYER ? square : sum)[u].total() / e + 1e-5f);
     return m;
 }
 
-template <class T> void clear(T* row, i64 E) { std::memset((void*)row, 0, E * sizeof(T)); }
+template <class T> void clear(T* row, i64 e) { std::memset((void*)row, 0, e * sizeof(T)); }
 
-extern "C" void expand_gate(i64 dtype, i64 B, i64 S, i64 P, i64 E, i64 Bt, const void* xz, const float* s,
-                            const float* conv_w, const float* conv_b, const float* D, const float* norm_w,
-                            const float* norm_b, const int32_t* token, const int32_t* group, void* y) {
-    const Walk walk{B, S, P, E, Bt, token, group, nullptr, nullptr, nullptr};
-    const Norm norm = norm_b ? LAYER : norm_w ? RMS : NONE;
-    const Pack packed = pack(E, conv_w, conv_b, D, -LN2 / 2, norm_w, norm_b);
-    const i64 parts = (S + 31) / 32;
-    by_type(dtype, [&](auto type) {
+template <int U, class T> INLINE void gate_tile(Count<U>, const Mixing<T>& view, T* y, float* buffer, i64 t) {
+    const i64 e = view.e;
+    const float* rows = view.packed.rows;
+    const T *x[U + 6], **here = x + 3;
+    T* out[U];
+    view.template neighbours<U>(t, x);
+    const Mixed<U> m = mix<U, 0, T>(view, x, t, buffer, nullptr);
+    for (int u = 0; u < U; u++) out[u] = y + view.walk.token[t + u] * e;
+    channels(e, EACH {
+        using V = decltype(lane);
+        const float* row = rows + at.in(ROWS);
+        V nw = load<V>(row + NW * W), nb = load<V>(row + NB * W);
+        FULLY for (int u = 0; u < U; u++) {
+            V n = (load<V>(m.v + u * whole(e) + at) - m.mean[u]) * m.scale[u] * nw + nb;
+            V z = load<V>(here[u] + e + at);
+            store(out[u] + at, n * (z * sigmoid2(z * -LOG2E)));
+        }
+    });
+    for (int u = 0; u < U; u++)
+        if (view.walk.group[t + u] < 0) clear(out[u], e);
+}
+
+extern "C" int expand_gate(const ExpandGate* a, void*) {
+    const Sizes n = a->n;
+    const Packed packed = pack(n.e, a->conv_weight, a->conv_bias, a->D, -LN2 / 2, a->norm_weight, a->norm_bias);
+    const i64 parts = (n.l + 31) / 32;
+    by_type(n.dtype, [&](auto type) {
         using T = decltype(type);
-        parallel(B * parts, B * S * E, [&](i64 i) {
-            const i64 b = i / parts, part = i % parts;
-            const Walk w = walk.image(b);
-            float* buffer = scratch<TASK>(TILE * whole(E));
-            tiles(part * S / parts, (part + 1) * S / parts, [&](auto size, i64 t) {
-                constexpr int U = decltype(size)::value;
-                const T *x[U + 6], **here = x + 3;
-                neighbours<U>(w, (const T*)xz + b * S * 2 * E, packed.zero, t, x);
-                const Mixed<U> m = mix<U, 0, T>(w, packed, x, s + b * P * E, B * P * E, t, D, norm, buffer, nullptr);
-                T* out[U];
-                for (int u = 0; u < U; u++) out[u] = (T*)y + (b * S + w.token[t + u]) * E;
-                channels(E, EACH {
-                    using V = decltype(lane);
-                    const float* row = packed.rows + at.in(ROWS);
-                    V nw = load<V>(row + NW * W), nb = load<V>(row + NB * W);
-                    FULLY for (int u = 0; u < U; u++) {
-                        V n = (load<V>(m.v + u * whole(E) + at.e) - m.mean[u]) * m.scale[u] * nw + nb;
-                        V z = load<V>(here[u] + E + at.e);
-                        store(out[u] + at.e, n * (z * sigmoid2(z * -LOG2E)));
-                    }
-                });
-                for (int u = 0; u < U; u++)
-                    if (w.group[t + u] < 0) clear(out[u], E);
-            });
+        parallel(n.b * parts, n.b * n.l * n.e, [&](i64 i) {
+            const i64 image = i / parts, part = i % parts;
+            const Mixing<T> view(*a, packed, image);
+            float* buffer = scratch<TASK>(TILE * whole(n.e));
+            T* y = (T*)a->y + image * n.l * n.e;
+            tiles(part * n.l / parts, (part + 1) * n.l / parts,
+                  [&](auto size, i64 t) { gate_tile(size, view, y, buffer, t); });
         });
     });
+    return 0;
 }
 
 // Of a tile: v again; then z's gradient and d = dxhat; then the norm, dv = scale (d - mean(d) - xhat mean(d xhat)).
-extern "C" void expand_gate_backward(i64 dtype, i64 B, i64 S, i64 P, i64 E, i64 Bt, const void* xz, const float* s,
-                                     const float* conv_w, const float* conv_b, const float* D, const float* norm_w,
-                                     const float* norm_b, const int32_t* token, const int32_t* group,
-                                     const int32_t* member, const int32_t* start, const void* dy, void* y, void* dxz,
-                                     void* g, float* ds, float* dnorm_w, float* dnorm_b) {
-    const Walk walk{B, S, P, E, Bt, token, group, nullptr, member, start};
-    const Norm norm = norm_b ? LAYER : norm_w ? RMS : NONE;
-    const Pack packed = pack(E, conv_w, conv_b, D, -LN2 / 2, norm_w, norm_b);
-    const Chunks chunks(walk, 24, true);
-    const i64 EW = whole(E);
-    const Slots slots(chunks.list.size(), 2 * EW);                      // blocked rows: dnorm_w, dnorm_b
-    float* partial = chunks.partial(1, P * E);
-    by_type(dtype, [&](auto type) {
-        using T = decltype(type);
-        slots.run(B * S * E, [&](i64 i, float* dnorm) {
-            const Chunk c = chunks.list[i];
-            const Walk w = walk.image(c.b);
-            float *buffer = scratch<TASK>((2 * TILE + 1) * EW), *dxhat = buffer + TILE * EW, *trash = dxhat + TILE * EW;
-            float* sum = c.part < 0 ? ds + c.b * P * E : partial + c.part * P * E;
-            std::fill(sum + c.g0 * E, sum + c.g1 * E, 0.f);
-            tiles(c.t0, c.t1, [&](auto size, i64 t) {
-                constexpr int U = decltype(size)::value;
-                const T *x[U + 6], **here = x + 3, *dy_[U];
-                T *y_[U], *out[2 * U], **dz_ = out, **g_ = out + U;
-                float* to[U];
-                bool shared = true;
-                neighbours<U>(w, (const T*)xz + c.b * S * 2 * E, packed.zero, t, x);
-                for (int u = 0; u < U; u++) {
-                    const i64 row = (c.b * S + w.token[t + u]) * E, group = w.group[t + u];
-                    shared &= group >= 0 && group == w.group[t];
-                    to[u] = group < 0 ? trash : sum + group * E;
-                    dy_[u] = group < 0 ? (const T*)packed.zero : (const T*)dy + row;
-                    y_[u] = y ? (T*)y + row : nullptr;
-                    dz_[u] = (T*)dxz + 2 * row + E;
-                    g_[u] = (T*)g + row;
-                }
-                const Mixed<U> m = mix<U, 2 * U>(w, packed, x, s + c.b * P * E, B * P * E, t, D, norm, buffer, out);
-                Sum sum1[U], sum2[U];                                   // of d, and of d xhat
-                channels(E, EACH {
-                    using V = decltype(lane);
-                    const float* row = packed.rows + at.in(ROWS);
-                    V nw = load<V>(row + NW * W), nb = load<V>(row + NB * W), dw{}, db{};
-                    FULLY for (int u = 0; u < U; u++) {
-                        V xhat = (load<V>(m.v + u * EW + at.e) - m.mean[u]) * m.scale[u], n = xhat * nw + nb;
-                        V z = load<V>(here[u] + E + at.e), sigma = sigmoid2(z * -LOG2E), silu = z * sigma;
-                        V dy = load<V>(dy_[u] + at.e), dn = dy * silu, d = dn * nw;
-                        if (y) store(y_[u] + at.e, n * silu);
-                        store(dz_[u] + at.e, dy * n * (silu * (1.f - sigma) + sigma));
-                        store(dxhat + u * EW + at.e, d);
-                        dw += dn * xhat;
-                        db += dn;
-                        sum1[u].add(d);
-                        sum2[u].add(d * xhat);
-                    }
-                    add_to(dnorm + at.in(2), dw);
-                    add_to(dnorm + at.in(2) + W, db);
-                });
-                float mean1[U], mean2[U];
-                for (int u = 0; u < U; u++) {
-                    mean1[u] = norm == LAYER ? sum1[u].total() / E : 0;
-                    mean2[u] = sum2[u].total() / E * m.scale[u];
-                }
-                channels(E, EACH {
-                    using V = decltype(lane);
-                    V dv[U], all{};
-                    FULLY for (int u = 0; u < U; u++) {
-                        V d = load<V>(dxhat + u * EW + at.e), v = load<V>(m.v + u * EW + at.e) - m.mean[u];
-                        dv[u] = (norm ? (d - mean1[u] - v * mean2[u]) * m.scale[u] : d) * 0.5f;
-                        all += dv[u];
-                        store(g_[u] + at.e, dv[u]);
-                    }
-                    if (shared) add_to(to[0] + at.e, all);
-                    else
-                        FULLY for (int u = 0; u < U; u++) add_to(to[u] + at.e, dv[u]);
-                });
-                for (int u = 0; u < U; u++)
-                    if (w.group[t + u] < 0) {
-                        if (y) clear(y_[u], E);
-                        clear(dz_[u], E);
-                        clear(g_[u], E);
-                    }
-            });
-        });
+template <int U, class T>
+INLINE void gate_tile_backward(Count<U>, const ExpandGateBackward& a, const Mixing<T>& view, float* ds, float* dnorm,
+                               float* buffer, i64 t) {
+    const i64 e = view.e, ew = whole(e);
+    const float* rows = view.packed.rows;
+    const Norm norm = view.norm;
+    const bool want_y = false;
+    float *dxhat = buffer + TILE * ew, *trash = dxhat + TILE * ew, *to[U];
+    const T *x[U + 6], **here = x + 3, *dy_rows[U];
+    T *y[U], *out[2 * U], **dz = out, **g = out + U;
+    bool one_step = true;
+    view.template neighbours<U>(t, x);
+    for (int u = 0; u < U; u++) {
+        const i64 row = (view.image * view.l + view.walk.token[t + u]) * e, step = view.walk.group[t + u];
+        one_step &= step >= 0 && step == view.walk.group[t];
+        to[u] = step < 0 ? trash : ds + step * e;
+        dy_rows[u] = step < 0 ? (const T*)view.packed.zero : (const T*)a.dy + row;
+        y[u] = nullptr;
+        dz[u] = (T*)a.dxz + 2 * row + e;
+        g[u] = (T*)a.g + row;
+    }
+    const Mixed<U> m = mix<U, 2 * U>(view, x, t, buffer, out);
+    Sum sum1[U], sum2[U];                                               // of d, and of d xhat
+    channels(e, EACH {
+        using V = decltype(lane);
+        const float* row = rows + at.in(ROWS);
+        V nw = load<V>(row + NW * W), nb = load<V>(row + NB * W), dw{}, db{};
+        FULLY for (int u = 0; u < U; u++) {
+            V xhat = (load<V>(m.v + u * ew + at) - m.mean[u]) * m.scale[u], n = xhat * nw + nb;
+            V z = load<V>(here[u] + e + at), sigma = sigmoid2(z * -LOG2E), silu = z * sigma;
+            V dy = load<V>(dy_rows[u] + at), dn = dy * silu, d = dn * nw;
+            if (want_y) store(y[u] + at, n * silu);
+            store(dz[u] + at, dy * n * (silu * (1.f - sigma) + sigma));
+            store(dxhat + u * ew + at, d);
+            dw += dn * xhat;
+            db += dn;
+            sum1[u].add(d);
+            sum2[u].add(d * xhat);
+        }
+        add_to(dnorm + at.in(2), dw);
+        add_to(dnorm + at.in(2) + W, db);
     });
-    chunks.reduce(partial, 1, B, P * E, ds);
-    const float* total = slots.total();
-    for (i64 e = 0; e < E; e++) {
-        if (dnorm_w) dnorm_w[e] = total[place(e).in(2)];
-        if (dnorm_b) dnorm_b[e] = total[place(e).in(2) + W];
+    float mean1[U], mean2[U];
+    for (int u = 0; u < U; u++) {
+        mean1[u] = norm == LAYER ? sum1[u].total() / e : 0;
+        mean2[u] = sum2[u].total() / e * m.scale[u];
+    }
+    channels(e, EACH {
+        using V = decltype(lane);
+        V dv[U], all{};
+        FULLY for (int u = 0; u < U; u++) {
+            V d = load<V>(dxhat + u * ew + at), v = load<V>(m.v + u * ew + at) - m.mean[u];
+            dv[u] = (norm ? (d - mean1[u] - v * mean2[u]) * m.scale[u] : d) * 0.5f;
+            all += dv[u];
+            store(g[u] + at, dv[u]);
+        }
+        if (one_step) add_to(to[0] + at, all);
+        else
+            FULLY for (int u = 0; u < U; u++) add_to(to[u] + at, dv[u]);
+    });
+    for (int u = 0; u < U; u++) {
+        if (view.walk.group[t + u] >= 0) continue;
+        if (want_y) clear(y[u], e);
+        clear(dz[u], e);
+        clear(g[u], e);
     }
 }
 
+extern "C" int expand_gate_backward(const ExpandGateBackward* a, void*) {
+    const Sizes n = a->n;
+    const i64 pe = n.p * n.e, ew = whole(n.e);
+    const Packed packed = pack(n.e, a->conv_weight, a->conv_bias, a->D, -LN2 / 2, a->norm_weight, a->norm_bias);
+    const Chunks chunks(n, a->walk, 24, true);
+    const Slots slots(chunks.list.size(), 2 * ew);                      // blocked rows: dnorm_weight, dnorm_bias
+    float* partial = chunks.partial(1, pe);
+    by_type(n.dtype, [&](auto type) {
+        using T = decltype(type);
+        slots.run(n.b * n.l * n.e, [&](i64 i, float* dnorm) {
+            const Chunk c = chunks.list[i];
+            const Mixing<T> view(*a, packed, c.image);
+            float* buffer = scratch<TASK>((2 * TILE + 1) * ew);
+            float* ds = c.part < 0 ? a->ds + c.image * pe : partial + c.part * pe;
+            std::fill(ds + c.p0 * n.e, ds + c.p1 * n.e, 0.f);
+            tiles(c.t0, c.t1, [&](auto size, i64 t) { gate_tile_backward(size, *a, view, ds, dnorm, buffer, t); });
+        });
+    });
+    chunks.reduce(partial, 1, n.b, pe, a->ds);
+    const float* total = slots.total();
+    for (i64 i = 0; i < n.e; i++) {
+        if (a->dnorm_weight) a->dnorm_weight[i] = total[place(i).in(2)];
+        if (a->dnorm_bias) a->dnorm_bias[i] = total[place(i).in(2) + W];
+    }
+    return 0;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
-// 6. conv_pool, backwards
+// 7. conv_pool, backwards
 //
 // da of a position, both directions, enters dx of the 3 positions before it and of the 3 after. A tile at t finishes
 // dx[t - 3 .. t + U - 4] and hands six unfinished rows on to the next one, so that each da is computed once.
 
-extern "C" void conv_pool_backward(i64 dtype, i64 B, i64 S, i64 P, i64 E, i64 Bt, i64 max, const void* xz,
-                                   const float* conv_w, const float* conv_b, const float* D, const int32_t* token,
-                                   const int32_t* group, const float* weight, const int32_t* member,
-                                   const int32_t* start, const int32_t* argmax, const float* dp, const void* g,
-                                   void* dxz, float* dconv_w, float* dconv_b, float* dD) {
-    const Walk walk{B, S, P, E, Bt, token, group, weight, member, start};
-    const Pack packed = pack(E, conv_w, conv_b, D, -LN2);
-    const i64 EW = whole(E), parts = (S + 127) / 128;
-    const Slots slots(B * parts, 12 * EW);                              // blocked rows: W0 .. B1, then dD
-    by_type(dtype, [&](auto type) {
-        using T = decltype(type);
-        slots.run(B * S * E, [&](i64 i, float* own_sums) {
-            const i64 b = i / parts, t0 = i % parts * S / parts, t1 = (i % parts + 1) * S / parts;
-            const i64 first = std::max<i64>(t0 - 3, 0), last = std::min(t1 + 3, S);
-            const Walk w = walk.image(b);
-            T* dx_image = (T*)dxz + b * S * 2 * E;
-            float *carry = scratch<TASK>(19 * EW), *halo_sums = carry + 6 * EW, *trash = halo_sums + 12 * EW;
-            std::fill(carry, carry + 6 * EW, 0.f);
-            const auto tile = [&](auto size, i64 t, float* sums) {
-                constexpr int U = decltype(size)::value;
-                const T *x[U + 6], *g_[U];
-                T* dx_[U];
-                const float* dp_[2][U];
-                const int32_t* arg[2][U];
-                float factor[U];
-                neighbours<U>(w, (const T*)xz + b * S * 2 * E, packed.zero, t, x);
-                for (int u = 0; u < U; u++) {
-                    const i64 done = t + u - 3, group = w.group[t + u];
-                    g_[u] = group < 0 ? (const T*)packed.zero : (const T*)g + (b * S + w.token[t + u]) * E;
-                    dx_[u] = done < t0 || done >= t1 ? (T*)trash : dx_image + w.token[done] * 2 * E;
-                    factor[u] = -LN2 * (max ? 1.f : w.weight[t + u]);
-                    for (int k = 0; k < 2; k++) {
-                        const i64 row = ((k * B + b) * P + group) * E;
-                        dp_[k][u] = group < 0 ? packed.zero : dp + row;
-                        arg[k][u] = group < 0 || !max ? (const int32_t*)packed.zero : argmax + row;
-                    }
+// Positions t0 <= t < t1 of an image, whose dx a task finishes: the unfinished rows [6][whole(e)], a row for the dx of
+// others
+template <class T> struct Piece { i64 t0, t1; T* dx; float *carry, *trash; };
+
+template <int U, class T>
+INLINE void conv_tile_backward(Count<U>, const ConvPoolBackward& a, const View<T>& view, const Piece<T>& piece, i64 t,
+                               float* sums) {
+    const i64 e = view.e, ew = whole(e);
+    const float *rows = view.packed.rows, *dp[2][U];
+    const bool max = a.max, skip = a.D;
+    const T *x[U + 6], *g_rows[U];
+    T* dx_rows[U];
+    const int32_t* argmax[2][U];
+    float weight[U], *carry = piece.carry;
+    view.template neighbours<U>(t, x);
+    for (int u = 0; u < U; u++) {
+        const i64 done = t + u - 3, step = view.walk.group[t + u];
+        const i64 token = (view.image * view.l + view.walk.token[t + u]) * e;
+        g_rows[u] = step < 0 ? (const T*)view.packed.zero : (const T*)a.g + token;
+        const bool own = done >= piece.t0 && done < piece.t1;
+        dx_rows[u] = own ? piece.dx + view.walk.token[done] * 2 * e : (T*)piece.trash;
+        weight[u] = -LN2 * (max ? 1.f : view.walk.weight[t + u]);
+        for (int dir = 0; dir < 2; dir++) {
+            const i64 row = ((dir * a.n.b + view.image) * a.n.p + step) * e;
+            dp[dir][u] = step < 0 ? view.packed.zero : a.dpooled + row;
+            argmax[dir][u] = step < 0 || !max ? (const int32_t*)view.packed.zero : a.argmax + row;
+        }
+    }
+    channels(e, EACH {
+        using V = decltype(lane);
+        using I = typename Of<V>::I;
+        const float* row = rows + at.in(ROWS);
+        float* sum = sums + at.in(12);
+        V xs[U + 6], dx[U + 6], g[U], a[2][U], da[U];
+        gather<U + 6>(x, at, xs);
+        conv<U>(xs, row, a);
+        gather<U>(g_rows, at, g);
+        FULLY for (int j = 0; j < U + 6; j++) dx[j] = j < 6 ? load<V>(carry + j * ew + at) : V{};
+        FULLY for (int dir = 0; dir < 2; dir++) {
+            V d = load<V>(row + (D0 + dir) * W), gc{}, da_sum{};
+            FULLY for (int u = 0; u < U; u++) {
+                V sigma = sigmoid2(a[dir][u]), c = a[dir][u] * sigma, dc = load<V>(dp[dir][u] + at);
+                if (max) dc = load<I>(argmax[dir][u] + at) == int32_t(t + u) - I{} ? dc : V{};
+                dc *= weight[u];
+                if (skip) {
+                    dc += d * g[u];
+                    gc += g[u] * c;
                 }
-                channels(E, EACH {
-                    using V = decltype(lane);
-                    using I = typename Of<V>::I;
-                    const float* row = packed.rows + at.in(ROWS);
-                    float* sum = sums + at.in(12);
-                    V xs[U + 6], dx[U + 6], gs[U], a[2][U], da[U];
-                    gather<U + 6>(x, at.e, xs);
-                    conv<U>(xs, row, a);
-                    gather<U>(g_, at.e, gs);
-                    FULLY for (int j = 0; j < U + 6; j++) dx[j] = j < 6 ? load<V>(carry + j * EW + at.e) : V{};
-                    FULLY for (int k = 0; k < 2; k++) {
-                        V d = load<V>(row + (D0 + k) * W), gc{}, da_sum{};
-                        FULLY for (int u = 0; u < U; u++) {
-                            V sigma = sigmoid2(a[k][u]), c = a[k][u] * sigma, dc = load<V>(dp_[k][u] + at.e);
-                            if (max) dc = load<I>(arg[k][u] + at.e) == int32_t(t + u) - I{} ? dc : V{};
-                            dc *= factor[u];
-                            if (D) {
-                                dc += d * gs[u];
-                                gc += gs[u] * c;
-                            }
-                            da[u] = dc * (-LN2 * c * (1.f - sigma) + sigma);
-                            da_sum += da[u];
-                        }
-                        FULLY for (int j = 0; j < 4; j++) {
-                            V tap = load<V>(row + (5 * k + j) * W), dw = load<V>(sum + (5 * k + j) * W);
-                            FULLY for (int u = 0; u < U; u++) {
-                                const int from = k ? u + 6 - j : u + j;
-                                dx[from] += tap * da[u];
-                                dw += xs[from] * da[u];
-                            }
-                            store(sum + (5 * k + j) * W, dw);
-                        }
-                        add_to(sum + (5 * k + 4) * W, da_sum);
-                        if (D) add_to(sum + (10 + k) * W, gc);
-                    }
-                    FULLY for (int u = 0; u < U; u++) store(dx_[u] + at.e, dx[u]);
-                    FULLY for (int j = 0; j < 6; j++) store(carry + j * EW + at.e, dx[U + j]);
-                });
-            };
-            // The 3 positions on either side matter to dx here; their share of the parameters belongs to another chunk.
-            for (i64 t = first; t < t0; t++) tile(std::integral_constant<int, 1>(), t, halo_sums);
-            tiles(t0, t1, [&](auto size, i64 t) { tile(size, t, own_sums); });
-            for (i64 t = t1; t < last; t++) tile(std::integral_constant<int, 1>(), t, halo_sums);
-            for (i64 t = std::max(last - 3, t0); t < t1; t++)           // the end of the image: what is still carried
-                channels(E, EACH {
-                    auto rest = load<decltype(lane)>(carry + (t - last + 3) * EW + at.e);
-                    store(dx_image + w.token[t] * 2 * E + at.e, rest);
-                });
-            for (i64 t = t0; t < t1; t++)
-                if (w.group[t] < 0) clear(dx_image + w.token[t] * 2 * E, E);
+                da[u] = dc * (-LN2 * c * (1.f - sigma) + sigma);
+                da_sum += da[u];
+            }
+            FULLY for (int j = 0; j < 4; j++) {
+                V tap = load<V>(row + (5 * dir + j) * W), dw = load<V>(sum + (5 * dir + j) * W);
+                FULLY for (int u = 0; u < U; u++) {
+                    const int from = dir ? u + 6 - j : u + j;
+                    dx[from] += tap * da[u];
+                    dw += xs[from] * da[u];
+                }
+                store(sum + (5 * dir + j) * W, dw);
+            }
+            add_to(sum + (5 * dir + 4) * W, da_sum);
+            if (skip) add_to(sum + (10 + dir) * W, gc);
+        }
+        FULLY for (int u = 0; u < U; u++) store(dx_rows[u] + at, dx[u]);
+        FULLY for (int j = 0; j < 6; j++) store(carry + j * ew + at, dx[U + j]);
+    });
+}
+
+template <class T>
+void conv_piece_backward(const ConvPoolBackward& a, const View<T>& view, i64 t0, i64 t1, float* own_sums) {
+    const i64 e = view.e, ew = whole(e), first = std::max<i64>(t0 - 3, 0), last = std::min(t1 + 3, view.l);
+    float *carry = scratch<TASK>(19 * ew), *halo_sums = carry + 6 * ew, *trash = halo_sums + 12 * ew;
+    const Piece<T> piece{t0, t1, (T*)a.dxz + view.image * view.l * 2 * e, carry, trash};
+    const auto tile = [&](auto size, i64 t, float* sums) { conv_tile_backward(size, a, view, piece, t, sums); };
+    std::fill(carry, carry + 6 * ew, 0.f);
+    // The 3 positions on either side matter to dx here; their share of the parameters belongs to another piece.
+    for (i64 t = first; t < t0; t++) tile(Count<1>(), t, halo_sums);
+    tiles(t0, t1, [&](auto size, i64 t) { tile(size, t, own_sums); });
+    for (i64 t = t1; t < last; t++) tile(Count<1>(), t, halo_sums);
+    for (i64 t = std::max(last - 3, t0); t < t1; t++)                   // the end of the image: what is still carried
+        channels(e, EACH {
+            auto rest = load<decltype(lane)>(carry + (t - last + 3) * ew + at);
+            store(piece.dx + view.walk.token[t] * 2 * e + at, rest);
+        });
+    for (i64 t = t0; t < t1; t++)
+        if (view.walk.group[t] < 0) clear(piece.dx + view.walk.token[t] * 2 * e, e);
+}
+
+extern "C" int conv_pool_backward(const ConvPoolBackward* a, void*) {
+    const Sizes n = a->n;
+    const Packed packed = pack(n.e, a->conv_weight, a->conv_bias, a->D, -LN2);
+    const i64 parts = (n.l + 127) / 128;
+    const Slots slots(n.b * parts, 12 * whole(n.e));                    // blocked rows: W0 .. B1, then dD
+    by_type(n.dtype, [&](auto type) {
+        using T = decltype(type);
+        slots.run(n.b * n.l * n.e, [&](i64 i, float* sums) {
+            const View<T> view(*a, packed, i / parts);
+            const i64 part = i % parts;
+            conv_piece_backward(*a, view, part * n.l / parts, (part + 1) * n.l / parts, sums);
         });
     });
     const float* total = slots.total();
-    for (i64 e = 0; e < E; e++)
-        for (int k = 0; k < 2; k++) {
-            const float* row = total + place(e).in(12);
-            for (int j = 0; j < 4; j++) dconv_w[(k * E + e) * 4 + j] = -LOG2E * row[(5 * k + j) * W];
-            dconv_b[k * E + e] = -LOG2E * row[(5 * k + 4) * W];
-            if (D) dD[k * E + e] = -LN2 * row[(10 + k) * W];
-        }
+    for (i64 i = 0; i < 2 * n.e; i++) {
+        const i64 dir = i / n.e;
+        const float* row = total + place(i % n.e).in(12);
+        for (int j = 0; j < 4; j++) a->dconv_weight[i * 4 + j] = -LOG2E * row[(5 * dir + j) * W];
+        a->dconv_bias[i] = -LOG2E * row[(5 * dir + 4) * W];
+        if (a->D) a->dD[i] = -LN2 * row[(10 + dir) * W];
+    }
+    return 0;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 7. selective_scan
+// 8. selective_scan
 //
-// A vector of channels walks over stretches of STEP steps, and over each stretch GROUP states at a time: the states are
-// registers, any N will do, and the exps of all steps are ready to run because delta was computed before. (With 16
+// A vector of channels walks over stretches of STEPS steps, and over each stretch GROUP states at a time: the states are
+// registers, any n will do, and the exps of all steps are ready to run because delta was computed before. (With 16
 // states in registers and one step after the other, every exp waits for the softplus of its step: 8.8 G exp/s instead
 // of 11.5, backwards 2.8 instead of 4.5.) GROUP = 1 would be 10.6 and 3.9: states side by side hide each other's
 // latencies and share loads and stores.
-constexpr i64 STEP = 16;
+constexpr i64 STEPS = 16;
 constexpr int GROUP = 4;
 
-template <class F> INLINE void states(i64 N, F body) {   // body(number of states, first one)
-    i64 n = 0;
-    for (; n + GROUP <= N; n += GROUP) body(std::integral_constant<int, GROUP>(), n);
-    for (; n < N; n++) body(std::integral_constant<int, 1>(), n);
+template <class F> INLINE void groups(i64 n, F body) {                  // body(number of states, first one)
+    i64 j = 0;
+    for (; j + GROUP <= n; j += GROUP) body(Count<GROUP>(), j);
+    for (; j < n; j++) body(Count<1>(), j);
 }
 
 template <int M, class V> INLINE void load_rows(const float* p, V* v) {
@@ -757,295 +843,335 @@ template <int M, class V> INLINE void store_rows(float* p, const V* v) {
     FULLY for (int m = 0; m < M; m++) store(p + m * W, v[m]);
 }
 
-struct Scan {                                   // the call's arrays, or with of() those of direction k of image b
-    i64 K, B, P, E, N, ld;
-    const float *x, *dt, *A, *Bm, *Cm, *D, *bias;
-    i64 image = 0, stride = 0;
+// The scan of direction dir of an image. Its step i is row row(i) of the arrays [k][b][p]: from the end if dir = 1.
+struct Run {
+    i64 p, e, n, first, sign, stride;
+    const float *x, *dt, *B, *C, *D, *bias;     // B and C of step 0; D and bias of the direction, or null
 
-    Scan of(i64 k, i64 b) const {
-        Scan r = *this;
-        r.image = (k * B + b) * P, r.stride = k ? -ld : ld;
-        r.x += r.image * E, r.dt += r.image * E, r.Bm += r.image * ld, r.Cm += r.image * ld;
-        if (D) r.D += k * E;
-        if (bias) r.bias += k * E;
-        return r;
-    }
-    i64 at(i64 i) const { return stride < 0 ? P - 1 - i : i; }
-
-    // A's rows of a block of direction k, [N][W], times log2(e): delta A is then an argument of exp2.
-    void pack_A(i64 k, i64 block, float* rows) const {
-        for (i64 e = block; e < std::min(block + W, E); e++)
-            for (i64 n = 0; n < N; n++) rows[n * W + e - block] = LOG2E * A[(k * E + e) * N + n];
-    }
+    template <class Args> Run(const Args& a, i64 dir, i64 image)
+        : p(a.p), e(a.e), n(a.n), first((dir * a.b + image) * p + (dir ? p - 1 : 0)), sign(dir ? -1 : 1),
+          stride(sign * a.stride), x(a.x), dt(a.dt), B(a.B + first * a.stride), C(a.C + first * a.stride),
+          D(a.D ? a.D + dir * e : nullptr), bias(a.dt_bias ? a.dt_bias + dir * e : nullptr) {}
+    i64 row(i64 i) const { return first + i * sign; }
 
     // The first part of a stretch: delta = softplus(dt + bias) and u = delta x
-    template <class V> INLINE void drive(i64 from, i64 count, i64 e, V* delta, V* u) const {
+    template <class V> INLINE void drive(i64 from, i64 count, At at, V* delta, V* u) const {
         for (i64 i = 0; i < count; i++) {
-            const i64 row = at(from + i) * E + e;
-            V z = load<V>(dt + row);
-            delta[i] = softplus(bias ? z + load<V>(bias + e) : z);
-            u[i] = delta[i] * load<V>(x + row);
+            const i64 place = row(from + i) * e + at;
+            V z = load<V>(dt + place);
+            delta[i] = softplus(bias ? z + load<V>(bias + at) : z);
+            u[i] = delta[i] * load<V>(x + place);
         }
     }
 
-    // States n .. n + M - 1 over a stretch; visit(i, m, decay, h) sees every step.
+    // States j .. j + M - 1 over a stretch; visit(i, m, decay, h) sees every step.
     template <int M, class V, class F>
-    INLINE void advance(i64 n, i64 from, i64 count, const V* A, const V* delta, const V* u, V* h, F visit) const {
-        const float* B = Bm + at(from) * ld + n;
+    INLINE void advance(i64 j, i64 from, i64 count, const V* A, const V* delta, const V* u, V* h, F visit) const {
+        const float* b = B + from * stride + j;
         for (i64 i = 0; i < count; i++)
             FULLY for (int m = 0; m < M; m++) {
                 V a = exp2(delta[i] * A[m]);
-                h[m] = a * h[m] + u[i] * B[i * stride + m];
+                h[m] = a * h[m] + u[i] * b[i * stride + m];
                 visit(i, m, a, h[m]);
             }
     }
+
+    // All states over a stretch, from the rows h [n][W] to the rows `next`; visit(i, state, h) sees every step.
+    template <class V, class F>
+    INLINE void advance_all(i64 from, i64 count, const float* A_rows, const V* delta, const V* u, const float* h_rows,
+                            float* next, F visit) const {
+        groups(n, [&](auto size, i64 j) __attribute__((always_inline)) {
+            constexpr int M = decltype(size)::value;
+            V A[M], h[M];
+            load_rows<M>(A_rows + j * W, A);
+            load_rows<M>(h_rows + j * W, h);
+            advance<M>(j, from, count, A, delta, u, h, [&](i64 i, int m, V, V now) { visit(i, j + m, now); });
+            store_rows<M>(next + j * W, h);
+        });
+    }
 };
 
-extern "C" void selective_scan(i64 K, i64 B, i64 P, i64 E, i64 N, const float* x, const float* dt, const float* A,
-                               const float* Bm, const float* Cm, i64 ld, const float* D, const float* dt_bias,
-                               float* s) {
-    const Scan call{K, B, P, E, N, ld, x, dt, A, Bm, Cm, D, dt_bias};
-    const i64 blocks = whole(E) / W, images = 8, parts = (B + images - 1) / images;  // 8 images share one packed A
-    parallel(K * blocks * parts, K * B * P * E * N / 4, [&](i64 i) {
-        const i64 k = i / (blocks * parts), block = i / parts % blocks * W, b0 = i % parts * images;
-        float *rows = scratch<TASK>(2 * N * W), *states_ = rows + N * W;
-        call.pack_A(k, block, rows);
-        for (i64 b = b0; b < std::min(b0 + images, B); b++) {
-            const Scan run = call.of(k, b);
-            std::fill(states_, states_ + N * W, 0.f);
-            for (i64 from = 0; from < P; from += STEP)
-                channels(block, std::min<i64>(block + W, E), EACH {
-                    using V = decltype(lane);
-                    const i64 count = std::min(STEP, P - from);
-                    V delta[STEP], u[STEP], y[STEP];
-                    run.drive(from, count, at.e, delta, u);
-                    for (i64 i = 0; i < count; i++)
-                        y[i] = D ? load<V>(run.D + at.e) * load<V>(run.x + run.at(from + i) * E + at.e) : V{};
-                    states(N, [&](auto size, i64 n) __attribute__((always_inline)) {
-                        constexpr int M = decltype(size)::value;
-                        const i64 own = n * W + at.e - at.block;
-                        const float* C = run.Cm + run.at(from) * ld + n;
-                        V a[M], h[M];
-                        load_rows<M>(rows + own, a);
-                        load_rows<M>(states_ + own, h);
-                        run.advance<M>(n, from, count, a, delta, u, h,
-                                       [&](i64 i, int m, V, V now) { y[i] += now * C[i * run.stride + m]; });
-                        store_rows<M>(states_ + own, h);
-                    });
-                    for (i64 i = 0; i < count; i++) store(s + (run.image + run.at(from + i)) * E + at.e, y[i]);
-                });
+// A's rows of a block of direction dir, [n][W], times log2(e): delta A is then an argument of exp2.
+template <class Args> void pack_A(const Args& a, i64 dir, i64 block, float* rows) {
+    for (i64 i = block; i < std::min(block + W, a.e); i++)
+        for (i64 j = 0; j < a.n; j++) rows[j * W + i - block] = LOG2E * a.A[(dir * a.e + i) * a.n + j];
+}
+
+// A stretch of a block of channels; h: its states [n][W]
+static void scan_stretch(const Run run, i64 block, i64 from, const float* A, float* h, float* s) {
+    const i64 count = std::min(STEPS, run.p - from);
+    channels(block, std::min<i64>(block + W, run.e), EACH {
+        using V = decltype(lane);
+        const i64 own = at - at.block;
+        V delta[STEPS], u[STEPS], y[STEPS];
+        run.drive(from, count, at, delta, u);
+        for (i64 i = 0; i < count; i++)
+            y[i] = run.D ? load<V>(run.D + at) * load<V>(run.x + run.row(from + i) * run.e + at) : V{};
+        run.advance_all(from, count, A + own, delta, u, h + own, h + own,
+                        [&](i64 i, i64 j, V now) { y[i] += now * run.C[(from + i) * run.stride + j]; });
+        for (i64 i = 0; i < count; i++) store(s + run.row(from + i) * run.e + at, y[i]);
+    });
+}
+
+extern "C" int selective_scan(const SelectiveScan* a, void*) {
+    const i64 b = a->b, p = a->p, e = a->e, n = a->n;
+    const i64 blocks = whole(e) / W, images = 8, parts = (b + images - 1) / images;     // 8 images share one packed A
+    parallel(a->k * blocks * parts, a->k * b * p * e * n / 4, [&](i64 i) {
+        const i64 dir = i / (blocks * parts), block = i / parts % blocks * W, from_image = i % parts * images;
+        float *A = scratch<TASK>(2 * n * W), *h = A + n * W;
+        pack_A(*a, dir, block, A);
+        for (i64 image = from_image; image < std::min(from_image + images, b); image++) {
+            const Run run(*a, dir, image);
+            std::fill(h, h + n * W, 0.f);
+            for (i64 from = 0; from < p; from += STEPS) scan_stretch(run, block, from, A, h, a->s);
         }
     });
+    return 0;
 }
 
 // Backwards, the states are needed in reverse order. A first run keeps them at the beginning of every stretch; then,
 // from the last stretch to the first, a second run keeps those of one stretch and GROUP states, in the first cache. dB
 // and dC sum over channels: vectors are added up as they are, [n][dB, dC][step][W], and their lanes once at the end.
 // A task takes 128 channels, so that one image can use several threads; what tasks share is added up afterwards.
-extern "C" void selective_scan_backward(i64 K, i64 B, i64 P, i64 E, i64 N, const float* x, const float* dt,
-                                        const float* A, const float* Bm, const float* Cm, i64 ld, const float* D,
-                                        const float* dt_bias, const float* ds, i64 shared_ds, float* dx, float* ddt,
-                                        float* dA, float* dB, float* dC, float* dD, float* ddt_bias) {
-    const Scan call{K, B, P, E, N, ld, x, dt, A, Bm, Cm, D, dt_bias};
-    const i64 wide = 128, cuts = (E + wide - 1) / wide, stretches = (P + STEP - 1) / STEP, KBPN = K * B * P * N;
-    const Slots slots(B, K * whole(E) * (N + 2), 16);                   // images; [K] blocked rows: dA, dD, ddt_bias
-    float* partial = scratch<SPLIT>(cuts * 2 * KBPN);
-    parallel(K * slots.count * cuts, K * B * P * E * N, [&](i64 task) {
-        const i64 k = task / (slots.count * cuts), slot = task / cuts % slots.count, cut = task % cuts;
-        const i64 e0 = cut * wide, e1 = std::min(e0 + wide, E), own_states = whole(e1 - e0) * N;
-        float *rows = scratch<TASK>(own_states * (2 + stretches) + N * 2 * STEP * W), *dh = rows + own_states;
-        float *check = dh + own_states, *lanes = check + own_states * stretches;
-        float* sums = slots.sums + slot * slots.floats + (k * whole(E) + e0) * (N + 2);
-        std::fill(sums, sums + whole(e1 - e0) * (N + 2), 0.f);
-        for (i64 e = e0; e < e1; e += W) call.pack_A(k, e, rows + (e - e0) * N);
-        const auto local = [&](At at, i64 rows) { return At{at.e - e0, at.block - e0}.in(rows); };
-        for (i64 b = slots.begin(slot); b < slots.begin(slot + 1); b++) {
-            const Scan run = call.of(k, b);
-            const float* ds_ = ds + (shared_ds ? b * P : run.image) * E;
-            std::fill(dh, dh + 2 * own_states, 0.f);                    // and the first checkpoint
-            for (i64 j = 0; j + 1 < stretches; j++)
-                channels(e0, e1, EACH {
-                    using V = decltype(lane);
-                    V delta[STEP], u[STEP];
-                    run.drive(j * STEP, STEP, at.e, delta, u);
-                    states(N, [&](auto size, i64 n) __attribute__((always_inline)) {
-                        constexpr int M = decltype(size)::value;
-                        const i64 own = local(at, N) + n * W;
-                        V a[M], h[M];
-                        load_rows<M>(rows + own, a);
-                        load_rows<M>(check + j * own_states + own, h);
-                        run.advance<M>(n, j * STEP, STEP, a, delta, u, h, [](i64, int, V, V) {});
-                        store_rows<M>(check + (j + 1) * own_states + own, h);
-                    });
-                });
-            for (i64 j = stretches - 1; j >= 0; j--) {
-                const i64 from = j * STEP, count = std::min(STEP, P - from);
-                std::fill(lanes, lanes + N * 2 * STEP * W, 0.f);
-                channels(e0, e1, EACH {
-                    using V = decltype(lane);
-                    V delta[STEP], u[STEP], dy[STEP], du[STEP], ddelta[STEP], d_D{}, d_bias{};
-                    float* own_sums = sums + local(at, N + 2);
-                    run.drive(from, count, at.e, delta, u);
-                    for (i64 i = 0; i < count; i++) {
-                        dy[i] = load<V>(ds_ + run.at(from + i) * E + at.e);
-                        du[i] = ddelta[i] = V{};
-                    }
-                    states(N, [&](auto size, i64 n) __attribute__((always_inline)) {
-                        constexpr int M = decltype(size)::value;
-                        const i64 own = local(at, N) + n * W, row = run.at(from) * ld + n;
-                        float *lane_B = lanes + n * 2 * STEP * W + at.e - at.block, *lane_C = lane_B + M * STEP * W;
-                        V A_[M], now[M], g[M], dA_[M], a[STEP + 1][M], h[STEP + 1][M];
-                        load_rows<M>(rows + own, A_);
-                        load_rows<M>(check + j * own_states + own, now);
-                        load_rows<M>(dh + own, g);
-                        load_rows<M>(own_sums + n * W, dA_);
-                        for (int m = 0; m < M; m++) h[0][m] = now[m], a[count][m] = fill<V>(1.f);
-                        run.advance<M>(n, from, count, A_, delta, u, now, [&](i64 i, int m, V decay, V state) {
-                            a[i][m] = decay;
-                            h[i + 1][m] = state;
-                        });
-                        for (i64 i = count - 1; i >= 0; i--) {
-                            const float *B = run.Bm + row + i * run.stride, *C = run.Cm + row + i * run.stride;
-                            FULLY for (int m = 0; m < M; m++) {
-                                g[m] = a[i + 1][m] * g[m] + dy[i] * C[m];        // the gradient of h[i + 1]
-                                add_to(lane_C + (i * M + m) * W, dy[i] * h[i + 1][m]);
-                                add_to(lane_B + (i * M + m) * W, g[m] * u[i]);
-                                du[i] += g[m] * B[m];
-                                V q = a[i][m] * g[m] * h[i][m];
-                                ddelta[i] += q * A_[m];
-                                dA_[m] += q * delta[i];
-                            }
-                        }
-                        for (int m = 0; m < M; m++) g[m] *= a[0][m];
-                        store_rows<M>(dh + own, g);
-                        store_rows<M>(own_sums + n * W, dA_);
-                    });
-                    for (i64 i = 0; i < count; i++) {
-                        const i64 place = run.at(from + i) * E + at.e;
-                        V x = load<V>(run.x + place), z = load<V>(run.dt + place), d_x = du[i] * delta[i];
-                        if (dt_bias) z += load<V>(run.bias + at.e);
-                        V dz = (LN2 * ddelta[i] + du[i] * x) * sigmoid2(z * -LOG2E);
-                        if (D) d_x += load<V>(run.D + at.e) * dy[i];
-                        d_D += dy[i] * x;
-                        d_bias += dz;
-                        store(dx + run.image * E + place, d_x);
-                        store(ddt + run.image * E + place, dz);
-                    }
-                    add_to(own_sums + N * W, d_D);
-                    add_to(own_sums + (N + 1) * W, d_bias);
-                });
-                states(N, [&](auto size, i64 n) {
-                    constexpr int M = decltype(size)::value;
-                    for (int which = 0; which < 2; which++)
-                        for (i64 i = 0; i < count; i++)
-                            for (int m = 0; m < M; m++)
-                                partial[(cut * 2 + which) * KBPN + (run.image + run.at(from + i)) * N + n + m] =
-                                    lane_sum(lanes + (n * 2 * STEP + which * M * STEP + i * M + m) * W);
-                });
-            }
+struct Task {
+    i64 e0, e1, floats;                         // the channels; floats of a set of their rows [n]
+    float *A, *dh, *check, *lanes, *sums;       // blocked rows: [n]; [n]; [n] of each stretch; see above; [n + 2]
+
+    Task(const SelectiveScanBackward& a, i64 dir, i64 e0, i64 e1, i64 stretches, float* sums)
+        : e0(e0), e1(e1), floats(whole(e1 - e0) * a.n),
+          A(scratch<TASK>(floats * (2 + stretches) + a.n * 2 * STEPS * W)), dh(A + floats), check(dh + floats),
+          lanes(check + floats * stretches), sums(sums) {
+        std::fill(sums, sums + whole(e1 - e0) * (a.n + 2), 0.f);        // dA, dD, ddt_bias
+        for (i64 block = e0; block < e1; block += W) pack_A(a, dir, block, A + (block - e0) * a.n);
+    }
+};
+
+static void keep_states(const Run run, const Task task, i64 stretch) {
+    channels(task.e0, task.e1, EACH {
+        using V = decltype(lane);
+        const i64 own = at.from(task.e0).in(run.n), from = stretch * STEPS;
+        float* h = task.check + stretch * task.floats + own;
+        V delta[STEPS], u[STEPS];
+        run.drive(from, STEPS, at, delta, u);
+        run.advance_all(from, STEPS, task.A + own, delta, u, h, h + task.floats, [](i64, i64, V) {});
+    });
+}
+
+template <class V> struct Stretch { V delta[STEPS], u[STEPS], dy[STEPS], du[STEPS], ddelta[STEPS]; };
+
+// States j .. j + M - 1 over a stretch, forwards once more and then backwards
+template <int M, class V>
+INLINE void reverse(const Run& run, const Task& task, At at, i64 j, i64 stretch, i64 count, Stretch<V>& s) {
+    const i64 own = at.from(task.e0).in(run.n) + j * W, from = stretch * STEPS;
+    const float *B = run.B + from * run.stride + j, *C = run.C + from * run.stride + j;
+    float* dA_rows = task.sums + at.from(task.e0).in(run.n + 2) + j * W;
+    float *lane_B = task.lanes + j * 2 * STEPS * W + at - at.block, *lane_C = lane_B + M * STEPS * W;
+    V A[M], now[M], g[M], dA[M], a[STEPS + 1][M], h[STEPS + 1][M];
+    load_rows<M>(task.A + own, A);
+    load_rows<M>(task.check + stretch * task.floats + own, now);
+    load_rows<M>(task.dh + own, g);
+    load_rows<M>(dA_rows, dA);
+    for (int m = 0; m < M; m++) {
+        h[0][m] = now[m];
+        a[count][m] = fill<V>(1.f);
+    }
+    run.advance<M>(j, from, count, A, s.delta, s.u, now, [&](i64 i, int m, V decay, V state) {
+        a[i][m] = decay;
+        h[i + 1][m] = state;
+    });
+    for (i64 i = count - 1; i >= 0; i--)
+        FULLY for (int m = 0; m < M; m++) {
+            g[m] = a[i + 1][m] * g[m] + s.dy[i] * C[i * run.stride + m];         // the gradient of h[i + 1]
+            add_to(lane_C + (i * M + m) * W, s.dy[i] * h[i + 1][m]);
+            add_to(lane_B + (i * M + m) * W, g[m] * s.u[i]);
+            s.du[i] += g[m] * B[i * run.stride + m];
+            V q = a[i][m] * g[m] * h[i][m];
+            s.ddelta[i] += q * A[m];
+            dA[m] += q * s.delta[i];
+        }
+    for (int m = 0; m < M; m++) g[m] *= a[0][m];
+    store_rows<M>(task.dh + own, g);
+    store_rows<M>(dA_rows, dA);
+}
+
+static void reverse_stretch(const SelectiveScanBackward& a, const Run run, const Task task, i64 stretch, float* dB,
+                            float* dC) {
+    const i64 e = run.e, n = run.n, from = stretch * STEPS, count = std::min(STEPS, run.p - from);
+    const i64 ds_first = a.shared && run.sign < 0 ? a.b * a.p : 0;      // the row of direction 1 with which ds begins
+    std::fill(task.lanes, task.lanes + n * 2 * STEPS * W, 0.f);
+    channels(task.e0, task.e1, EACH {
+        using V = decltype(lane);
+        Stretch<V> s;
+        V dD{}, dbias{};
+        run.drive(from, count, at, s.delta, s.u);
+        for (i64 i = 0; i < count; i++) {
+            s.dy[i] = load<V>(a.ds + (run.row(from + i) - ds_first) * e + at);
+            s.du[i] = s.ddelta[i] = V{};
+        }
+        groups(n, [&](auto size, i64 j) __attribute__((always_inline)) {
+            reverse<decltype(size)::value>(run, task, at, j, stretch, count, s);
+        });
+        for (i64 i = 0; i < count; i++) {
+            const i64 place = run.row(from + i) * e + at;
+            V x = load<V>(run.x + place), z = load<V>(run.dt + place), dx = s.du[i] * s.delta[i];
+            if (run.bias) z += load<V>(run.bias + at);
+            V dz = (LN2 * s.ddelta[i] + s.du[i] * x) * sigmoid2(z * -LOG2E);
+            if (run.D) dx += load<V>(run.D + at) * s.dy[i];
+            dD += s.dy[i] * x;
+            dbias += dz;
+            store(a.dx + place, dx);
+            store(a.ddt + place, dz);
+        }
+        float* sums = task.sums + at.from(task.e0).in(n + 2);
+        add_to(sums + n * W, dD);
+        add_to(sums + (n + 1) * W, dbias);
+    });
+    groups(n, [&](auto size, i64 j) {
+        constexpr int M = decltype(size)::value;
+        const float *lane_B = task.lanes + j * 2 * STEPS * W, *lane_C = lane_B + M * STEPS * W;
+        for (i64 i = 0; i < count * M; i++) {
+            const i64 place = run.row(from + i / M) * n + j + i % M;
+            dB[place] = lane_sum(lane_B + i * W);
+            dC[place] = lane_sum(lane_C + i * W);
         }
     });
-    parallel(2 * K * B, KBPN * cuts / 4, [&](i64 i) {
-        const i64 which = i / (K * B), at = i % (K * B) * P * N;
-        add_rows(partial + which * KBPN + at, cuts, 2 * KBPN, P * N, (which ? dC : dB) + at);
+}
+
+extern "C" int selective_scan_backward(const SelectiveScanBackward* a, void*) {
+    const i64 k = a->k, b = a->b, p = a->p, e = a->e, n = a->n, kbpn = k * b * p * n;
+    const i64 wide = 128, slices = (e + wide - 1) / wide, stretches = (p + STEPS - 1) / STEPS;
+    const Slots slots(b, k * whole(e) * (n + 2), 16);                   // images; [k] blocked rows: dA, dD, ddt_bias
+    float* partial = scratch<SPLIT>(slices * 2 * kbpn);                 // [slice][dB, dC][k b p][n]
+    parallel(k * slots.count * slices, kbpn * e, [&](i64 i) {
+        const i64 dir = i / (slots.count * slices), slot = i / slices % slots.count, slice = i % slices;
+        const i64 e0 = slice * wide, e1 = std::min(e0 + wide, e);
+        float* sums = slots.sums + slot * slots.floats + (dir * whole(e) + e0) * (n + 2);
+        float *dB = partial + slice * 2 * kbpn, *dC = dB + kbpn;
+        const Task task(*a, dir, e0, e1, stretches, sums);
+        for (i64 image = slots.begin(slot); image < slots.begin(slot + 1); image++) {
+            const Run run(*a, dir, image);
+            std::fill(task.dh, task.dh + 2 * task.floats, 0.f);         // and the first checkpoint
+            for (i64 j = 0; j + 1 < stretches; j++) keep_states(run, task, j);
+            for (i64 j = stretches - 1; j >= 0; j--) reverse_stretch(*a, run, task, j, dB, dC);
+        }
+    });
+    parallel(2 * k * b, kbpn * slices / 4, [&](i64 i) {
+        const i64 which = i / (k * b), at = i % (k * b) * p * n;
+        add_rows(partial + which * kbpn + at, slices, 2 * kbpn, p * n, (which ? a->dC : a->dB) + at);
     });
     const float* total = slots.total();
-    for (i64 k = 0; k < K; k++)
-        for (i64 e = 0; e < E; e++) {
-            const float* row = total + k * whole(E) * (N + 2) + place(e).in(N + 2);
-            for (i64 n = 0; n < N; n++) dA[(k * E + e) * N + n] = row[n * W];
-            if (dD) dD[k * E + e] = row[N * W];
-            if (ddt_bias) ddt_bias[k * E + e] = row[(N + 1) * W];
-        }
+    for (i64 i = 0; i < k * e; i++) {
+        const float* row = total + i / e * whole(e) * (n + 2) + place(i % e).in(n + 2);
+        for (i64 j = 0; j < n; j++) a->dA[i * n + j] = row[j * W];
+        if (a->dD) a->dD[i] = row[n * W];
+        if (a->ddt_bias) a->ddt_bias[i] = row[(n + 1) * W];
+    }
+    return 0;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 8. add_norm: bound by memory. A row is read once and stays in the first cache for mean, variance and norm.
-
-constexpr i64 ROWS_A_TASK = 32;
+// 9. add_norm: bound by memory. A row is read once and stays in the first cache for mean, variance and norm.
 
 struct Stats { float mean, scale; };
 
 // From the sum of a row, or, for RMSNorm, whose mean counts as 0, of its squares
-INLINE Stats statistics(i64 D, const float* r, bool layer, const Sum& sum) {
-    if (!layer) return {0, 1 / std::sqrt(sum.total() / D + 1e-5f)};
-    const float mean = sum.total() / D;
+INLINE Stats statistics(i64 d, const float* row, bool centred, const Sum& sum) {
+    if (!centred) return {0, 1 / std::sqrt(sum.total() / d + 1e-5f)};
+    const float mean = sum.total() / d;
     Sum square;
-    channels(D, EACH {
-        auto d = load<decltype(lane)>(r + at.e) - mean;
-        square.add(d * d);
+    channels(d, EACH {
+        auto v = load<decltype(lane)>(row + at) - mean;
+        square.add(v * v);
     });
-    return {mean, 1 / std::sqrt(square.total() / D + 1e-5f)};
+    return {mean, 1 / std::sqrt(square.total() / d + 1e-5f)};
 }
 
-extern "C" void add_norm(i64 dtype, i64 rows, i64 D, const void* hidden, const float* residual, const float* weight,
-                         const float* bias, void* u, float* out) {
-    by_type(dtype, [&](auto type) {
+template <class T> void norm_row(const AddNorm& a, i64 i) {
+    const i64 d = a.d;
+    const T* hidden = a.hidden ? (const T*)a.hidden + i * d : nullptr;
+    const float *residual = a.residual + i * d, *weight = a.weight, *bias = a.bias;
+    float* out = hidden ? a.out + i * d : nullptr;
+    T* u = (T*)a.u + i * d;
+    Sum sum;
+    channels(d, EACH {
+        using V = decltype(lane);
+        V v = load<V>(residual + at);
+        if (hidden) {
+            v += load<V>(hidden + at);
+            store(out + at, v);
+        }
+        sum.add(bias ? v : v * v);
+    });
+    const float* row = hidden ? out : residual;
+    const Stats s = statistics(d, row, bias, sum);
+    channels(d, EACH {
+        using V = decltype(lane);
+        V n = (load<V>(row + at) - s.mean) * s.scale * load<V>(weight + at);
+        store(u + at, bias ? n + load<V>(bias + at) : n);
+    });
+}
+
+constexpr i64 ROWS_A_TASK = 32;
+
+extern "C" int add_norm(const AddNorm* a, void*) {
+    const i64 rows = a->rows;
+    by_type(a->dtype, [&](auto type) {
         using T = decltype(type);
-        parallel((rows + ROWS_A_TASK - 1) / ROWS_A_TASK, rows * D / 2, [&](i64 task) {
-            float* own = scratch<TASK>(D);
-            for (i64 i = task * ROWS_A_TASK; i < std::min((task + 1) * ROWS_A_TASK, rows); i++) {
-                const T* add = hidden ? (const T*)hidden + i * D : nullptr;
-                float* r = out ? out + i * D : own;
-                Sum sum;
-                channels(D, EACH {
-                    using V = decltype(lane);
-                    V v = residual ? load<V>(residual + i * D + at.e) : load<V>(add + at.e);
-                    if (residual && hidden) v += load<V>(add + at.e);
-                    store(r + at.e, v);
-                    sum.add(bias ? v : v * v);
-                });
-                const Stats s = statistics(D, r, bias, sum);
-                channels(D, EACH {
-                    using V = decltype(lane);
-                    V n = (load<V>(r + at.e) - s.mean) * s.scale * load<V>(weight + at.e);
-                    store((T*)u + i * D + at.e, bias ? n + load<V>(bias + at.e) : n);
-                });
-            }
+        parallel((rows + ROWS_A_TASK - 1) / ROWS_A_TASK, rows * a->d / 2, [&](i64 task) {
+            const i64 first = task * ROWS_A_TASK;
+            for (i64 i = first; i < std::min(first + ROWS_A_TASK, rows); i++) norm_row<T>(*a, i);
         });
     });
+    return 0;
 }
 
-extern "C" void add_norm_backward(i64 dtype, i64 rows, i64 D, const float* r, const float* weight, i64 has_bias,
-                                  const void* du, const float* dout, float* dr, void* dhidden, float* dweight,
-                                  float* dbias) {
-    const Slots slots((rows + ROWS_A_TASK - 1) / ROWS_A_TASK, 2 * whole(D));        // blocked rows: dweight, dbias
-    by_type(dtype, [&](auto type) {
+template <class T> void norm_row_backward(const AddNormBackward& a, i64 i, float* sums) {
+    const i64 d = a.d;
+    const bool centred = a.centred;
+    const float *row = a.residual + i * d, *weight = a.weight, *dout = a.dout ? a.dout + i * d : nullptr;
+    const T* du = (const T*)a.du + i * d;
+    float* dresidual = a.dresidual + i * d;
+    T* dhidden = a.dhidden ? (T*)a.dhidden + i * d : nullptr;
+    Sum sum, sum1, sum2;
+    channels(d, EACH {
+        auto v = load<decltype(lane)>(row + at);
+        sum.add(centred ? v : v * v);
+    });
+    const Stats s = statistics(d, row, centred, sum);
+    channels(d, EACH {
+        using V = decltype(lane);
+        V xhat = (load<V>(row + at) - s.mean) * s.scale, dn = load<V>(du + at);
+        add_to(sums + at.in(2), dn * xhat);
+        add_to(sums + at.in(2) + W, dn);
+        dn *= load<V>(weight + at);
+        sum1.add(dn);
+        sum2.add(dn * xhat);
+    });
+    const float mean1 = centred ? sum1.total() / d : 0, mean2 = sum2.total() / d;
+    channels(d, EACH {
+        using V = decltype(lane);
+        V xhat = (load<V>(row + at) - s.mean) * s.scale, dn = load<V>(du + at);
+        V dv = (dn * load<V>(weight + at) - mean1 - xhat * mean2) * s.scale;
+        if (dout) dv += load<V>(dout + at);
+        store(dresidual + at, dv);
+        if (dhidden) store(dhidden + at, dv);
+    });
+}
+
+extern "C" int add_norm_backward(const AddNormBackward* a, void*) {
+    const i64 rows = a->rows, d = a->d;
+    const Slots slots((rows + ROWS_A_TASK - 1) / ROWS_A_TASK, 2 * whole(d));        // blocked rows: dweight, dbias
+    by_type(a->dtype, [&](auto type) {
         using T = decltype(type);
-        slots.run(rows * D, [&](i64 task, float* sums) {
-            for (i64 i = task * ROWS_A_TASK; i < std::min((task + 1) * ROWS_A_TASK, rows); i++) {
-                const float* row = r + i * D;
-                const T* du_ = (const T*)du + i * D;
-                Sum sum, sum1, sum2;
-                channels(D, EACH {
-                    auto v = load<decltype(lane)>(row + at.e);
-                    sum.add(has_bias ? v : v * v);
-                });
-                const Stats s = statistics(D, row, has_bias, sum);
-                channels(D, EACH {
-                    using V = decltype(lane);
-                    V xhat = (load<V>(row + at.e) - s.mean) * s.scale, d = load<V>(du_ + at.e);
-                    add_to(sums + at.in(2), d * xhat);
-                    add_to(sums + at.in(2) + W, d);
-                    d *= load<V>(weight + at.e);
-                    sum1.add(d);
-                    sum2.add(d * xhat);
-                });
-                const float mean1 = has_bias ? sum1.total() / D : 0, mean2 = sum2.total() / D;
-                channels(D, EACH {
-                    using V = decltype(lane);
-                    V xhat = (load<V>(row + at.e) - s.mean) * s.scale, d = load<V>(du_ + at.e);
-                    d = (d * load<V>(weight + at.e) - mean1 - xhat * mean2) * s.scale;
-                    if (dout) d += load<V>(dout + i * D + at.e);
-                    store(dr + i * D + at.e, d);
-                    if (dhidden) store((T*)dhidden + i * D + at.e, d);
-                });
-            }
+        slots.run(rows * d, [&](i64 task, float* sums) {
+            const i64 first = task * ROWS_A_TASK;
+            for (i64 i = first; i < std::min(first + ROWS_A_TASK, rows); i++) norm_row_backward<T>(*a, i, sums);
         });
     });
     const float* total = slots.total();
-    for (i64 e = 0; e < D; e++) {
-        dweight[e] = total[place(e).in(2)];
-        if (dbias) dbias[e] = total[place(e).in(2) + W];
+    for (i64 i = 0; i < d; i++) {
+        a->dweight[i] = total[place(i).in(2)];
+        if (a->dbias) a->dbias[i] = total[place(i).in(2) + W];
     }
+    return 0;
 }

@@ -25,13 +25,11 @@ Its ablations, on FastVim-S (81.1), and the flags that repeat them:
 import torch
 from torch import nn
 
-import checkpoints
 import classification
 import data
 import fastvim
 import runs
 import training
-from baselines import PooledAttention
 
 # The recipe of the paper: 300 epochs of AdamW (0.9, 0.999) at an effective batch of 1024. Its text
 # says lr 1e-3; the released configuration computes 2e-3 at that batch (--lr 2e-3).
@@ -94,123 +92,21 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
         parser.error("--vit-conv goes with --vit-pool")
     if not looks:
         classification.check_pairs(args, parser)
-        if start.content and not is_ours(model):
+        if args.init and not classification.is_ours(model):
             raise ValueError(f"--init is for our models, {', '.join(fastvim.list_models())}: {model} "
                              "is none")
     return args, start
 
 
-def is_ours(model: str) -> bool:
-    return model in fastvim.list_models()
-
-
 def drop_path_of(model: str) -> float:
     """The recipe's, by the size of the model; 0 for those of timm."""
-    if not is_ours(model):
+    if not classification.is_ours(model):
         return 0.0
     return DROP_PATH[model.rpartition("_")[2]]
 
 
-# ---- Models --------------------------------------------------------------------------------------
-
-def build_model(args: runs.Options, num_classes: int) -> nn.Module:
-    """The model that args ask for. ValueError: an unknown name, an option that it does not have."""
-    if not is_ours(args.model):
-        return build_timm(args, num_classes)
-    if args.vit_pool:
-        raise ValueError("--vit-pool and --vit-conv are for the ViTs of timm: name one with --model")
-    return classification.build_encoder(args, num_classes)
-
-
-def build_timm(args: runs.Options, num_classes: int) -> nn.Module:
-    """A model of timm, a ViT perhaps with the pooling of Table 7."""
-    timm = data.extra("timm")
-    if not timm.is_model(args.model):
-        raise ValueError(f"--model {args.model}: neither a model of timm nor one of ours: a family, "
-                         f"{', '.join(fastvim.FAMILIES)}, and a size, {', '.join(fastvim.SIZES)}, "
-                         "such as fastvim_tiny")
-    fields = runs.model_fields(args)
-    known = ("img_size", "patch_size", "depth", "drop_path_rate")
-    wrong = fields.keys() - {*known, "vit_pool", "vit_conv"}
-    if wrong:
-        raise ValueError(f"--model {args.model} is timm's and does not know {', '.join(wrong)}")
-    fields = {name: value for name, value in fields.items() if name in known}
-    try:
-        model = timm.create_model(args.model, num_classes=num_classes, **fields)
-    except TypeError:  # a convolutional net takes any size
-        model = timm.create_model(args.model, num_classes=num_classes,
-                                  drop_path_rate=args.drop_path_rate)
-    if args.grad_checkpointing:
-        model.set_grad_checkpointing()
-    if args.vit_pool:
-        pool_attention(model, args)
-    return model
-
-
-def pool_attention(model: nn.Module, args: runs.Options) -> None:
-    blocks = getattr(model, "blocks", [None])
-    if not all(hasattr(getattr(block, "attn", None), "qkv") for block in blocks):
-        raise ValueError(f"--vit-pool: {args.model} is no ViT of timm")
-    for i, block in enumerate(blocks):
-        block.attn = PooledAttention(block.attn, model.num_prefix_tokens,
-                                     model.patch_embed.grid_size, i % 2, args.vit_conv)
-
-
-def restore(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> nn.Module:
-    """The model that the checkpoint says it is, else that args name, with its weights."""
-    weights, _ = checkpoints.model_weights(saved.content)
-    head = weights.get("head.1.weight", weights.get("head.weight"))
-    if saved.classes is None and head is None:
-        raise ValueError(f"{saved.path} says neither its classes nor holds a head.weight to count "
-                         "them")
-    count = len(head) if saved.classes is None else len(saved.classes)
-    model = build_model(args, count)
-    if is_ours(args.model) and "head.1.weight" in weights:
-        model = classification.linear_probe(model, count)
-    scale = "" if args.pool_scale is None else f", pool_scale {args.pool_scale:g}"
-    ctx.print(f"{saved.path}: {checkpoints.load(model, saved.content)} into {args.model}{scale}")
-    return model.to(ctx.device).eval()
-
-
-# ---- What to do ----------------------------------------------------------------------------------
-
 def adamw(model: nn.Module, args: runs.Options, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(training.parameter_groups(model, args.weight_decay), lr=lr)
-
-
-def evaluate(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> None:
-    model = restore(args, ctx, saved)
-    if args.data is None and not classification.saw_digits(saved):
-        raise ValueError("--eval: this model classifies images, so --data DIR has to say where they "
-                         "are")
-    dataset = classification.open_images(args, False, saved.classes)
-    image = torch.zeros(1, 3, args.img_size, args.img_size, device=ctx.device)
-    outputs = model(image).shape[1]
-    if outputs != len(dataset.classes):
-        raise ValueError(f"the checkpoint tells {outputs} classes apart, {args.data} holds "
-                         f"{len(dataset.classes)}")
-    loader = classification.loader_of(args, ctx, dataset, False)
-    result = runs.evaluate_classifier(model, loader, ctx, args.amp)
-    ctx.print(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss "
-              f"{result['loss']:.4f} on {result['images']:,.0f} images of {len(dataset):,}")
-
-
-def predict(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> None:
-    """Prints the likeliest classes of each image."""
-    model = restore(args, ctx, saved)
-    transform = classification.view_of(args, saved)
-    for path, image in data.each_readable(args.predict, data.load_rgb):
-        with torch.inference_mode():
-            p = model(transform(image)[None].to(ctx.device))[0].softmax(0)  # (classes)
-        runs.print_likeliest(path, p, saved.classes or names_of(len(p)))
-
-
-def names_of(count: int) -> list[str]:
-    """Names for the classes of released weights: ImageNet's, or numbers."""
-    if count != 1000:
-        return [str(i) for i in range(count)]
-    info = data.extra("timm.data").ImageNetInfo()
-    return [info.index_to_description(i) for i in range(count)]
 
 
 def main() -> None:
@@ -219,14 +115,14 @@ def main() -> None:
         ctx = training.setup(args, training=not (args.eval or args.predict))
         if args.predict:
             if ctx.is_main:
-                predict(args, ctx, start)
+                classification.predict(args, ctx, start)
         elif args.eval:
-            evaluate(args, ctx, start)
+            classification.evaluate(args, ctx, start)
         else:
             if args.data is None:
                 ctx.print("no --data: training on the built-in handwritten digits, by a recipe "
                           "scaled to them")
-            classification.train(args, ctx, start, build_model, adamw, LR_WARMUP, LR_END)
+            classification.train(args, ctx, start, classification.build_model, adamw, LR_WARMUP, LR_END)
         ctx.close()
 
 

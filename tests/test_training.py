@@ -24,11 +24,17 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import runs  # noqa: E402
+import safety  # noqa: E402
 import training  # noqa: E402
-from training import (NonFiniteError, add_training_arguments, cosine, evaluate_classifier, fit,  # noqa: E402
-                      parameter_groups, polynomial, run_length, setup, step_decay)
+from runs import evaluate_classifier  # noqa: E402
+from safety import NonFiniteError  # noqa: E402
+from training import (cosine, fit, parameter_groups, peak_lr, polynomial, run_length,  # noqa: E402
+                      setup, step_decay)
 
 PER_EPOCH = 6                                             # batches
+RECIPE = {**runs.TRAINING, "recipe_lr": 0.02, "recipe_batch": 8, "batch_size": 8, "epochs": 3, "workers": 0,
+          "threads": 1, "ema": 0.9, "weight_decay": 0.05, "data": "here", "kill_with": signal.SIGKILL, "out": "out"}
 INPUTS = torch.randn(48, 5, generator=torch.Generator().manual_seed(1))
 LABELS = INPUTS[:, :3].argmax(1)
 
@@ -92,19 +98,20 @@ def cross_entropy(model, batch):
 
 
 def toy(*argv, loss_fn=cross_entropy, on_step=lambda step: None, on_evaluate=lambda step: None,
-        lr_scale=None, **options):
+        groups={}, **options):
     """The toy experiment with these command line arguments -> (model, log)."""
-    parser = argparse.ArgumentParser()
+    parser = runs.Parser()
     parser.add_argument("--plain", action="store_true", help="no dropout, no noise, no batch norm")
-    parser.add_argument("--data", default="here")
-    parser.add_argument("--kill-at", type=int)
-    parser.add_argument("--kill-with", type=int, default=signal.SIGKILL)
-    add_training_arguments(parser, lr=0.02, recipe_batch=8, batch_size=8, epochs=3, workers=0, threads=1, ema=0.9,
-                           weight_decay=0.05)
-    args = parser.parse_args([str(arg) for arg in argv])
+    parser.add_argument("--data", help="a path")
+    parser.add_argument("--kill-at", type=int, help="in which micro-step to send a signal")
+    parser.add_argument("--kill-with", type=int, help="which one")
+    runs.add_training_arguments(parser, RECIPE)
+    typed = vars(parser.parse_args([str(arg) for arg in argv]))
+    args = runs.Options({**runs.defaults(parser), **RECIPE, **typed})
     ctx = setup(args)
     model = toy_model(not args.plain).to(ctx.device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, lr_scale=lr_scale), lr=args.lr)
+    lr = peak_lr(args, ctx)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, **groups), lr=lr)
     loader = Loader(args.batch_size, ctx.rank, ctx.world_size)
     total, per_epoch = run_length(args, loader)
     seen = []
@@ -123,7 +130,7 @@ def toy(*argv, loss_fn=cross_entropy, on_step=lambda step: None, on_evaluate=lam
 
     options = {"weight_decay": lambda step: cosine(step, total, 0.04, end=0.4), "evaluate": evaluate,
                "metric": "top1", "harmless": ("data", "kill_at", "kill_with"), **options}
-    log = fit(args, ctx, model, loader, counted_loss, optimizer, lambda step: cosine(step, total, args.lr, warmup=4),
+    log = fit(args, ctx, model, loader, counted_loss, optimizer, lambda step: cosine(step, total, lr, warmup=4),
               **options)
     ctx.close()
     return model, log
@@ -218,17 +225,27 @@ def test_two_dimensional_bias_is_not_decayed():
     (["--batch-size", 4, "--lr", 0.5], 0.5, "not scaled"),
 ])
 def test_learning_rate_rule(argv, lr, words, capsys):
-    parser = argparse.ArgumentParser()
-    add_training_arguments(parser, lr=0.02, recipe_batch=8)
-    args = parser.parse_args([str(arg) for arg in argv])
-    setup(args)
+    parser = runs.Parser()
+    runs.add_training_arguments(parser, RECIPE)
+    args = runs.Options({**runs.defaults(parser), **RECIPE, **vars(parser.parse_args([str(arg) for arg in argv]))})
+    ctx = setup(args)
     said = capsys.readouterr().out
-    assert args.lr == pytest.approx(lr) and words in said and f"effective batch {4 * args.accum} " in said
+    assert peak_lr(args, ctx) == pytest.approx(lr) and words in said
+    assert f"effective batch {4 * args.accum} " in said and f"learning rate {lr:g} " in said
 
 
-def test_unknown_default_is_refused():
-    with pytest.raises(TypeError, match="epoch_s"):
-        add_training_arguments(argparse.ArgumentParser(), lr=1, recipe_batch=1, epoch_s=3)
+def test_options_cannot_be_changed_and_help_shows_the_recipe(capsys):
+    parser = runs.Parser()
+    runs.add_training_arguments(parser, RECIPE)
+    assert vars(parser.parse_args(["--seed", "3"])) == {"seed": 3}
+    args = runs.Options({**runs.defaults(parser), **RECIPE})
+    assert args.steps is None and args.resume_changed is False and args.ema == 0.9
+    with pytest.raises(AttributeError, match="steps=3"):
+        args.steps = 3
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(default 0.9)" in said and "(default 0.02 x batch / 8)" in said and "SUPPRESS" not in said
 
 
 def test_run_length():
@@ -293,7 +310,7 @@ def test_matches_a_hand_written_loop(tmp_path):
 
 
 def test_schedules_respect_the_groups_scales(tmp_path):
-    toy("--out", tmp_path, "--steps", 6, lr_scale=lambda name, param: 0.5 if name.startswith("0.") else 1.0)
+    toy("--out", tmp_path, "--steps", 6, groups=dict(lr_scale=lambda name, param: 0.5 if name.startswith("0.") else 1.0))
     groups = load(tmp_path / "last.pt")["optimizer"]["param_groups"]
     decay, rate = cosine(5, 6, 0.04, end=0.4), cosine(5, 6, 0.02, warmup=4)
     assert [(g["weight_decay"], g["lr"]) for g in groups] == [
@@ -391,8 +408,8 @@ def test_signal_saves_then_resume_is_exact(tmp_path, whole, number, status):
 @pytest.mark.parametrize("torchrun", [False, True])
 def test_only_a_second_ctrl_c_ends_at_once(torchrun):
     """Schedulers repeat SIGTERM, and torchrun repeats whatever it receives: neither may cost the checkpoint."""
-    code = ("import os, signal, training\n"
-            "with training.stop_signals() as received:\n"
+    code = ("import os, signal, safety\n"
+            "with safety.stop_signals() as received:\n"
             "    for name in 'INT TERM TERM'.split():\n"
             "        os.kill(os.getpid(), getattr(signal, 'SIG' + name))\n"
             "    print(received, flush=True)\n"
@@ -525,7 +542,7 @@ def test_failing_last_save_is_an_error(tmp_path, monkeypatch, name):
 
     with pytest.raises(OSError, match="No space left"):
         toy("--out", tmp_path, "--epochs", 1, "--save-minutes", 0,
-            on_step=lambda step: monkeypatch.setattr(training.os, name, fail) if step == 3 else None)
+            on_step=lambda step: monkeypatch.setattr(safety.os, name, fail) if step == 3 else None)
     assert load(tmp_path / "last.pt")["step"] == 3 and not list(tmp_path.glob("*.tmp"))
 
 
@@ -539,7 +556,7 @@ def test_nonfinite_loss_names_the_module_and_spares_the_weights(tmp_path, poison
         toy("--out", tmp_path, "--save-minutes", 0, on_step=on_step)
     assert (caught.value.step, caught.value.epoch) == (8, 2)
     state = load(tmp_path / "last.pt")
-    assert state["step"] == 8 and not training.not_finite(state["model"])
+    assert state["step"] == 8 and not safety.not_finite(state["model"])
 
 
 def test_nonfinite_loss_names_loss_input_or_parameter(tmp_path):
