@@ -21,8 +21,15 @@ def check_fields(fields: dict, config: type):
         raise ValueError(f"unknown option {', '.join(unknown)}; choose from {', '.join(known)}")
 
 
-def check_config(cfg, schedules: dict, choices: dict):
-    """schedules: fastvim.SCHEDULES; choices {field: its values}."""
+def check_name(name: str, families: dict, sizes: dict):
+    family, _, size = str(name).rpartition("_")
+    if family not in families or size not in sizes:
+        raise ValueError(f"unknown model {name!r}; choose a family from {', '.join(families)} and a "
+                         f"size from {', '.join(sizes)}, for example fastvim_tiny")
+
+
+def check_config(cfg, schedules: dict, norms: dict, pools: dict):
+    """Every field of a fastvim.Config; of three of them, the tables of their values are given."""
     def require(field, right, must):
         if not right:
             raise ValueError(f"{field}={getattr(cfg, field)!r} {must}")
@@ -30,7 +37,9 @@ def check_config(cfg, schedules: dict, choices: dict):
     def is_number(value):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    for field, names in {"schedule": schedules, **choices}.items():
+    choices = {"schedule": schedules, "block_norm": norms, "ssm_norm": [None, *norms],
+               "pool": pools, "mask_divisor": ["axis", "count"]}
+    for field, names in choices.items():
         known = getattr(cfg, field) in list(names)
         require(field, known, f"is unknown; choose from {', '.join(map(str, names))}")
     for field, least in LEAST.items():
@@ -48,11 +57,10 @@ def check_config(cfg, schedules: dict, choices: dict):
     require("drop_path_rate", is_number(rate) and 0 <= rate < 1, "must be a number in [0, 1)")
     scale = cfg.pool_scale
     require("pool_scale", is_number(scale) and 0 < scale < math.inf, "must be a positive number")
-    pools = any(pooled for _, pooled in cfg.rows)
-    means = pools and cfg.pool == "mean"
+    pooling = any(pooled for _, pooled in cfg.rows)
     like = f"schedule={cfg.schedule!r}"
-    require("pool", pools or cfg.pool == "mean", f"has nothing to pool in {like}")
-    require("pool_scale", scale == 1 or means,
+    require("pool", pooling or cfg.pool == "mean", f"has nothing to pool in {like}")
+    require("pool_scale", scale == 1 or pooling and cfg.pool == "mean",
             f"scales mean pooling only; this model has {like}, pool={cfg.pool!r}")
     if cfg.out_indices is not None:
         check_blocks("out_indices", cfg.out_indices, cfg.depth)
@@ -67,7 +75,7 @@ def check_blocks(name: str, indices: Sequence[int], depth: int):
 
 def check_taps(indices: Sequence[int], cfg):
     check_blocks("indices", indices, cfg.depth)
-    if cfg.out_indices not in (None, tuple(indices)):
+    if cfg.out_indices is not None and tuple(cfg.out_indices) != tuple(indices):
         norms = f"the model has norms for out_indices={cfg.out_indices}"
         raise ValueError(f"indices={tuple(indices)}, but {norms}")
 

@@ -1,36 +1,36 @@
 """FastVim: vision state-space models that pool the token grid, in one file.
 
-The idea. Vision Mamba (Vim) walks over all h x w patches of an image with a selective scan, forwards
-and backwards. FastVim first averages the tokens of each row, scans the h averages, and hands every
-token of a row the result; the next layer does the same with columns. One layer cannot tell the
-tokens of a row apart, two can; and the recurrence, the one part that cannot run in parallel, takes
-h steps instead of h x w. Everything else in the block stays as it was.
+The idea. Vision Mamba (Vim) walks over all h x w patches of an image with a selective scan, both
+forwards and backwards. FastVim first averages the tokens of each row, scans the h averages, and
+hands every token of a row the result; the next layer does the same with columns. One layer cannot
+tell the tokens of a row apart, two can; and the recurrence, the one part that cannot run in
+parallel, takes h steps instead of h x w. Everything else in the block stays as it was.
 
-      3 x 4 tokens           pool          scan, both ways          expand
-      a  b  c  d             abcd             s1  |  ^           s1 s1 s1 s1
-      e  f  g  h     -->     efgh     -->     s2  |  |    -->    s2 s2 s2 s2      an even layer: rows
-      i  j  k  l             ijkl             s3  v  |           s3 s3 s3 s3
+    3 x 4 tokens           pool         scan, both ways          expand
+    a  b  c  d             abcd            s1  |  ^           s1 s1 s1 s1
+    e  f  g  h     -->     efgh    -->     s2  |  |    -->    s2 s2 s2 s2     an even layer: rows
+    i  j  k  l             ijkl            s3  v  |           s3 s3 s3 s3
 
-      a  b  c  d                                                 s1 s2 s3 s4
-      e  f  g  h     -->   aei bfj     -->   s1 s2 s3 s4  -->    s1 s2 s3 s4      an odd layer: columns
-      i  j  k  l           cgk dhl           ---> and <---       s1 s2 s3 s4
+    a  b  c  d             aei bfj         s1 s2 s3 s4        s1 s2 s3 s4
+    e  f  g  h     -->     cgk dhl  -->     --->  <---  -->   s1 s2 s3 s4     an odd layer: columns
+    i  j  k  l                                                s1 s2 s3 s4
 
 The block. Every encoder of the paper is this one, with two settings per layer: in which order the
 grid is flattened, and which of its axes are pooled away before the scan (the table SCHEDULES).
 
     residual = residual + hidden
-    x, z  = in_proj(norm(residual))              (b l e) each
+    x, z  = in_proj(norm(residual))            (b l e) each
     for the two directions, each with weights of its own:
-        c = silu(causal_conv1d(x))               (b l e) along the layer's flatten order
-        p = pool(c)                              (b p e)      Algorithm 1, line 3
-        dt, B, C = select(p)                                  Algorithm 1, lines 4 to 6
-        s = selective_scan(p, dt, A, B, C)       (b p e)      Algorithm 1, lines 7 and 8
-        y = expand(s) + D c                      (b l e)      Algorithm 1, line 9; D skips the pooling
+        c = silu(causal_conv1d(x))             (b l e) along the layer's flatten order
+        p = pool(c)                            (b p e)    Algorithm 1, line 3
+        dt, B, C = select(p)                              Algorithm 1, lines 4 to 6
+        s = selective_scan(p, dt, A, B, C)     (b p e)    Algorithm 1, lines 7 and 8
+        y = expand(s) + D c                    (b l e)    Algorithm 1, line 9; D skips the pooling
     hidden = out_proj(norm(mean of both y) * silu(z))
 
-    Fast Vision Mamba: Pooling Spatial Dimensions for Accelerated Processing. Kapse, Betz, Sivanandan.
-    Vision Mamba: Efficient Visual Representation Learning with Bidirectional SSM. Zhu et al.   (Vim)
-    Mamba: Linear-Time Sequence Modeling with Selective State Spaces. Gu, Dao.                (Mamba)
+   Kapse, Betz, Sivanandan. Fast Vision Mamba: Pooling Spatial Dimensions for Accelerated Processing
+   Zhu et al. Vision Mamba: Efficient Visual Representation Learning with Bidirectional SSM (Vim)
+   Gu, Dao. Mamba: Linear-Time Sequence Modeling with Selective State Spaces
 
 Lower-case letters are lengths of axes, upper-case letters the paper's matrices:
 
@@ -39,17 +39,12 @@ Lower-case letters are lengths of axes, upper-case letters the paper's matrices:
     n  d_state          r  dt_rank              h, w, c  rows, columns, image channels of the grid
     A, B, C, D  decay, input and output of the scan's state, and the skip around it
 
-Read from top to bottom:  1 the scan   2 convolution, pooling, gate   3 mixer and block   4 encoder
-    5 schedules and sizes   6 masks and class tokens   7 initialisation   8 backends   9 create_model
-
     python fastvim.py             every model: parameters, multiply-adds, milliseconds per image
     python fastvim.py doctor      what this machine has: torch, devices, compilers, backends
-
-    model = fastvim.create_model("fastvim_tiny", num_classes=10)
-    logits = model(torch.randn(2, 3, 224, 224))
 """
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -58,36 +53,25 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from einops import rearrange, repeat
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 __version__ = "0.2.0"
-
 log = logging.getLogger("fastvim")
 
-# --------------------------------------------------------------------------------------------------
-# 1. The selective scan
+# ---- 1. The selective scan -----------------------------------------------------------------------
 #
-# A state of n numbers per channel is carried from step to step: it decays, takes in the step's input
-# and is read out. What makes the scan selective is that dt, B and C depend on the input.
+# A state of n numbers per channel is carried from step to step: it decays, takes in the step's
+# input and is read out. The scan is selective because dt, B and C depend on the input.
 
 
-def selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-) -> Tensor:
+def selective_scan(x, dt, A, B, C, D=None, dt_bias=None) -> Tensor:
     """x, dt (k b p e), A (k e n), B, C (k b p n), D, dt_bias (k e) -> s (k b p e). Equations 2, 3.
 
     Direction 0 runs from the first step to the last, direction 1 from the last to the first.
-    As Mamba does, B is discretised by Euler's rule, dt B; only A by equation 2's zero-order hold."""
+    As in Mamba, B is discretised by Euler's rule, dt B; only A by equation 2's zero-order hold."""
     if dt_bias is not None:
         dt = dt + dt_bias[:, None, None]
     dt = F.softplus(dt)
@@ -96,9 +80,9 @@ def selective_scan(
     h = x.new_zeros(())                                     # the state, (k b n e) from step 1 on
     s = []
     for x_t, dt_t, B_t, C_t in steps:                       # (k b e) (k b e) (k b n) (k b n)
-        decay = torch.exp(dt_t[:, :, None] * A)             # (k b n e)  equation 2: A_t = exp(dt A)
-        drive = B_t[..., None] * (dt_t * x_t)[:, :, None]   # (k b n e)  equation 2: B_t x_t = dt B x
-        h = torch.addcmul(drive, decay, h)                  # (k b n e)  equation 3: h = A_t h + B_t x_t
+        decay = torch.exp(dt_t[:, :, None] * A)             # (k b n e)  equation 2: exp(dt A)
+        drive = B_t[..., None] * (dt_t * x_t)[:, :, None]   # (k b n e)  equation 2: dt B x
+        h = torch.addcmul(drive, decay, h)                  # (k b n e)  equation 3: decay h + drive
         s.append((C_t[:, :, None] @ h)[:, :, 0])            # (k b e)    equation 3: y = C h
     s = reverse_second(torch.stack(s, 2))                   # (k b p e)
     if D is not None:
@@ -113,16 +97,16 @@ def reverse_second(v: Tensor) -> Tensor:
 
 class SSMWeights(NamedTuple):
     """What lies between a mixer's two projections needs these. All tensors are at least float32."""
-    conv_weight: Tensor | None           # (k e taps), None without the convolution
-    conv_bias: Tensor | None             # (k e)
+    conv_weight: Tensor | None              # (k e taps), None without the convolution
+    conv_bias: Tensor | None                # (k e)
     x_proj: Tensor                          # (k r+2n e)
     dt_proj: Tensor                         # (k e r)
     dt_bias: Tensor                         # (k e)
     A_log: Tensor                           # (k e n)
     D: Tensor                               # (k e)
-    score_weight: Tensor | None          # (k e), attention pooling only
-    score_bias: Tensor | None            # (k)
-    norm: nn.Module | None               # over e, None without the post-SSM norm
+    score_weight: Tensor | None             # (k e), attention pooling only
+    score_bias: Tensor | None               # (k)
+    layernorm: nn.Module | None             # over e, None without the post-SSM norm
     pool: str                               # a name of POOLS
     skip_before_expand: bool                # True: D multiplies the pooled tokens
 
@@ -136,27 +120,24 @@ def select(p: Tensor, w: SSMWeights) -> tuple[Tensor, Tensor, Tensor]:
     return dt, B, C
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Around the scan: convolution, pooling, gate
+# ---- 2. Around the scan: convolution, pooling, gate ----------------------------------------------
 #
-# Three operations do all the work between the matrix products: conv_pool, selective_scan and
-# expand_gate. Here they are written to be read. A faster backend computes the same numbers, and is
-# tested against these, outputs and gradients.
+# Three operations do all the work between the matrix products: conv_pool, selective_scan,
+# expand_gate. Here they are written to be read; faster backends are tested against them.
 
 
 def conv_silu(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Causal depthwise convolution in both directions. x (b l e), weight (k e taps) -> c (k b l e).
-
-    Forward, a token sees itself and the taps - 1 tokens before it. Backward is the same on the
-    reversed sequence: mirrored taps, padding on the other side, and nothing has to be turned round."""
+    Forward, a token sees itself and the taps - 1 before it. Backward is the same on the reversed
+    sequence: mirrored taps, padding on the other side, and nothing has to be turned round."""
     if weight is None:
         return F.silu(torch.stack([x, x]))                  # Table 7, "w/o conv1d"
     e, taps = weight.shape[1:]
     x = x.mT                                                # (b e l)
-    forward = F.pad(x, (taps - 1, 0))
-    backward = F.pad(x, (0, taps - 1))
-    forward = F.conv1d(forward, weight[0, :, None], bias[0], groups=e)
-    backward = F.conv1d(backward, weight[1, :, None].flip(2), bias[1], groups=e)
+    early = F.pad(x, (taps - 1, 0))
+    late = F.pad(x, (0, taps - 1))
+    forward = F.conv1d(early, weight[0, :, None], bias[0], groups=e)
+    backward = F.conv1d(late, weight[1, :, None].flip(2), bias[1], groups=e)
     return F.silu(torch.stack([forward.mT, backward.mT]))   # (k b l e)
 
 
@@ -172,8 +153,7 @@ POOLS = {
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """How one layer walks a grid of tokens, in the axis names of einops, outermost axis first.
-
-    Without arguments but sizes=(("l", l),) it is a plain sequence."""
+    Grid(sizes=(("l", l),)) is a plain sequence."""
     storage: str = "l"                      # the order in which the tokens lie in memory
     order: str = "l"                        # the order in which the layer walks them
     pooled: str = ""                        # the axes that are pooled away before the scan
@@ -206,8 +186,7 @@ class Grid:
         c = rearrange(c, steps, **dict(self.sizes))         # (k b p m e)
         if score is not None:
             score = rearrange(score, steps, **dict(self.sizes))
-        p = POOLS[kind](c, score)                           # (k b p e)
-        return p if self.scale == 1 else p * self.scale
+        return POOLS[kind](c, score) * self.scale           # (k b p e)
 
     def expand(self, s: Tensor) -> Tensor:
         """Scan steps -> their tokens. s (k b p e) -> (k b l e)."""
@@ -227,14 +206,13 @@ def conv_pool(xz: Tensor, w: SSMWeights, grid: Grid) -> tuple[Tensor, Tensor]:
 
 def expand_gate(xz: Tensor, c: Tensor, s: Tensor, w: SSMWeights, grid: Grid) -> Tensor:
     """The z of xz (b l 2e), c (k b l e) and the scan's output s (k b p e) -> y (b l e).
-
-    The skip uses c as it was before pooling (Figure 2): only the scan is shortened, not the picture."""
+    The skip uses c as it was before pooling (Figure 2): the scan is shortened, not the picture."""
     y = grid.expand(s)                                      # (k b l e)
     if not w.skip_before_expand:
         y = y + w.D[:, None, None] * c
     y = (y[0] + y[1]) / 2                                   # (b l e)
-    if w.norm is not None:
-        y = w.norm(y)                                       # section 4.1, "Stability"
+    if w.layernorm is not None:
+        y = run_norm(w.layernorm, y)                        # section 4.1, "Stability"
     _, z = at_least_float32(xz).chunk(2, -1)                # (b l e)
     return (grid.unflatten(y) * F.silu(z)).to(xz.dtype)
 
@@ -248,45 +226,32 @@ def ssm(xz: Tensor, w: SSMWeights, grid: Grid) -> Tensor:
     return expand_gate(xz, c, s, w, grid)                   # line 9
 
 
-def at_least_float32(v: Tensor | None) -> Tensor | None:
-    """States, sums and norms are kept in float32 when activations are 16-bit; float64 stays."""
-    if v is None or v.dtype == torch.float64:
-        return v
-    return v.float()
+def at_least_float32(v):
+    """States, sums and norms are kept in float32 when activations are 16-bit."""
+    is_16_bit = isinstance(v, Tensor) and v.dtype in (torch.bfloat16, torch.float16)
+    return v.float() if is_16_bit else v
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Mixer and block
+# ---- 3. Mixer and block --------------------------------------------------------------------------
+
+NORMS = {"rmsnorm": functools.partial(nn.RMSNorm, eps=1e-5), "layernorm": nn.LayerNorm}
 
 
-class RMSNorm(nn.RMSNorm):
-    """PyTorch's, computed in float32 at least also where the weights are 16-bit."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = at_least_float32(self.weight)
-        return F.rms_norm(at_least_float32(x), self.normalized_shape, weight, self.eps)
-
-
-class LayerNorm(nn.LayerNorm):
-    """PyTorch's, computed in float32 at least also where the weights are 16-bit."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = at_least_float32(self.weight)
-        bias = at_least_float32(self.bias)
-        return F.layer_norm(at_least_float32(x), self.normalized_shape, weight, bias, self.eps)
-
-
-NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
-NORM_EPS = 1e-5
+def run_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x), in float32 at least also where the norm's weights are 16-bit."""
+    x = at_least_float32(x)
+    if norm.weight.dtype == x.dtype:
+        return norm(x)
+    weights = {name: at_least_float32(weight) for name, weight in norm.named_parameters()}
+    return torch.func.functional_call(norm, weights, x)
 
 
 def add_norm(hidden: Tensor, residual: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """hidden, residual (b l d) -> norm(residual + hidden) in the norm's type, and the sum.
-
-    The residual stream is kept in float32 at least; None before the first block."""
+    """hidden, residual (b l d), None before block 0 -> norm(residual + hidden) in the norm's type,
+    and the sum. The residual stream is kept in float32 at least."""
     hidden = at_least_float32(hidden)
     residual = hidden if residual is None else residual + hidden
-    return norm(residual).to(norm.weight.dtype), residual
+    return run_norm(norm, residual).to(norm.weight.dtype), residual
 
 
 class Mixer(nn.Module):
@@ -299,33 +264,32 @@ class Mixer(nn.Module):
         n = cfg.d_state
         r = cfg.dt_rank or math.ceil(d / 16)
 
-        def parameter(*shape):
-            return nn.Parameter(torch.empty(2, *shape))
+        def parameter(*shape, wanted=True):
+            return nn.Parameter(torch.empty(2, *shape)) if wanted else None
 
         self.pool = cfg.pool
         self.skip_before_expand = cfg.skip_before_expand
         self.in_proj = nn.Linear(d, 2 * e, bias=False)
-        self.conv_weight = parameter(e, cfg.d_conv) if cfg.d_conv else None
-        self.conv_bias = parameter(e) if cfg.d_conv else None
+        self.conv_weight = parameter(e, cfg.d_conv, wanted=cfg.d_conv > 0)
+        self.conv_bias = parameter(e, wanted=cfg.d_conv > 0)
         self.x_proj = parameter(r + 2 * n, e)
         self.dt_proj = parameter(e, r)
         self.dt_bias = parameter(e)
         self.A_log = parameter(e, n)
         self.D = parameter(e)
-        self.score_weight = parameter(e) if cfg.pool == "attention" else None
-        self.score_bias = parameter() if cfg.pool == "attention" else None
+        self.score_weight = parameter(e, wanted=cfg.pool == "attention")
+        self.score_bias = parameter(wanted=cfg.pool == "attention")
         init_ssm(self)
-        self.layernorm = NORMS[cfg.ssm_norm](e, eps=NORM_EPS) if cfg.ssm_norm else None
+        self.layernorm = NORMS[cfg.ssm_norm](e) if cfg.ssm_norm else None
         self.out_proj = nn.Linear(e, d, bias=False)
 
     def weights(self) -> SSMWeights:
-        tensors = [at_least_float32(getattr(self, name)) for name in SSMWeights._fields[:9]]
-        return SSMWeights(*tensors, self.layernorm, self.pool, self.skip_before_expand)
+        return SSMWeights(*(at_least_float32(getattr(self, name)) for name in SSMWeights._fields))
 
     def forward(self, u: Tensor, grid: Grid, backend: "Backend") -> Tensor:
         """u (b l d), normed -> (b l d)."""
         xz = self.in_proj(u)                                # (b l 2e)
-        with torch.autocast(u.device.type, enabled=False):  # the scan and its inputs stay in float32
+        with torch.autocast(u.device.type, enabled=False):  # the scan stays in float32
             y = backend.ssm(xz, self.weights(), grid)       # (b l e)
         return self.out_proj(y)                             # (b l d)
 
@@ -335,17 +299,10 @@ class Block(nn.Module):
 
     def __init__(self, cfg: "Config"):
         super().__init__()
-        self.norm = NORMS[cfg.block_norm](cfg.embed_dim, eps=NORM_EPS)
+        self.norm = NORMS[cfg.block_norm](cfg.embed_dim)
         self.mixer = Mixer(cfg)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        residual: Tensor | None,
-        grid: Grid,
-        backend: "Backend",
-        drop_path: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden, residual, grid, backend, drop_path=0.0) -> tuple[Tensor, Tensor]:
         """hidden, residual (b l d) -> the same. drop_path: the rate at which hidden is dropped."""
         hidden = stochastic_depth(hidden, drop_path, self.training)
         u, residual = backend.add_norm(hidden, residual, self.norm)
@@ -356,37 +313,24 @@ def stochastic_depth(x: Tensor, rate: float, training: bool) -> Tensor:
     """In training, drops whole samples of a residual branch, scales the others up. x (b ...)."""
     if rate == 0 or not training:
         return x
-    shape = (x.shape[0], *[1] * (x.ndim - 1))
-    keep = x.new_empty(shape).bernoulli_(1 - rate)
+    keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - rate)
     return x * keep / (1 - rate)
 
 
-def run_blocks(
-    blocks: Sequence[Block],
-    x: Tensor,
-    grids: Sequence[Grid],
-    backend: "Backend",
-    drop_path_rates: Sequence[float],
-    recompute: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
+def run_blocks(blocks, x, grids, backend, drop_path_rates, recompute=False) -> Iterator[tuple]:
     """x (b l d) through blocks, of which the i-th walks grids[i % len(grids)]; yields each one's
     output and the residual that it has yet to be added to. recompute: gradient checkpointing."""
-    hidden = x
-    residual = None
+    state = (x, None)
     for i, block in enumerate(blocks):
-        inputs = (hidden, residual, grids[i % len(grids)], backend, drop_path_rates[i])
+        how = (grids[i % len(grids)], backend, drop_path_rates[i])
         if recompute:
-            hidden, residual = torch.utils.checkpoint.checkpoint(
-                block, *inputs, use_reentrant=False
-            )
+            state = checkpoint(block, *state, *how, use_reentrant=False)
         else:
-            hidden, residual = block(*inputs)
-        yield hidden, residual
+            state = block(*state, *how)
+        yield state
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Encoder: patches, blocks, head. Who stops after this section has read FastVim.
-
+# ---- 4. Encoder: patches, blocks, head. Who stops after this section has read FastVim. -----------
 
 class PatchEmbed(nn.Module):
     """Image (b c H W) -> a token per patch, or per patch and channel: (b d h w) or (b d c h w)."""
@@ -396,7 +340,7 @@ class PatchEmbed(nn.Module):
         p = cfg.patch_size
         self.patch_size = p
         self.per_channel = cfg.per_channel
-        if cfg.per_channel:                 # section 3.3: one filter for all, told apart by embeddings
+        if cfg.per_channel:                 # section 3.3: one filter, and an embedding per channel
             self.proj = nn.Conv3d(1, cfg.embed_dim, (1, p, p), (1, p, p))
             self.channel_embed = nn.Embedding(cfg.in_chans, cfg.embed_dim)
         else:
@@ -405,19 +349,35 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor, channels: Tensor | None = None) -> Tensor:
         p = self.patch_size
         height, width = x.shape[-2:]
-        below = math.ceil(height / p) * p - height
-        right = math.ceil(width / p) * p - width
-        x = F.pad(x, (0, right, 0, below))                  # zeros up to whole patches
+        x = F.pad(x, (0, -width % p, 0, -height % p))       # zeros up to whole patches
         if not self.per_channel:
             return self.proj(x)                             # (b d h w)
         channel = self.channel_embed(channels).mT           # (d c)
         return self.proj(x[:, None]) + channel[..., None, None]             # (b d c h w)
 
 
+def resize_pos_embed(pos: Tensor, old, new, class_row=None) -> tuple[Tensor, Tensor | float]:
+    """pos (1 rows d) of a grid old (h, w) -> (1 h*w d) of the grid new, bicubic; and the class
+    token's row (1 1 d), which is not resized, or 0."""
+    own = 0.0
+    if class_row is not None:
+        own = pos[:, class_row:class_row + 1]
+        pos = torch.cat([pos[:, :class_row], pos[:, class_row + 1:]], 1)
+    if tuple(old) != tuple(new):
+        grid = rearrange(at_least_float32(pos), "1 (h w) d -> 1 d h w", h=old[0])
+        grid = F.interpolate(grid, new, mode="bicubic", align_corners=False).to(pos.dtype)
+        pos = rearrange(grid, "1 d h w -> 1 (h w) d")
+    return pos, own
+
+
 class FastVim(nn.Module):
-    """The encoder. One class for every model of the paper: FastVim(schedule="fastvim", ...), with
-    the fields of Config. Images are float (b in_chans H W) of any height and width: padded with zeros
-    to whole patches, position embeddings resized, pooled by their own grid."""
+    """The encoder, one class for every model of the paper: FastVim(schedule="vim", ...), with the
+    fields of Config. Its forward methods raise TypeError or ValueError on wrong arguments:
+
+    x (b in_chans H W): float images of any size; padded to whole patches, pos_embed resized.
+    keep (b s): integer ids of the tokens to encode, -1 pads images that keep fewer (section 3.2,
+        FastMaskVim). Tokens are numbered as they lie: h w, or h w c in channel-first models.
+    channels (c): ids of the given channels, for per-channel models; default all in order."""
 
     def __init__(self, **fields):
         super().__init__()
@@ -427,124 +387,92 @@ class FastVim(nn.Module):
         self.cfg = cfg
         self.patch_embed = PatchEmbed(cfg)
         self.grid_size = tuple(math.ceil(s / cfg.patch_size) for s in cfg.img_size)     # (h, w)
-        positions = math.prod(self.grid_size)               # channels share the one of their patch
-        if self._class_row() is not None:
-            positions += 1
+        positions = math.prod(self.grid_size) + (self._class_row() is not None)
         self.pos_embed = nn.Parameter(torch.empty(1, positions, d))
         self.cls_token = nn.Parameter(torch.empty(1, 1, d)) if cfg.class_token else None
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         if cfg.out_indices is None:
-            self.norm_f = NORMS[cfg.block_norm](d, eps=NORM_EPS)
+            self.norm_f = NORMS[cfg.block_norm](d)
             self.head = nn.Linear(d, cfg.num_classes) if cfg.num_classes else nn.Identity()
-        else:                                               # dense tasks: a norm for each tap, no head
+        else:                               # dense tasks: a norm for each tap, no head
             for i in range(len(cfg.out_indices)):
-                self.add_module(f"outnorm_{i}", nn.LayerNorm(d, eps=NORM_EPS))
-        # The i-th rate is of what comes into block i, the last of what comes into norm_f: it rises
-        # linearly, and as released, blocks 0 and 1 both have the first rate.
+                self.add_module(f"outnorm_{i}", nn.LayerNorm(d))
+        # of what comes into block i; the last, of what comes into norm_f
         rates = torch.linspace(0, cfg.drop_path_rate, cfg.depth, device="cpu")
         self.drop_path_rates = [0.0, *rates.tolist()]
-        self.grad_checkpointing = False     # True: keep only the blocks' inputs, compute the rest again
+        self.grad_checkpointing = False     # True: keep only the blocks' inputs, recompute the rest
         init_weights(self)
 
-    def forward(
-        self,
-        x: Tensor,
-        keep: Tensor | None = None,
-        channels: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Images (b c H W) -> logits (b num_classes). keep, channels: see forward_features.
-
-        The readout is the class token or, without one, the mean over the tokens."""
+    def forward(self, x: Tensor, keep=None, channels=None) -> Tensor:
+        """Images -> logits (b num_classes), of the class token or else of the mean over tokens."""
         tokens, ids = self._encode(x, keep, channels)       # (b s d), (b s) or None
-        if ids is None:
-            features = tokens.mean(1)                       # (b d)
-        else:
-            features = read_out(tokens, ids, self.cfg.class_token)
-        return self.head(features)
+        return self.head(read_out(tokens, ids, self.cfg.class_token))
 
-    def forward_features(
-        self,
-        x: Tensor,
-        keep: Tensor | None = None,
-        channels: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Images (b c H W) -> normed tokens (b s d).
-
-        keep (b s) integers: encode only these tokens, -1 pads images that keep fewer (section 3.2,
-            FastMaskVim). Tokens are numbered as they lie (h w; h w c for channel-first models) and
-            come out sorted by number, padding last; with a class token s is one more.
-        channels (c): ids of the given channels, for per-channel models; default all in order.
-        Raises TypeError or ValueError on a wrong dtype, shape, channel or token id."""
+    def forward_features(self, x: Tensor, keep=None, channels=None) -> Tensor:
+        """Images -> normed tokens (b s d), as they lie; those of keep by number, padding last."""
         return self._encode(x, keep, channels)[0]
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: Sequence[int] | None = None,
-        channels: Sequence[int] | None = None,
-    ) -> list[Tensor]:
-        """Images (b c H W) -> feature maps (b d h w), or (b d c h w), after the blocks `indices`.
-
-        A tap is the block's own output, not the residual stream, through outnorm_i if the model was
-        made with out_indices (then `indices` is those): so the released dense models were built.
-        Raises ValueError for blocks that do not exist or have no norm."""
+    def forward_intermediates(self, x: Tensor, indices=None, channels=None) -> list[Tensor]:
+        """Images -> feature maps (b d h w), or (b d c h w), after the blocks `indices`: their own
+        output, not the residual stream, through outnorm_i if the model has out_indices (then
+        `indices` is those). So the released dense models were built."""
         cfg = self.cfg
-        indices = cfg.out_indices if indices is None else indices
+        if indices is None:
+            indices = cfg.out_indices
         check("taps", indices, cfg)
         tokens, grids, ids, sizes = self._embed(x, None, channels)
+        backend = pick_backend(tokens.device)
         maps = {}
-        for i, (hidden, _) in enumerate(self._run(tokens, grids)):
+        for i, (hidden, _) in enumerate(self._run(tokens, grids, backend)):
             if i not in indices:
                 continue
             if ids is not None:                             # leave the class token out
                 at = self._class_slot(**sizes)
                 hidden = torch.cat([hidden[:, :at], hidden[:, at + 1:]], 1)
             if cfg.out_indices is not None:
-                norm = self.get_submodule(f"outnorm_{list(indices).index(i)}")
-                hidden = norm(hidden)
-            lying = f"b ({cfg.storage}) d -> b d {' '.join(sizes)}"
-            maps[i] = rearrange(hidden, lying, **sizes)
+                hidden = self.get_submodule(f"outnorm_{list(indices).index(i)}")(hidden)
+            axes = " ".join(sizes)
+            maps[i] = rearrange(hidden, f"b ({cfg.storage}) d -> b d {axes}", **sizes)
             if i == max(indices):
                 break
         return [maps[i] for i in indices]
-
-    # -- the way of the tokens
 
     def _encode(self, x, keep, channels, checked=False):
         """-> normed tokens (b s d), and their grid ids (b s) or None for a full grid."""
         check("has_head", self.cfg)
         tokens, grids, ids, _ = self._embed(x, keep, channels, checked)
-        for hidden, residual in self._run(tokens, grids):
+        backend = pick_backend(tokens.device)
+        for hidden, residual in self._run(tokens, grids, backend):
             pass
         hidden = stochastic_depth(hidden, self.drop_path_rates[-1], self.training)
-        backend = pick_backend(hidden.device)
         return backend.add_norm(hidden, residual, self.norm_f)[0], ids
 
-    def _run(self, tokens, grids):
-        backend = pick_backend(tokens.device)
-        recompute = self.grad_checkpointing and self.training
-        return run_blocks(self.layers, tokens, grids, backend, self.drop_path_rates, recompute)
+    def _run(self, tokens, grids, backend):
+        again = self.grad_checkpointing and self.training
+        return run_blocks(self.layers, tokens, grids, backend, self.drop_path_rates, again)
 
     def _embed(self, x, keep, channels, checked=False):
         """-> tokens (b s d) as they lie, a grid for each row of the schedule, ids, axis lengths.
-
         checked: keep is known to be right and sorted."""
         cfg = self.cfg
         check("images", x, channels, cfg)
         if cfg.per_channel:
             x, channels = choose_channels(x, channels, cfg, self.training)
         x = self.patch_embed(x, channels)                   # (b d h w) or (b d c h w)
-        axes = "chw" if cfg.per_channel else "hw"
-        sizes = dict(zip(axes, x.shape[2:]))
-        pos, class_pos = self._positions(sizes["h"], sizes["w"])            # (1 d h w), (1 1 d)
+        axes = "c h w" if cfg.per_channel else "h w"
+        sizes = dict(zip(axes.split(), x.shape[2:]))
+        size = (sizes["h"], sizes["w"])
+        pos, class_pos = resize_pos_embed(self.pos_embed, self.grid_size, size, self._class_row())
+        pos = rearrange(pos, "1 (h w) d -> 1 d h w", h=sizes["h"])
         x = x + (pos[:, :, None] if cfg.per_channel else pos)
-        x = rearrange(x, f"b d {' '.join(axes)} -> b ({cfg.storage}) d")    # (b l d)
+        x = rearrange(x, f"b d {axes} -> b ({cfg.storage}) d")              # (b l d)
         ids = None
+        at = self._class_slot(**sizes)
         if keep is not None:
             ids = keep if checked else sort_keep(keep, x)   # (b s)
+            at = ids.shape[1] // 2
             x = x.gather(1, ids.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))     # (b s d)
         if cfg.class_token:
-            at = self._class_slot(**sizes) if keep is None else ids.shape[1] // 2
             x, ids = insert_class_token(x, ids, self.cls_token + class_pos, at)
         grids = [self._grid(row, sizes, ids, keep is None) for row in cfg.rows]
         return x, grids, ids, sizes
@@ -557,51 +485,28 @@ class FastVim(nn.Module):
             length = math.prod(sizes.values()) + self.cfg.class_token
             return Grid(sizes=(("l", length),))
         stored = tuple((axis, sizes[axis]) for axis in storage.split())
-        grid = Grid(storage, order, pooled, stored, self.cfg.pool_scale if pooled else 1.0)
+        grid = Grid(storage, order, pooled, stored, self.cfg.pool_scale)
         if ids is None:
             return grid
         return GridWithHoles(grid, ids, self.cfg.class_token, self.cfg.mask_divisor == "count")
 
-    def _positions(self, h, w):
-        """pos_embed for a grid of h x w tokens (1 d h w); the class token's own (1 1 d) or zero."""
-        pos, own = resize_pos_embed(self.pos_embed, self.grid_size, (h, w), self._class_row())
-        return rearrange(pos, "1 (h w) d -> 1 d h w", h=h), 0.0 if own is None else own
-
     def _class_row(self):
         """The row of pos_embed that belongs to the class token, or None."""
-        has_row = self.cfg.class_token and not self.cfg.per_channel
-        return self._class_slot(*self.grid_size) if has_row else None
+        if self.cfg.class_token and not self.cfg.per_channel:
+            return self._class_slot(*self.grid_size)
+        return None
 
     def _class_slot(self, h, w, c=1):
         """Where the class token lies among the tokens of a full grid: in the middle of Vim's walk,
         which is over the tokens as they lie; else before the middle row."""
-        pools = self.cfg.rows[0][1] != ""
-        return (h // 2) * w if pools and not self.cfg.per_channel else h * w * c // 2
+        if self.cfg.rows[0][1] and not self.cfg.per_channel:
+            return (h // 2) * w
+        return h * w * c // 2
 
-    @staticmethod
-    def resize_positions(pos, old, new, class_row):
-        """resize_pos_embed, for who has only the model."""
-        return resize_pos_embed(pos, old, new, class_row)
+    resize_positions = staticmethod(resize_pos_embed)       # for checkpoints.py
 
 
-def resize_pos_embed(
-    pos: Tensor, old: Sequence[int], new: Sequence[int], class_row: int | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """pos (1 rows d) of a grid old (h, w) -> (1 h*w d) of the grid new, bicubic; and the class
-    token's row (1 1 d), which is not resized, or None."""
-    own = None
-    if class_row is not None:
-        own = pos[:, class_row:class_row + 1]
-        pos = torch.cat([pos[:, :class_row], pos[:, class_row + 1:]], 1)
-    if tuple(old) != tuple(new):
-        grid = rearrange(at_least_float32(pos), "1 (h w) d -> 1 d h w", h=old[0])
-        grid = F.interpolate(grid, new, mode="bicubic", align_corners=False).to(pos.dtype)
-        pos = rearrange(grid, "1 d h w -> 1 (h w) d")
-    return pos, own
-
-
-# --------------------------------------------------------------------------------------------------
-# 5. Schedules, sizes and options
+# ---- 5. Schedules, sizes and options -------------------------------------------------------------
 
 # One row a layer, used in turn: (flatten order, axes pooled away). "h w" walks along the rows;
 # pooling "w" there leaves one token for each row (the paper's Pool_col, section 3.1).
@@ -637,7 +542,6 @@ FAMILIES = {
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All that defines a model. Every field can be given to `create_model` by name.
-
     Raises ValueError, naming the field and the choices, on an unknown or impossible value."""
     schedule: str = "fastvim"               # a row of SCHEDULES
     img_size: int | tuple = 224       # pixels, or (height, width), of pos_embed
@@ -649,31 +553,24 @@ class Config:
     d_state: int = 16                       # n
     d_conv: int = 4                         # taps; 0 leaves the convolution out (Table 7)
     expand: int = 2                         # e / d
-    dt_rank: int | None = None           # r; None: ceil(d / 16)
+    dt_rank: int | None = None              # r; None: ceil(d / 16)
     class_token: bool = False               # one more token, un-pooled, the middle step of the scan
     block_norm: str = "rmsnorm"             # Table 17
-    ssm_norm: str | None = "layernorm"   # norm after the scan (section 4.1); None: without
+    ssm_norm: str | None = "layernorm"      # norm after the scan (section 4.1); None: without
     pool: str = "mean"                      # a name of POOLS
     pool_scale: float = 1.0                 # factor of the means; 0.25 after masked pretraining
     skip_before_expand: bool = False        # True: D multiplies the pooled tokens (Table 18)
     drop_path_rate: float = 0.0             # stochastic depth at the last block, rising from 0
-    hcs: bool = True                        # hierarchical channel sampling in training (section 3.3)
+    hcs: bool = True                        # hierarchical channel sampling (section 3.3)
     hcs_sorted: bool = True                 # sampled channels stay in order (Table 19)
-    mask_divisor: str = "axis"              # masked means: divide by the axis, or by "count" (Table 12)
-    out_indices: Sequence | None = None  # blocks tapped for dense tasks: a norm each, no head
+    mask_divisor: str = "axis"              # masked means: by the axis, or by "count" (Table 12)
+    out_indices: Sequence | None = None     # blocks tapped for dense tasks: a norm each, no head
 
     def __post_init__(self):
-        size = self.img_size
-        if isinstance(size, int):
-            object.__setattr__(self, "img_size", (size, size))
-        elif isinstance(size, list):
-            object.__setattr__(self, "img_size", tuple(size))
-        norms = tuple(NORMS)
-        divisors = ("axis", "count")
-        choices = dict(block_norm=norms, ssm_norm=(None, *norms), pool=POOLS, mask_divisor=divisors)
-        check("config", self, SCHEDULES, choices)
-        if self.out_indices is not None:
-            object.__setattr__(self, "out_indices", tuple(self.out_indices))
+        if not isinstance(self.img_size, Sequence):
+            object.__setattr__(self, "img_size", (self.img_size, self.img_size))
+        object.__setattr__(self, "img_size", tuple(self.img_size))
+        check("config", self, SCHEDULES, NORMS, POOLS)
 
     @property
     def rows(self) -> list:
@@ -691,46 +588,41 @@ class Config:
 
 
 def check(what: str, *arguments):
-    """Raises a ValueError or TypeError of one sentence where an argument is wrong: checks.py has the
-    sentences. This file copied alone trusts its caller."""
+    """Raises where an argument is wrong. This file copied alone trusts its caller."""
     if checks is not None:
         getattr(checks, f"check_{what}")(*arguments)
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. Masks, class tokens, subsets of the channels
+# ---- 6. Masks, class tokens, subsets of the channels ---------------------------------------------
 #
-# A masked set is a full grid with holes: to pool, the kept tokens are put back into it and the holes
-# count as nothing. A class token is a scan step of its own, the middle one, with one token.
+# A masked set is a full grid with holes: to pool, the kept tokens are put back into it, and holes
+# count as nothing. A class token is a scan step of its own, the middle one.
 
-CLASS = -1                                  # ids of what is no token of the grid
-HOLE = -2
+CLASS, HOLE = -1, -2                        # ids of what is no token of the grid
 
 
 class GridWithHoles:
-    """A Grid of which a mask left some tokens, and perhaps a class token. Its methods are Grid's.
-
-    full: the grid without the mask. ids (b s) int64: the grid id of each token as it lies (its place
-    in full.storage), CLASS, or HOLE for padding; b is 1 if all images are masked alike.
-    class_token: there is one in each image. by_count: means divide by the tokens that a step kept
-    instead of the length of the axis. A step without tokens pools to zero, and is taken."""
+    """A Grid, full, of which a mask left some tokens, and perhaps a class token. Its methods are
+    Grid's. ids (b s) int64: each token's place in full.storage, CLASS, or HOLE for padding; b is 1
+    if all images are masked alike. by_count: means divide by how many tokens a step kept, not by
+    the length of the axis. A step without tokens pools to zero, and is taken."""
 
     def __init__(self, full: Grid, ids: Tensor, class_token: bool = False, by_count: bool = False):
         self.full = full
         self.class_token = class_token
         self.by_count = by_count
         sizes = dict(full.sizes)
-        cells = math.prod(sizes.values())
+        self.cells = cells = math.prod(sizes.values())
         real = ids >= 0
         place = torch.arange(cells, device=ids.device)
         place = rearrange(place, f"({full.order}) -> ({full.storage})", **sizes)
         place = place[ids.clamp(min=0)]                     # (b s) grid id -> place in the walk
-        if full.pooled:                                     # the class token: before the middle step
+        if full.pooled:                     # the class token stands before the middle step
             self.steps = full.steps + class_token
             step = torch.arange(full.steps, device=ids.device)
             step = repeat(step, f"({full.kept}) -> ({full.order})", **sizes)
             middle = (step == full.steps // 2).int().argmax()
-        else:                                               # every token is a step: among the kept ones
+        else:                               # every token is a step: it stands amid the kept ones
             self.steps = ids.shape[1]
             place = place.masked_fill(~real, cells).argsort(dim=1, stable=True).argsort(1)
             middle = real.sum(1, keepdim=True) // 2
@@ -755,7 +647,7 @@ class GridWithHoles:
         """c (k b s e), score (k b s 1) or None -> (k b p e)."""
         if not self.full.pooled:
             return c.masked_fill(self.hole[..., None], 0)
-        nothing = -math.inf if kind == "max" else 0.0
+        nothing = {"max": -math.inf}.get(kind, 0.0)
         cells = self._put_back(c, nothing)                  # (k b cells+2 e)
         if score is not None:                               # the lowest number, not -inf: an empty
             lowest = torch.finfo(score.dtype).min           # step's softmax must not be 0 / 0
@@ -785,50 +677,46 @@ class GridWithHoles:
 
     def _put_back(self, c, nothing):
         """c (k b s e) -> (k b cells+2 e): the grid, the class token, and what padding leaves."""
-        cells = math.prod(length for _, length in self.full.sizes)
-        full = c.new_full((*c.shape[:2], cells + 2, c.shape[3]), nothing)
+        full = c.new_full((*c.shape[:2], self.cells + 2, c.shape[3]), nothing)
         return full.scatter(2, self.cell[..., None].expand(c.shape), c)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """x (... l e), index (b m) or (1 m) -> (... m e): the tokens index of every image."""
-    shape = (*x.shape[:-2], index.shape[1], x.shape[-1])
-    return x.gather(-2, index[..., None].expand(shape))
+    return x.gather(-2, index[..., None].expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
 def sort_keep(keep: Tensor, tokens: Tensor) -> Tensor:
     """keep (b s), ids of the tokens (b l d) and -1 for padding -> sorted ids (b s), HOLEs last."""
     check("keep", keep, tokens)
-    length = tokens.shape[1]
     keep = torch.as_tensor(keep, device=tokens.device).long()
-    ids = keep.masked_fill(keep < 0, length).sort(1).values
-    return ids.masked_fill(ids == length, HOLE)
+    ids = keep.masked_fill(keep < 0, tokens.shape[1]).sort(1).values
+    return ids.masked_fill(ids == tokens.shape[1], HOLE)
 
 
 def insert_class_token(x, ids, token, at):
     """x (b s d), ids (b s) or None for a full grid -> both with the class token (1 1 d) at `at`."""
     if ids is None:
         ids = torch.arange(x.shape[1], device=x.device)[None]
-    token = token.expand(len(x), -1, -1)
     own = ids.new_full((len(ids), 1), CLASS)
-    x = torch.cat([x[:, :at], token, x[:, at:]], 1)
+    x = torch.cat([x[:, :at], token.expand(len(x), -1, -1), x[:, at:]], 1)
     return x, torch.cat([ids[:, :at], own, ids[:, at:]], 1)
 
 
-def read_out(tokens: Tensor, ids: Tensor, class_token: bool) -> Tensor:
-    """tokens (b s d), ids (b s) or (1 s) -> (b d): the class token, or the mean over the real ones."""
+def read_out(tokens: Tensor, ids: Tensor | None, class_token: bool) -> Tensor:
+    """tokens (b s d), ids (b s), (1 s) or None -> (b d): the class token, or the mean of others."""
+    if ids is None:
+        return tokens.mean(1)
     if class_token:
-        place = (ids == CLASS).int().argmax(1, keepdim=True)                # (b 1)
-        return take(tokens, place)[:, 0]
+        return take(tokens, (ids == CLASS).int().argmax(1, keepdim=True))[:, 0]
     real = (ids >= 0).to(tokens)[..., None]                 # (b s 1)
     return (tokens * real).sum(1) / real.sum(1)
 
 
 def choose_channels(x, channels, cfg, training):
-    """Images (b c H W) and the ids of their channels or None -> images and ids (c) int64; in
-    training a sample of them."""
+    """Images (b c H W), ids of their channels or None -> the same; in training a sample of them."""
     if channels is None:
-        channels = torch.arange(x.shape[1])
+        channels = range(x.shape[1])
     channels = torch.as_tensor(channels).long().to(x.device)
     if not cfg.hcs or not training:
         return x, channels
@@ -837,41 +725,23 @@ def choose_channels(x, channels, cfg, training):
 
 
 def sample_channels(count: int, keep_order: bool = True) -> Tensor:
-    """Hierarchical channel sampling (section 3.3): how many of the channels, then which -> their
-    places (c) int64. Drawn once a batch from torch's generator. keep_order: sorted, as a sequence
-    model needs them (Table 19)."""
-    order = torch.randperm(count)
-    sample = order[:int(torch.randint(1, count + 1, ()))]
+    """Hierarchical channel sampling (section 3.3), once a batch: how many channels, then which ->
+    places (c) int64. keep_order: sorted, as a sequence model needs them (Table 19)."""
+    sample = torch.randperm(count)[:int(torch.randint(1, count + 1, ()))]
     return sample.sort().values if keep_order else sample
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. Initialisation, all of it, as in the released code
-#
-# patch_embed.proj         image: LeCun normal, bias 0; per channel: PyTorch's default
-# pos_embed, cls_token     truncated normal 0.02
-# channel_embed            normal 0.02
-# head                     truncated normal 0.02, bias 0
-# out_proj                 Kaiming uniform (a = sqrt 5) / sqrt(depth): the residual keeps its scale
-# A_log                    log(1 .. n): the real part of S4D
-# D                        1
-# dt_proj, dt_bias         forward: U(-r^-1/2, r^-1/2), softplus^-1(dt) of log-uniform dt in [1e-3, 0.1]
-#                          backward: PyTorch's default, 0, so that dt = softplus(0) = 0.69. An oversight
-#                          that came with Vim's code; the published numbers were trained with it
-# in_proj, x_proj, conv, score_weight, norms     PyTorch's default; score_bias 0
-
+# ---- 7. Initialisation, as in the released code; the rest keeps PyTorch's defaults ---------------
 
 @torch.no_grad()
 def init_ssm(m: Mixer):
-    """PyTorch's defaults of linear and convolution layers: U(-1, 1) / sqrt(fan_in)."""
-
+    """PyTorch's defaults, drawn in the order in which a seed gives the weights it always gave."""
     def layer(weight, bias=None):
-        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))    # U(-1, 1) / sqrt(fan_in)
         if bias is not None:
             bound = 1 / math.sqrt(weight.shape[1])
             nn.init.uniform_(bias, -bound, bound)
-
-    for k in range(2):                      # in this order a seed gives the weights it always gave
+    for k in range(2):
         if m.conv_weight is not None:
             layer(m.conv_weight[k], m.conv_bias[k])
         layer(m.x_proj[k])
@@ -881,7 +751,7 @@ def init_ssm(m: Mixer):
 
 
 def lecun_normal_(weight: Tensor):
-    std = math.prod(weight.shape[1:]) ** -0.5 / 0.87962566103423978         # of a normal cut at 2 sigma
+    std = math.prod(weight.shape[1:]) ** -0.5 / 0.87962566103423978     # of a normal cut at 2 sigma
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
@@ -897,32 +767,32 @@ def init_weights(model: nn.Module, init_patches=lecun_normal_):
         if isinstance(module, Mixer):
             _, e, r = module.dt_proj.shape
             n = module.A_log.shape[2]
+            # dt is log-uniform in [1e-3, 0.1] in the forward direction. Backward it is softplus(0),
+            # 0.69: an oversight of Vim's code, with which the published numbers were trained.
             nn.init.uniform_(module.dt_proj[0], -r ** -0.5, r ** -0.5)
             dt = torch.exp(torch.rand(e) * (math.log(0.1) - math.log(1e-3)) + math.log(1e-3))
             module.dt_bias[0] = dt + torch.log(-torch.expm1(-dt))           # softplus(dt_bias) = dt
             module.dt_bias[1] = 0
-            module.A_log.copy_(torch.arange(1.0, n + 1).log().expand(2, e, n))
+            module.A_log.copy_(torch.arange(1.0, n + 1).log().expand(2, e, n))      # S4D, real part
             module.D.fill_(1)
             if module.score_bias is not None:
                 module.score_bias.fill_(0)
             nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
             module.out_proj.weight /= math.sqrt(model.cfg.depth)
-    for name in ("pos_embed", "cls_token", "mask_token"):
-        if getattr(model, name, None) is not None:
-            nn.init.trunc_normal_(getattr(model, name), std=0.02)
+    for name, token in model.named_parameters(recurse=False):
+        if name in ("pos_embed", "cls_token", "mask_token"):
+            nn.init.trunc_normal_(token, std=0.02)
     if model.cfg.per_channel:
         nn.init.normal_(model.patch_embed.channel_embed.weight, std=0.02)
     if isinstance(getattr(model, "head", None), nn.Linear):
         nn.init.trunc_normal_(model.head.weight, std=0.02)
 
 
-# --------------------------------------------------------------------------------------------------
-# 8. Backends: who computes what lies between the projections
-
+# ---- 8. Backends: who computes what lies between the projections ---------------------------------
 
 class Backend:
-    """Plain PyTorch: runs on every device, and is the specification. A faster one is a subclass with
-    the same methods, registered under a name of its own; see fastvim_kernels.py."""
+    """Plain PyTorch: runs on every device, and is the specification. A faster one has the same
+    methods and a name of its own; see fastvim_kernels.py."""
     name = "python"
     devices = ()                            # the torch device types that it serves; (): all
     why = "plain PyTorch, on every device"  # for `doctor` and the log
@@ -934,27 +804,25 @@ class Backend:
     expand_gate = staticmethod(expand_gate)
 
     def problem(self) -> str | None:
-        """None, or in one line why it cannot be used here. A compiled one is built by the first call."""
+        """None, or in one line why it cannot be used. A compiled one is built by the first call."""
         return None
 
 
 BACKENDS = {}                               # name -> Backend; the last registered one is preferred
 _asked_for = []                             # by use_backend, innermost last
-_announced = set()
 
 
 def register_backend(backend: Backend):
-    """Adds a Backend, or replaces the one of that name. It is preferred on its devices from now on."""
+    """Adds a Backend, or replaces the one of that name. It is preferred on its devices."""
     BACKENDS.pop(backend.name, None)
     BACKENDS[backend.name] = backend
 
 
 @contextlib.contextmanager
 def use_backend(name: str):
-    """`with use_backend("python"):` runs models by that backend, whatever FASTVIM_BACKEND says.
-
-    Raises ValueError, naming the choices, for an unknown name."""
-    _known(name, "use_backend")
+    """`with use_backend("python"):` runs models by that backend, whatever FASTVIM_BACKEND says."""
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: no backend {name!r}; choose from {', '.join(BACKENDS)}")
     _asked_for.append(name)
     try:
         yield
@@ -962,57 +830,40 @@ def use_backend(name: str):
         _asked_for.pop()
 
 
-def _known(name, source):
-    if name not in BACKENDS:
-        raise ValueError(f"{source}: no backend {name!r}; choose from {', '.join(BACKENDS)}")
-    return BACKENDS[name]
-
-
+@functools.cache
 def announce(level: int, *what):
-    """Logs a message once."""
-    if what not in _announced:
-        _announced.add(what)
-        log.log(level, *what)
+    """Logs a message, once."""
+    log.log(level, *what)
 
 
 def pick_backend(device: str | torch.device) -> Backend:
     """The backend for a device: use_backend, else the variable FASTVIM_BACKEND, else the last one
-    registered that serves it. What is chosen, and what is passed over and why, is logged once.
+    registered that serves it. The choice is logged, once; compiled kernels are built at first use.
 
-    Compiled kernels are built here, at first use. Raises ValueError if the backend asked for does
-    not serve the device, RuntimeError if it cannot be built."""
+    Raises ValueError if what is asked for does not serve the device, RuntimeError if not built."""
     return BACKENDS[_pick(torch.device(device).type)]
 
 
 def _pick(device):
-    source = "use_backend" if _asked_for else "FASTVIM_BACKEND"
     asked = _asked_for[-1] if _asked_for else os.environ.get("FASTVIM_BACKEND")
-    if asked:
-        backend = _known(asked, source)
-        if backend.devices and device not in backend.devices:
-            served = ", ".join(backend.devices)
-            raise ValueError(f"backend {asked!r} serves {served}, not {device}")
-        if backend.problem():
-            raise RuntimeError(f"backend {asked} cannot be used: {backend.problem()}")
-        announce(logging.INFO, "backend %s on %s: %s", asked, device, "asked for")
-        return asked
-    for name, backend in reversed(BACKENDS.items()):
-        if backend.devices and device not in backend.devices:
-            continue
-        if backend.problem():
-            announce(logging.WARNING, "backend %s cannot be used: %s", name, backend.problem())
-            continue
-        announce(logging.INFO, "backend %s on %s: %s", name, device, backend.why)
-        return name
+    names = [name for name, b in BACKENDS.items() if not b.devices or device in b.devices]
+    if asked and asked not in names:
+        raise ValueError(f"no backend {asked!r} for {device}; choose from {', '.join(names)}")
+    for name in [asked] if asked else reversed(names):
+        problem = BACKENDS[name].problem()
+        if not problem:
+            announce(logging.INFO, "backend %s on %s: %s", name, device, BACKENDS[name].why)
+            return name
+        if asked:
+            raise RuntimeError(f"backend {name} cannot be used: {problem}")
+        announce(logging.WARNING, "backend %s cannot be used: %s", name, problem)
 
 
-# torch.compile takes the answer as a constant and does not look into the compiling of kernels. This is
-# torch.compiler.assume_constant_result without its import, which takes longer than all the others.
+# torch.compile takes the answer as a constant and does not look into the compiling of kernels: this
+# is torch.compiler.assume_constant_result without its import, the slowest of all.
 _pick._dynamo_marked_constant = True
 
-# --------------------------------------------------------------------------------------------------
-# 9. Models by name, and the other files of the project
-
+# ---- 9. Models by name, and the other files of the project ---------------------------------------
 
 def list_models() -> list[str]:
     """The names that create_model knows."""
@@ -1020,35 +871,30 @@ def list_models() -> list[str]:
 
 
 def create_model(name: str, **overrides) -> FastVim:
-    """A freshly initialised model, for example "fastvim_tiny", with any field of Config overridden.
-
+    """A freshly initialised model, such as "fastvim_tiny", with any field of Config overridden.
     Raises ValueError for an unknown name, option or combination, naming the choices."""
     return FastVim(**{**model_fields(name), **overrides})
 
 
 def model_fields(name: str) -> dict:
-    """What a model's name says of its Config. Raises ValueError for an unknown name."""
-    family, _, size = str(name).rpartition("_")
-    if family not in FAMILIES or size not in SIZES:
-        raise ValueError(
-            f"unknown model {name!r}; choose a family from {', '.join(FAMILIES)} and a size from "
-            f"{', '.join(SIZES)}, for example fastvim_tiny"
-        )
+    """What a model's name says of its Config."""
+    check("name", name, FAMILIES, SIZES)
+    family, _, size = name.rpartition("_")
     return {**SIZES[size], **FAMILIES[family]}
 
 
 register_backend(Backend())
 try:                                        # the rest of the project: none of it imports this file
-    import checks                           # noqa: E402
-    import fastvim_kernels                  # noqa: E402   compiles nothing yet
-    from checkpoints import load as load_checkpoint     # noqa: E402, F401
-except ModuleNotFoundError as error:
+    import checks
+    import fastvim_kernels
+    from checkpoints import load as load_checkpoint  # noqa: F401
+except ModuleNotFoundError as error:        # this file was copied alone: plain PyTorch it is
     if error.name not in ("checks", "fastvim_kernels", "checkpoints"):
         raise
-    checks = None                           # this file was copied alone: plain PyTorch it is
+    checks = None
 else:
-    for kernels in fastvim_kernels.backends(BACKENDS["python"], announce):
-        register_backend(kernels)
+    for compiled in fastvim_kernels.backends(BACKENDS["python"], announce):
+        register_backend(compiled)          # compiles nothing yet
 
 if __name__ == "__main__":
     runpy.run_module("info", run_name="__main__")       # the table of models; doctor

@@ -100,7 +100,8 @@ def is_dense(t: Tensor, row: int | None) -> bool:
         return t.is_contiguous()
     _, b, p, _ = t.shape
     strides = (b * p * row, p * row, row, 1)
-    return all(n == 1 or given == want for n, given, want in zip(t.shape, t.stride(), strides))
+    layout = zip(t.shape, t.stride(), strides)
+    return t.numel() == 0 or all(n == 1 or given == want for n, given, want in layout)
 
 
 def describe(value) -> str:
@@ -142,7 +143,7 @@ def full_walk(storage, order, pooled, lengths, scale, device) -> Walk:
         token = rearrange(token, f"({storage}) -> ({order})", **sizes)
         group = torch.arange(steps, device=device)
         group = repeat(group, f"({' '.join(kept)}) -> ({order})", **sizes)
-        weight = torch.full((1, steps), scale, device=device)
+        weight = torch.full((1, steps), scale if pooled else 1.0, device=device)
         return make_walk(token[None], group[None], steps, weight)
 
 
@@ -430,15 +431,15 @@ def lacks_weights(w) -> str:
         return "attention pooling"
     if w.conv_weight is None or w.conv_weight.shape[2] != 4:
         return "convolution of other than four taps"
-    return lacks_norm(w.norm)
+    return lacks_norm(w.layernorm)
 
 
 def tensors_of(w) -> Tensors:
     """fastvim.SSMWeights -> what kernels take of them."""
     norm_weight = norm_bias = None
-    if w.norm is not None:
-        norm_weight = w.norm.weight.float()
-        norm_bias = float32(getattr(w.norm, "bias", None))
+    if w.layernorm is not None:
+        norm_weight = w.layernorm.weight.float()
+        norm_bias = float32(getattr(w.layernorm, "bias", None))
     tensors = (*w[:7], norm_weight, norm_bias)
     return Tensors(*(None if t is None else t.contiguous() for t in tensors))
 

@@ -224,7 +224,10 @@ template <class F> void parallel(i64 tasks, [[maybe_unused]] i64 elements, F tas
     for (i64 i = 0; i < tasks; i++) task(i);
 }
 
-template <class F> void by_type(i64 dtype, F f) { dtype == 0 ? f(float()) : f(bf16()); }
+template <class F> void parallel(i64 dtype, i64 tasks, i64 elements, F task) {      // task(T(), i)
+    if (dtype == 0) parallel(tasks, elements, [&](i64 i) { task(float(), i); });
+    else parallel(tasks, elements, [&](i64 i) { task(bf16(), i); });
+}
 
 // Memory that a thread keeps from call to call: fresh pages would cost more than the work done in them.
 enum { PACK, SUMS, SPLIT, TASK };
@@ -249,11 +252,11 @@ struct Slots {
     Slots(i64 n, i64 floats, i64 most = 64)
         : n(n), count(std::min(n, most)), floats(floats), sums(scratch<SUMS>((count + 1) * floats)) {}
     i64 begin(i64 slot) const { return slot * n / count; }
-    template <class F> void run(i64 elements, F task) const {   // task(i, float* sums)
-        parallel(count, elements, [&](i64 slot) {
+    template <class F> void run(i64 dtype, i64 elements, F task) const {        // task(T(), i, float* sums)
+        parallel(dtype, count, elements, [&](auto type, i64 slot) {
             float* mine = sums + slot * floats;
             std::fill(mine, mine + floats, 0.f);
-            for (i64 i = begin(slot); i < begin(slot + 1); i++) task(i, mine);
+            for (i64 i = begin(slot); i < begin(slot + 1); i++) task(type, i, mine);
         });
     }
     const float* total() const {
@@ -261,6 +264,11 @@ struct Slots {
         return sums + count * floats;
     }
 };
+
+// out[i], out[i + stride] ... = a row of a blocked set, times factor
+static void unblock(const float* set, i64 e, i64 rows, i64 row, float* out, i64 stride = 1, float factor = 1) {
+    for (i64 i = 0; i < e; i++) out[i * stride] = factor * set[place(i).in(rows) + row * W];
+}
 
 // The walk of one image
 static Walk image_walk(const Walk& walk, const Sizes& n, i64 image) {
@@ -324,17 +332,6 @@ struct Chunks {
 // ---------------------------------------------------------------------------------------------------------------------
 // 4. The convolution of a tile
 
-constexpr int TILE = 4;
-template <int N> using Count = std::integral_constant<int, N>;
-
-// Tiles of 4 positions load the weights once and share neighbours, 2.5 rows of x a position instead of 7: conv_pool
-// 0.35 -> 0.26, its gradient 1.17 -> 0.66. (Tiles of 2, 3, 6 and 7: 0.30, 0.28, 0.27, 0.25.)
-template <class F> INLINE void tiles(i64 t0, i64 t1, F tile) {          // tile(number of positions, first one)
-    i64 t = t0;
-    for (; t + TILE <= t1; t += TILE) tile(Count<TILE>(), t);
-    for (; t < t1; t++) tile(Count<1>(), t);
-}
-
 // The parameters as blocked rows. Convolution weights are multiplied by -log2(e): the result is at once the argument
 // that sigmoid2 wants, and the -ln2 that t sigmoid2(t) lacks to be silu is put into the weight with which it is used.
 enum Row { W0 = 0, B0 = 4, W1 = 5, B1 = 9, D0 = 10, D1 = 11, NW = 12, NB = 13, ROWS = 14 };
@@ -358,7 +355,7 @@ static Packed pack(i64 e, const float* conv_weight, const float* conv_bias, cons
     return {rows, zero};
 }
 
-// One image as a tile sees it
+// One image
 template <class T> struct View {
     Walk walk;
     Packed packed;
@@ -368,16 +365,50 @@ template <class T> struct View {
     template <class Args> View(const Args& a, Packed packed, i64 image)
         : walk(image_walk(a.walk, a.n, image)), packed(packed), image(image), l(a.n.l), e(a.n.e),
           xz((const T*)a.xz + image * l * 2 * e) {}
+};
 
-    // The x of positions t - 3 ... t + U + 2; beyond the ends and for holes a row of zeros.
-    template <int U> INLINE void neighbours(i64 t, const T** x) const {
+// U positions of an image. A hole has the step -1; it reads as zero, and nothing comes of it.
+template <int U, class T> struct Tile {
+    const View<T>& view;
+    i64 t, step[U], token[U];                   // the first position; steps of the image, tokens of the batch
+    const T* x[U + 6];                          // positions t - 3 ... t + U + 2; beyond the ends and for holes zeros
+    bool one_step = true;                       // all are of one step, which adds them up at once
+
+    INLINE Tile(const View<T>& view, i64 t) : view(view), t(t) {
         for (int i = 0; i < U + 6; i++) {
             const i64 at = t + i - 3;
-            const bool token = at >= 0 && at < l && walk.group[at] >= 0;
-            x[i] = token ? xz + walk.token[at] * 2 * e : (const T*)packed.zero;
+            const bool real = at >= 0 && at < view.l && view.walk.group[at] >= 0;
+            x[i] = real ? view.xz + view.walk.token[at] * 2 * view.e : (const T*)view.packed.zero;
+        }
+        for (int u = 0; u < U; u++) {
+            step[u] = view.walk.group[t + u];
+            token[u] = view.image * view.l + view.walk.token[t + u];
+            one_step &= step[u] >= 0 && step[u] == step[0];
         }
     }
+
+    // The rows of the positions in an array over steps or tokens, or for holes another row
+    template <class P> INLINE void of_steps(P* rows, P* hole, P** out) const {
+        for (int u = 0; u < U; u++) out[u] = step[u] < 0 ? hole : rows + step[u] * view.e;
+    }
+    template <class P> INLINE void of_tokens(P* rows, P* hole, P** out) const {
+        for (int u = 0; u < U; u++) out[u] = step[u] < 0 ? hole : rows + token[u] * view.e;
+    }
+    void clear_holes(T* rows, i64 stride) const {
+        for (int u = 0; u < U; u++)
+            if (step[u] < 0) std::memset((void*)(rows + token[u] * stride), 0, view.e * sizeof(T));
+    }
 };
+
+// Tiles of 4 positions load the weights once and share neighbours, 2.5 rows of x a position instead of 7: conv_pool
+// 0.35 -> 0.26, its gradient 1.17 -> 0.66. (Tiles of 2, 3, 6 and 7: 0.30, 0.28, 0.27, 0.25.)
+constexpr int TILE = 4;
+
+template <class T, class F> INLINE void tiles(const View<T>& view, i64 t0, i64 t1, F body) {
+    i64 t = t0;
+    for (; t + TILE <= t1; t += TILE) body(Tile<TILE, T>(view, t));
+    for (; t < t1; t++) body(Tile<1, T>(view, t));
+}
 
 template <int COUNT, class V, class T> INLINE void gather(const T* const* rows, i64 at, V* v) {
     FULLY for (int i = 0; i < COUNT; i++) v[i] = load<V>(rows[i] + at);
@@ -426,51 +457,41 @@ INLINE void pool_max(const V* c, i64 t, float* const* to, int32_t* const* argmax
     }
 }
 
-template <int U, class T>
-INLINE void pool_tile(Count<U>, const View<T>& view, const Pool& pool, bool max, i64 t) {
-    const i64 e = view.e;
-    const float* rows = view.packed.rows;
-    const T* x[U + 6];
+template <int U, class T> INLINE void pool_tile(const Tile<U, T>& tile, const Pool& pool, bool max) {
+    const float* rows = tile.view.packed.rows;
     float *to[2][U], weight[U];
-    int32_t* argmax[2][U];
-    bool one_step = true;                                               // a tile of one step adds once
-    view.template neighbours<U>(t, x);
-    for (int u = 0; u < U; u++) {
-        const i64 step = view.walk.group[t + u];
-        one_step &= step >= 0 && step == view.walk.group[t];
-        weight[u] = -LN2 * view.walk.weight[t + u];
-        for (int dir = 0; dir < 2; dir++) {
-            to[dir][u] = step < 0 ? pool.trash : pool.sum[dir] + step * e;
-            if (max) argmax[dir][u] = step < 0 ? pool.trash_argmax : pool.argmax[dir] + step * e;
-        }
+    int32_t* argmax[2][U] = {};
+    for (int dir = 0; dir < 2; dir++) {
+        tile.of_steps(pool.sum[dir], pool.trash, to[dir]);
+        if (max) tile.of_steps(pool.argmax[dir], pool.trash_argmax, argmax[dir]);
     }
-    channels(e, EACH {
+    for (int u = 0; u < U; u++) weight[u] = -LN2 * tile.view.walk.weight[tile.t + u];
+    channels(tile.view.e, EACH {
         using V = decltype(lane);
-        V xs[U + 6], c[2][U];
-        gather<U + 6>(x, at, xs);
-        conv<U>(xs, rows + at.in(ROWS), c);
+        V x[U + 6], c[2][U];
+        gather<U + 6>(tile.x, at, x);
+        conv<U>(x, rows + at.in(ROWS), c);
         FULLY for (int dir = 0; dir < 2; dir++) {
             FULLY for (int u = 0; u < U; u++) c[dir][u] *= sigmoid2(c[dir][u]);
-            if (max) pool_max<U>(c[dir], t, to[dir], argmax[dir], at);
-            else pool_mean<U>(c[dir], weight, one_step, to[dir], at);
+            if (max) pool_max<U>(c[dir], tile.t, to[dir], argmax[dir], at);
+            else pool_mean<U>(c[dir], weight, tile.one_step, to[dir], at);
         }
     });
 }
 
-template <class T> void pool_chunk(const ConvPool& a, Packed packed, const Chunk& c, float* partial) {
+template <class T> void pool_chunk(const ConvPool& a, const View<T>& view, const Chunk& c, float* partial) {
     const i64 e = a.n.e, pe = a.n.p * e, from = c.p0 * e, to = c.p1 * e;
-    const View<T> view(a, packed, c.image);
+    const bool max = a.max;
     float* trash = scratch<TASK>(2 * whole(e));
     Pool pool{{}, {}, trash, (int32_t*)trash + whole(e)};
     for (int dir = 0; dir < 2; dir++) {
         const i64 own = (dir * a.n.b + c.image) * pe;
         pool.sum[dir] = c.part < 0 ? a.pooled + own : partial + (c.part * 2 + dir) * pe;
-        std::fill(pool.sum[dir] + from, pool.sum[dir] + to, a.max ? -INFINITY : 0.f);
-        if (a.max) pool.argmax[dir] = a.argmax + own;
-        if (a.max) std::fill(pool.argmax[dir] + from, pool.argmax[dir] + to, -1);
+        std::fill(pool.sum[dir] + from, pool.sum[dir] + to, max ? -INFINITY : 0.f);
+        if (max) pool.argmax[dir] = a.argmax + own;
+        if (max) std::fill(pool.argmax[dir] + from, pool.argmax[dir] + to, -1);
     }
-    const bool max = a.max;
-    tiles(c.t0, c.t1, [&](auto size, i64 t) { pool_tile(size, view, pool, max, t); });
+    tiles(view, c.t0, c.t1, [&](const auto& tile) { pool_tile(tile, pool, max); });
     for (i64 step = c.p0; max && step < c.p1; step++)
         if (view.walk.start[step] == view.walk.start[step + 1])         // nothing was kept of it
             for (float* sum : pool.sum) std::fill(sum + step * e, sum + (step + 1) * e, 0.f);
@@ -481,10 +502,9 @@ extern "C" int conv_pool(const ConvPool* a, void*) {
     const Packed packed = pack(n.e, a->conv_weight, a->conv_bias);
     const Chunks chunks(n, a->walk, 24, !a->max);
     float* partial = chunks.partial(2, n.p * n.e);
-    by_type(n.dtype, [&](auto type) {
-        using T = decltype(type);
-        parallel(chunks.list.size(), n.b * n.l * n.e,
-                 [&](i64 i) { pool_chunk<T>(*a, packed, chunks.list[i], partial); });
+    parallel(n.dtype, chunks.list.size(), n.b * n.l * n.e, [&](auto type, i64 i) {
+        const View<decltype(type)> view(*a, packed, chunks.list[i].image);
+        pool_chunk(*a, view, chunks.list[i], partial);
     });
     chunks.reduce(partial, 2, n.b, n.p * n.e, a->pooled);
     return 0;
@@ -495,17 +515,7 @@ extern "C" int conv_pool(const ConvPool* a, void*) {
 
 enum Norm { NONE, RMS, LAYER };
 
-// One image of expand_gate or of its gradient
-template <class T> struct Mixing : View<T> {
-    const float* s[2];                          // [p][e] of each direction
-    bool skip;                                  // D c is added here, not by the scan
-    Norm norm;
-
-    template <class Args> Mixing(const Args& a, Packed packed, i64 image)
-        : View<T>(a, packed, image), skip(a.D), norm(a.norm_bias ? LAYER : a.norm_weight ? RMS : NONE) {
-        for (int dir = 0; dir < 2; dir++) s[dir] = a.s + (dir * a.n.b + image) * a.n.p * a.n.e;
-    }
-};
+template <class Args> Norm norm_of(const Args& a) { return a.norm_bias ? LAYER : a.norm_weight ? RMS : NONE; }
 
 // v of a tile and its statistics: the norm is n = norm_weight xhat + norm_bias, xhat = (v - mean) scale.
 template <int U> struct Mixed { float *v, mean[U], scale[U]; };         // v: U rows, whole(e) apart
@@ -513,30 +523,26 @@ template <int U> struct Mixed { float *v, mean[U], scale[U]; };         // v: U 
 // `out` are OUT rows that the caller writes afterwards. Asking for them here hides that memory has to be read before it
 // is written: expand_gate_backward at 2048 px, out of cache, 2.0 -> 1.4. (Elsewhere it did not pay, nor did asking for
 // the next tile's x and z.)
-template <int U, int OUT, class T>
-INLINE Mixed<U> mix(const Mixing<T>& view, const T* const* x, i64 t, float* buffer, T* const* out) {
-    const i64 e = view.e;
-    const float* rows = view.packed.rows;
-    const bool skip = view.skip;
-    const Norm norm = view.norm;
-    const float *s0[U], *s1[U];
-    for (int u = 0; u < U; u++) {
-        const i64 step = view.walk.group[t + u];
-        s0[u] = step < 0 ? view.packed.zero : view.s[0] + step * e;
-        s1[u] = step < 0 ? view.packed.zero : view.s[1] + step * e;
-    }
+template <int OUT, int U, class T, class Args>
+INLINE Mixed<U> mix(const Args& a, const Tile<U, T>& tile, float* buffer, T* const* out) {
+    const i64 e = tile.view.e, pe = a.n.p * e;
+    const float *rows = tile.view.packed.rows, *zero = tile.view.packed.zero, *s0[U], *s1[U];
+    const bool skip = a.D;
+    const Norm norm = norm_of(a);
+    tile.of_steps(a.s + tile.view.image * pe, zero, s0);
+    tile.of_steps(a.s + (a.n.b + tile.view.image) * pe, zero, s1);
     Mixed<U> m;
     m.v = buffer;
     Sum sum[U], square[U];
     channels(e, EACH {
         using V = decltype(lane);
         const float* row = rows + at.in(ROWS);
-        V v[U], xs[U + 6], c[2][U];
+        V v[U], x[U + 6], c[2][U];
         for (int i = 0; i < OUT; i++) __builtin_prefetch(out[i] + at, 1);
         FULLY for (int u = 0; u < U; u++) v[u] = (load<V>(s0[u] + at) + load<V>(s1[u] + at)) * 0.5f;
         if (skip) {
-            gather<U + 6>(x, at, xs);
-            conv<U>(xs, row, c);
+            gather<U + 6>(tile.x, at, x);
+            conv<U>(x, row, c);
             FULLY for (int dir = 0; dir < 2; dir++) {
                 V d = load<V>(row + (D0 + dir) * W);
                 FULLY for (int u = 0; u < U; u++) v[u] += d * (c[dir][u] * sigmoid2(c[dir][u]));
@@ -562,71 +568,56 @@ INLINE Mixed<U> mix(const Mixing<T>& view, const T* const* x, i64 t, float* buff
     return m;
 }
 
-template <class T> void clear(T* row, i64 e) { std::memset((void*)row, 0, e * sizeof(T)); }
-
-template <int U, class T> INLINE void gate_tile(Count<U>, const Mixing<T>& view, T* y, float* buffer, i64 t) {
-    const i64 e = view.e;
-    const float* rows = view.packed.rows;
-    const T *x[U + 6], **here = x + 3;
-    T* out[U];
-    view.template neighbours<U>(t, x);
-    const Mixed<U> m = mix<U, 0, T>(view, x, t, buffer, nullptr);
-    for (int u = 0; u < U; u++) out[u] = y + view.walk.token[t + u] * e;
+template <int U, class T> INLINE void gate_tile(const ExpandGate& a, const Tile<U, T>& tile, float* buffer) {
+    const i64 e = tile.view.e, ew = whole(e);
+    const float* rows = tile.view.packed.rows;
+    T* y[U];
+    tile.of_tokens((T*)a.y, (T*)(buffer + TILE * ew), y);
+    const Mixed<U> m = mix<0>(a, tile, buffer, y);
     channels(e, EACH {
         using V = decltype(lane);
         const float* row = rows + at.in(ROWS);
         V nw = load<V>(row + NW * W), nb = load<V>(row + NB * W);
         FULLY for (int u = 0; u < U; u++) {
-            V n = (load<V>(m.v + u * whole(e) + at) - m.mean[u]) * m.scale[u] * nw + nb;
-            V z = load<V>(here[u] + e + at);
-            store(out[u] + at, n * (z * sigmoid2(z * -LOG2E)));
+            V n = (load<V>(m.v + u * ew + at) - m.mean[u]) * m.scale[u] * nw + nb;
+            V z = load<V>(tile.x[u + 3] + e + at);
+            store(y[u] + at, n * (z * sigmoid2(z * -LOG2E)));
         }
     });
-    for (int u = 0; u < U; u++)
-        if (view.walk.group[t + u] < 0) clear(out[u], e);
+    tile.clear_holes((T*)a.y, e);
 }
 
 extern "C" int expand_gate(const ExpandGate* a, void*) {
     const Sizes n = a->n;
     const Packed packed = pack(n.e, a->conv_weight, a->conv_bias, a->D, -LN2 / 2, a->norm_weight, a->norm_bias);
     const i64 parts = (n.l + 31) / 32;
-    by_type(n.dtype, [&](auto type) {
-        using T = decltype(type);
-        parallel(n.b * parts, n.b * n.l * n.e, [&](i64 i) {
-            const i64 image = i / parts, part = i % parts;
-            const Mixing<T> view(*a, packed, image);
-            float* buffer = scratch<TASK>(TILE * whole(n.e));
-            T* y = (T*)a->y + image * n.l * n.e;
-            tiles(part * n.l / parts, (part + 1) * n.l / parts,
-                  [&](auto size, i64 t) { gate_tile(size, view, y, buffer, t); });
-        });
+    parallel(n.dtype, n.b * parts, n.b * n.l * n.e, [&](auto type, i64 i) {
+        const i64 part = i % parts;
+        const View<decltype(type)> view(*a, packed, i / parts);
+        float* buffer = scratch<TASK>((TILE + 1) * whole(n.e));
+        tiles(view, part * n.l / parts, (part + 1) * n.l / parts,
+              [&](const auto& tile) { gate_tile(*a, tile, buffer); });
     });
     return 0;
 }
 
 // Of a tile: v again; then z's gradient and d = dxhat; then the norm, dv = scale (d - mean(d) - xhat mean(d xhat)).
 template <int U, class T>
-INLINE void gate_tile_backward(Count<U>, const ExpandGateBackward& a, const Mixing<T>& view, float* ds, float* dnorm,
-                               float* buffer, i64 t) {
-    const i64 e = view.e, ew = whole(e);
-    const float* rows = view.packed.rows;
-    const Norm norm = view.norm;
-    const bool want_y = false;
+INLINE void gate_tile_backward(const ExpandGateBackward& a, const Tile<U, T>& tile, float* ds, float* dnorm,
+                               float* buffer) {
+    const i64 e = tile.view.e, ew = whole(e);
+    const float* rows = tile.view.packed.rows;
+    const Norm norm = norm_of(a);
     float *dxhat = buffer + TILE * ew, *trash = dxhat + TILE * ew, *to[U];
-    const T *x[U + 6], **here = x + 3, *dy_rows[U];
-    T *y[U], *out[2 * U], **dz = out, **g = out + U;
-    bool one_step = true;
-    view.template neighbours<U>(t, x);
+    const T* dy_rows[U];
+    T *out[2 * U], **dz = out, **g = out + U;
+    tile.of_steps(ds, trash, to);
+    tile.of_tokens((const T*)a.dy, (const T*)tile.view.packed.zero, dy_rows);
     for (int u = 0; u < U; u++) {
-        const i64 row = (view.image * view.l + view.walk.token[t + u]) * e, step = view.walk.group[t + u];
-        one_step &= step >= 0 && step == view.walk.group[t];
-        to[u] = step < 0 ? trash : ds + step * e;
-        dy_rows[u] = step < 0 ? (const T*)view.packed.zero : (const T*)a.dy + row;
-        y[u] = nullptr;
-        dz[u] = (T*)a.dxz + 2 * row + e;
-        g[u] = (T*)a.g + row;
+        dz[u] = (T*)a.dxz + tile.token[u] * 2 * e + e;
+        g[u] = (T*)a.g + tile.token[u] * e;
     }
-    const Mixed<U> m = mix<U, 2 * U>(view, x, t, buffer, out);
+    const Mixed<U> m = mix<2 * U>(a, tile, buffer, out);
     Sum sum1[U], sum2[U];                                               // of d, and of d xhat
     channels(e, EACH {
         using V = decltype(lane);
@@ -634,9 +625,8 @@ INLINE void gate_tile_backward(Count<U>, const ExpandGateBackward& a, const Mixi
         V nw = load<V>(row + NW * W), nb = load<V>(row + NB * W), dw{}, db{};
         FULLY for (int u = 0; u < U; u++) {
             V xhat = (load<V>(m.v + u * ew + at) - m.mean[u]) * m.scale[u], n = xhat * nw + nb;
-            V z = load<V>(here[u] + e + at), sigma = sigmoid2(z * -LOG2E), silu = z * sigma;
+            V z = load<V>(tile.x[u + 3] + e + at), sigma = sigmoid2(z * -LOG2E), silu = z * sigma;
             V dy = load<V>(dy_rows[u] + at), dn = dy * silu, d = dn * nw;
-            if (want_y) store(y[u] + at, n * silu);
             store(dz[u] + at, dy * n * (silu * (1.f - sigma) + sigma));
             store(dxhat + u * ew + at, d);
             dw += dn * xhat;
@@ -661,16 +651,12 @@ INLINE void gate_tile_backward(Count<U>, const ExpandGateBackward& a, const Mixi
             all += dv[u];
             store(g[u] + at, dv[u]);
         }
-        if (one_step) add_to(to[0] + at, all);
+        if (tile.one_step) add_to(to[0] + at, all);
         else
             FULLY for (int u = 0; u < U; u++) add_to(to[u] + at, dv[u]);
     });
-    for (int u = 0; u < U; u++) {
-        if (view.walk.group[t + u] >= 0) continue;
-        if (want_y) clear(y[u], e);
-        clear(dz[u], e);
-        clear(g[u], e);
-    }
+    tile.clear_holes((T*)a.dxz + e, 2 * e);
+    tile.clear_holes((T*)a.g, e);
 }
 
 extern "C" int expand_gate_backward(const ExpandGateBackward* a, void*) {
@@ -680,23 +666,18 @@ extern "C" int expand_gate_backward(const ExpandGateBackward* a, void*) {
     const Chunks chunks(n, a->walk, 24, true);
     const Slots slots(chunks.list.size(), 2 * ew);                      // blocked rows: dnorm_weight, dnorm_bias
     float* partial = chunks.partial(1, pe);
-    by_type(n.dtype, [&](auto type) {
-        using T = decltype(type);
-        slots.run(n.b * n.l * n.e, [&](i64 i, float* dnorm) {
-            const Chunk c = chunks.list[i];
-            const Mixing<T> view(*a, packed, c.image);
-            float* buffer = scratch<TASK>((2 * TILE + 1) * ew);
-            float* ds = c.part < 0 ? a->ds + c.image * pe : partial + c.part * pe;
-            std::fill(ds + c.p0 * n.e, ds + c.p1 * n.e, 0.f);
-            tiles(c.t0, c.t1, [&](auto size, i64 t) { gate_tile_backward(size, *a, view, ds, dnorm, buffer, t); });
-        });
+    slots.run(n.dtype, n.b * n.l * n.e, [&](auto type, i64 i, float* dnorm) {
+        const Chunk c = chunks.list[i];
+        const View<decltype(type)> view(*a, packed, c.image);
+        float* buffer = scratch<TASK>((2 * TILE + 1) * ew);
+        float* ds = c.part < 0 ? a->ds + c.image * pe : partial + c.part * pe;
+        std::fill(ds + c.p0 * n.e, ds + c.p1 * n.e, 0.f);
+        tiles(view, c.t0, c.t1, [&](const auto& tile) { gate_tile_backward(*a, tile, ds, dnorm, buffer); });
     });
     chunks.reduce(partial, 1, n.b, pe, a->ds);
     const float* total = slots.total();
-    for (i64 i = 0; i < n.e; i++) {
-        if (a->dnorm_weight) a->dnorm_weight[i] = total[place(i).in(2)];
-        if (a->dnorm_bias) a->dnorm_bias[i] = total[place(i).in(2) + W];
-    }
+    if (a->dnorm_weight) unblock(total, n.e, 2, 0, a->dnorm_weight);
+    if (a->dnorm_bias) unblock(total, n.e, 2, 1, a->dnorm_bias);
     return 0;
 }
 
@@ -706,42 +687,39 @@ extern "C" int expand_gate_backward(const ExpandGateBackward* a, void*) {
 // da of a position, both directions, enters dx of the 3 positions before it and of the 3 after. A tile at t finishes
 // dx[t - 3 .. t + U - 4] and hands six unfinished rows on to the next one, so that each da is computed once.
 
-// Positions t0 <= t < t1 of an image, whose dx a task finishes: the unfinished rows [6][whole(e)], a row for the dx of
-// others
-template <class T> struct Piece { i64 t0, t1; T* dx; float *carry, *trash; };
+// Positions t0 <= t < t1 of an image, whose dx a task finishes; carry: the unfinished rows; trash: for those of others
+struct Piece { i64 t0, t1; float *carry, *trash; };
 
 template <int U, class T>
-INLINE void conv_tile_backward(Count<U>, const ConvPoolBackward& a, const View<T>& view, const Piece<T>& piece, i64 t,
-                               float* sums) {
-    const i64 e = view.e, ew = whole(e);
-    const float *rows = view.packed.rows, *dp[2][U];
+INLINE void conv_tile_backward(const ConvPoolBackward& a, const Tile<U, T>& tile, const Piece& piece, float* sums) {
+    const View<T>& view = tile.view;
+    const i64 e = view.e, ew = whole(e), t = tile.t;
     const bool max = a.max, skip = a.D;
-    const T *x[U + 6], *g_rows[U];
+    const float *rows = view.packed.rows, *zero = view.packed.zero, *dp[2][U];
+    const int32_t* argmax[2][U] = {};
+    const T* g_rows[U];
     T* dx_rows[U];
-    const int32_t* argmax[2][U];
     float weight[U], *carry = piece.carry;
-    view.template neighbours<U>(t, x);
+    tile.of_tokens((const T*)a.g, (const T*)zero, g_rows);
+    for (int dir = 0; dir < 2; dir++) {
+        const i64 own = (dir * a.n.b + view.image) * a.n.p * e;
+        tile.of_steps(a.dpooled + own, zero, dp[dir]);
+        if (max) tile.of_steps(a.argmax + own, (const int32_t*)zero, argmax[dir]);
+    }
     for (int u = 0; u < U; u++) {
-        const i64 done = t + u - 3, step = view.walk.group[t + u];
-        const i64 token = (view.image * view.l + view.walk.token[t + u]) * e;
-        g_rows[u] = step < 0 ? (const T*)view.packed.zero : (const T*)a.g + token;
+        const i64 done = t + u - 3;
         const bool own = done >= piece.t0 && done < piece.t1;
-        dx_rows[u] = own ? piece.dx + view.walk.token[done] * 2 * e : (T*)piece.trash;
+        dx_rows[u] = own ? (T*)a.dxz + (view.image * view.l + view.walk.token[done]) * 2 * e : (T*)piece.trash;
         weight[u] = -LN2 * (max ? 1.f : view.walk.weight[t + u]);
-        for (int dir = 0; dir < 2; dir++) {
-            const i64 row = ((dir * a.n.b + view.image) * a.n.p + step) * e;
-            dp[dir][u] = step < 0 ? view.packed.zero : a.dpooled + row;
-            argmax[dir][u] = step < 0 || !max ? (const int32_t*)view.packed.zero : a.argmax + row;
-        }
     }
     channels(e, EACH {
         using V = decltype(lane);
         using I = typename Of<V>::I;
         const float* row = rows + at.in(ROWS);
         float* sum = sums + at.in(12);
-        V xs[U + 6], dx[U + 6], g[U], a[2][U], da[U];
-        gather<U + 6>(x, at, xs);
-        conv<U>(xs, row, a);
+        V x[U + 6], dx[U + 6], g[U], a[2][U], da[U];
+        gather<U + 6>(tile.x, at, x);
+        conv<U>(x, row, a);
         gather<U>(g_rows, at, g);
         FULLY for (int j = 0; j < U + 6; j++) dx[j] = j < 6 ? load<V>(carry + j * ew + at) : V{};
         FULLY for (int dir = 0; dir < 2; dir++) {
@@ -762,7 +740,7 @@ INLINE void conv_tile_backward(Count<U>, const ConvPoolBackward& a, const View<T
                 FULLY for (int u = 0; u < U; u++) {
                     const int from = dir ? u + 6 - j : u + j;
                     dx[from] += tap * da[u];
-                    dw += xs[from] * da[u];
+                    dw += x[from] * da[u];
                 }
                 store(sum + (5 * dir + j) * W, dw);
             }
@@ -775,45 +753,40 @@ INLINE void conv_tile_backward(Count<U>, const ConvPoolBackward& a, const View<T
 }
 
 template <class T>
-void conv_piece_backward(const ConvPoolBackward& a, const View<T>& view, i64 t0, i64 t1, float* own_sums) {
+void conv_piece_backward(const ConvPoolBackward& a, const View<T>& view, i64 t0, i64 t1, float* sums) {
     const i64 e = view.e, ew = whole(e), first = std::max<i64>(t0 - 3, 0), last = std::min(t1 + 3, view.l);
-    float *carry = scratch<TASK>(19 * ew), *halo_sums = carry + 6 * ew, *trash = halo_sums + 12 * ew;
-    const Piece<T> piece{t0, t1, (T*)a.dxz + view.image * view.l * 2 * e, carry, trash};
-    const auto tile = [&](auto size, i64 t, float* sums) { conv_tile_backward(size, a, view, piece, t, sums); };
+    float *carry = scratch<TASK>(19 * ew), *halo_sums = carry + 6 * ew;
+    const Piece piece{t0, t1, carry, halo_sums + 12 * ew};
+    T* dx = (T*)a.dxz + view.image * view.l * 2 * e;
     std::fill(carry, carry + 6 * ew, 0.f);
     // The 3 positions on either side matter to dx here; their share of the parameters belongs to another piece.
-    for (i64 t = first; t < t0; t++) tile(Count<1>(), t, halo_sums);
-    tiles(t0, t1, [&](auto size, i64 t) { tile(size, t, own_sums); });
-    for (i64 t = t1; t < last; t++) tile(Count<1>(), t, halo_sums);
+    for (i64 t = first; t < t0; t++) conv_tile_backward(a, Tile<1, T>(view, t), piece, halo_sums);
+    tiles(view, t0, t1, [&](const auto& tile) { conv_tile_backward(a, tile, piece, sums); });
+    for (i64 t = t1; t < last; t++) conv_tile_backward(a, Tile<1, T>(view, t), piece, halo_sums);
     for (i64 t = std::max(last - 3, t0); t < t1; t++)                   // the end of the image: what is still carried
         channels(e, EACH {
             auto rest = load<decltype(lane)>(carry + (t - last + 3) * ew + at);
-            store(piece.dx + view.walk.token[t] * 2 * e + at, rest);
+            store(dx + view.walk.token[t] * 2 * e + at, rest);
         });
-    for (i64 t = t0; t < t1; t++)
-        if (view.walk.group[t] < 0) clear(piece.dx + view.walk.token[t] * 2 * e, e);
+    tiles(view, t0, t1, [&](const auto& tile) { tile.clear_holes((T*)a.dxz, 2 * e); });
 }
 
 extern "C" int conv_pool_backward(const ConvPoolBackward* a, void*) {
     const Sizes n = a->n;
     const Packed packed = pack(n.e, a->conv_weight, a->conv_bias, a->D, -LN2);
-    const i64 parts = (n.l + 127) / 128;
-    const Slots slots(n.b * parts, 12 * whole(n.e));                    // blocked rows: W0 .. B1, then dD
-    by_type(n.dtype, [&](auto type) {
-        using T = decltype(type);
-        slots.run(n.b * n.l * n.e, [&](i64 i, float* sums) {
-            const View<T> view(*a, packed, i / parts);
-            const i64 part = i % parts;
-            conv_piece_backward(*a, view, part * n.l / parts, (part + 1) * n.l / parts, sums);
-        });
+    const i64 e = n.e, parts = (n.l + 127) / 128;
+    const Slots slots(n.b * parts, 12 * whole(e));                      // blocked rows: W0 .. B1, then dD
+    slots.run(n.dtype, n.b * n.l * e, [&](auto type, i64 i, float* sums) {
+        const i64 part = i % parts;
+        const View<decltype(type)> view(*a, packed, i / parts);
+        conv_piece_backward(*a, view, part * n.l / parts, (part + 1) * n.l / parts, sums);
     });
     const float* total = slots.total();
-    for (i64 i = 0; i < 2 * n.e; i++) {
-        const i64 dir = i / n.e;
-        const float* row = total + place(i % n.e).in(12);
-        for (int j = 0; j < 4; j++) a->dconv_weight[i * 4 + j] = -LOG2E * row[(5 * dir + j) * W];
-        a->dconv_bias[i] = -LOG2E * row[(5 * dir + 4) * W];
-        if (a->D) a->dD[i] = -LN2 * row[(10 + dir) * W];
+    for (int dir = 0; dir < 2; dir++) {
+        float* dweight = a->dconv_weight + dir * e * 4;
+        for (int j = 0; j < 4; j++) unblock(total, e, 12, 5 * dir + j, dweight + j, 4, -LOG2E);
+        unblock(total, e, 12, 5 * dir + 4, a->dconv_bias + dir * e, 1, -LOG2E);
+        if (a->D) unblock(total, e, 12, 10 + dir, a->dD + dir * e, 1, -LN2);
     }
     return 0;
 }
@@ -828,6 +801,8 @@ extern "C" int conv_pool_backward(const ConvPoolBackward* a, void*) {
 // latencies and share loads and stores.
 constexpr i64 STEPS = 16;
 constexpr int GROUP = 4;
+
+template <int M> using Count = std::integral_constant<int, M>;
 
 template <class F> INLINE void groups(i64 n, F body) {                  // body(number of states, first one)
     i64 j = 0;
@@ -1060,11 +1035,11 @@ extern "C" int selective_scan_backward(const SelectiveScanBackward* a, void*) {
         add_rows(partial + which * kbpn + at, slices, 2 * kbpn, p * n, (which ? a->dC : a->dB) + at);
     });
     const float* total = slots.total();
-    for (i64 i = 0; i < k * e; i++) {
-        const float* row = total + i / e * whole(e) * (n + 2) + place(i % e).in(n + 2);
-        for (i64 j = 0; j < n; j++) a->dA[i * n + j] = row[j * W];
-        if (a->dD) a->dD[i] = row[n * W];
-        if (a->ddt_bias) a->ddt_bias[i] = row[(n + 1) * W];
+    for (i64 dir = 0; dir < k; dir++) {
+        const float* set = total + dir * whole(e) * (n + 2);
+        for (i64 j = 0; j < n; j++) unblock(set, e, n + 2, j, a->dA + dir * e * n + j, n);
+        if (a->dD) unblock(set, e, n + 2, n, a->dD + dir * e);
+        if (a->ddt_bias) unblock(set, e, n + 2, n + 1, a->ddt_bias + dir * e);
     }
     return 0;
 }
@@ -1111,17 +1086,8 @@ template <class T> void norm_row(const AddNorm& a, i64 i) {
     });
 }
 
-constexpr i64 ROWS_A_TASK = 32;
-
 extern "C" int add_norm(const AddNorm* a, void*) {
-    const i64 rows = a->rows;
-    by_type(a->dtype, [&](auto type) {
-        using T = decltype(type);
-        parallel((rows + ROWS_A_TASK - 1) / ROWS_A_TASK, rows * a->d / 2, [&](i64 task) {
-            const i64 first = task * ROWS_A_TASK;
-            for (i64 i = first; i < std::min(first + ROWS_A_TASK, rows); i++) norm_row<T>(*a, i);
-        });
-    });
+    parallel(a->dtype, a->rows, a->rows * a->d / 2, [&](auto type, i64 i) { norm_row<decltype(type)>(*a, i); });
     return 0;
 }
 
@@ -1159,19 +1125,12 @@ template <class T> void norm_row_backward(const AddNormBackward& a, i64 i, float
 }
 
 extern "C" int add_norm_backward(const AddNormBackward* a, void*) {
-    const i64 rows = a->rows, d = a->d;
-    const Slots slots((rows + ROWS_A_TASK - 1) / ROWS_A_TASK, 2 * whole(d));        // blocked rows: dweight, dbias
-    by_type(a->dtype, [&](auto type) {
-        using T = decltype(type);
-        slots.run(rows * d, [&](i64 task, float* sums) {
-            const i64 first = task * ROWS_A_TASK;
-            for (i64 i = first; i < std::min(first + ROWS_A_TASK, rows); i++) norm_row_backward<T>(*a, i, sums);
-        });
-    });
+    const i64 d = a->d;
+    const Slots slots(a->rows, 2 * whole(d));                           // blocked rows: dweight, dbias
+    slots.run(a->dtype, a->rows * d,
+              [&](auto type, i64 i, float* sums) { norm_row_backward<decltype(type)>(*a, i, sums); });
     const float* total = slots.total();
-    for (i64 i = 0; i < d; i++) {
-        a->dweight[i] = total[place(i).in(2)];
-        if (a->dbias) a->dbias[i] = total[place(i).in(2) + W];
-    }
+    unblock(total, d, 2, 0, a->dweight);
+    if (a->dbias) unblock(total, d, 2, 1, a->dbias);
     return 0;
 }

@@ -24,12 +24,12 @@ DIGITS_AFFINE = torch.tensor([0.26, 0.15, 0.15, 0.25, 0.25])
 class Digits(Dataset):
     """scikit-learn's 1,797 scans of handwritten digits, 8 x 8 pixels: always the same 360 held out.
 
-    Item i is ((3 img_size img_size) float32, label): bicubic, normalised; with `augment` (default:
-    `train`) under a random affine map drawn from torch's global generator.
+    Item i is ((3 img_size img_size) float32, label): bicubic, normalised; train: under a random
+    affine map drawn from torch's global generator.
     .classes: '0'..'9'; .labels: list of the items' labels.
     """
 
-    def __init__(self, train: bool, img_size: int = 32, augment: bool | None = None):
+    def __init__(self, train: bool, img_size: int = 32):
         images, labels = extra("sklearn.datasets").load_digits(return_X_y=True)
         train_test_split = extra("sklearn.model_selection").train_test_split
         kept, held_out = train_test_split(
@@ -40,7 +40,7 @@ class Digits(Dataset):
         self.labels = labels[self.indices].tolist()
         self.classes = [str(digit) for digit in range(10)]
         self.img_size = img_size
-        self.augment = train if augment is None else augment
+        self.augment = train
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -105,13 +105,13 @@ class Cells(Files):
         samples = [(i, i % 8) for i in range(self.sizes[split])]
         super().__init__(samples, classes, self.draw, transform, f"the drawn cells ({split})")
 
-    def draw(self, i: int, spots: int = 8) -> np.ndarray:
+    def draw(self, i: int) -> np.ndarray:
         rng = np.random.default_rng([list(self.sizes).index(self.split), i])
         axis = (np.arange(self.img_size) + 0.5) / self.img_size
         cy, cx = rng.uniform(0.4, 0.6, 2)                       # the cell's center
         ry, rx = rng.uniform(0.3, 0.42, 2)                      # and radii
-        distance = np.sqrt(rng.uniform(0, 1, (2, spots)))       # (kind spot)
-        angle = rng.uniform(0, 2 * np.pi, (2, spots))
+        distance = np.sqrt(rng.uniform(0, 1, (2, 8)))           # (kind spot)
+        angle = rng.uniform(0, 2 * np.pi, (2, 8))
         kind = self.code[i % 8]                                 # (channel)
         y = (cy + ry * distance * np.sin(angle))[kind, :, None]
         x = (cx + rx * distance * np.cos(angle))[kind, :, None]
@@ -159,7 +159,6 @@ class Scenes(DenseFiles):
         self.split = split
         self.img_size = img_size
         self.objects = objects
-        self.coco = None
         classes = list(self.shapes) if objects else [*self.grounds, *self.shapes]
         samples = [(i, split) for i in range(self.sizes[split])]
         super().__init__(samples, classes, self.draw, transform, f"the drawn scenes ({split})")
@@ -203,10 +202,9 @@ class Scenes(DenseFiles):
         if not self.objects:
             label_of = [*(len(self.grounds) + kind for kind in kinds), ground]      # -1: ground
             return pixels, torch.from_numpy(np.array(label_of, np.uint8)[owner])
-        masks = owner == np.arange(len(kinds))[:, None, None]   # (n S S)
+        masks = torch.from_numpy(owner == np.arange(len(kinds))[:, None, None])     # (n S S)
         seen = masks.sum((1, 2)) >= (size / 16) ** 2
-        labels = torch.tensor(kinds)[torch.from_numpy(seen)]
-        return pixels, dict(id=i, labels=labels, masks=torch.from_numpy(masks[seen].astype(np.uint8)))
+        return pixels, dict(id=i, labels=torch.tensor(kinds)[seen], masks=masks[seen].byte())
 
     @staticmethod
     def paint(rng: np.random.Generator, colour: np.ndarray, wavelength: float, axis: np.ndarray,

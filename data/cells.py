@@ -30,29 +30,28 @@ UNKNOWN_TO_PILLOW = {(32, 1): np.uint32, (8, 2): np.int8}      # it takes them f
 
 # ---- Files ---------------------------------------------------------------------------------------
 
-def fetch(path: str, attempts: int = 5, wait: float = 0.5) -> bytes:
+def fetch(path: str) -> bytes:
     """The bytes at `path`: a local path, or a URL that fsspec knows (s3://, https://, memory://).
 
-    Object stores fail now and then: a URL is tried `attempts` times, the pauses growing from `wait`
-    seconds (0.5, 1, 2, 4). Then OSError; at once what trying again would not change:
-    FileNotFoundError, PermissionError, ImportError (no library for this store), ValueError (no
-    such kind of store).
+    Object stores fail now and then: a URL is tried five times, then OSError. At once what trying
+    again would not change: FileNotFoundError, PermissionError, ImportError (no library for this
+    store), ValueError (no such kind of store).
     """
     if "://" not in path:
         with open(path, "rb") as file:
             return file.read()
     fsspec = extra("fsspec")
-    for attempt in range(attempts):
+    for pause in (0.5, 1, 2, 4, None):              # seconds
         try:
             store, name = fsspec.url_to_fs(path)    # in each process: connections survive no fork
             return store.cat_file(name)
         except (FileNotFoundError, PermissionError, ImportError, ValueError):
             raise
         except Exception as error:                  # every store's library has its own
-            if attempt + 1 == attempts:
-                raise OSError(f"{path}: failed {attempts} times, at last "
-                              f"{type(error).__name__}: {error}") from error
-            time.sleep(wait * 2 ** attempt)
+            if pause is None:
+                raise OSError(f"{path}: failed 5 times, at last {type(error).__name__}: {error}"
+                              ) from error
+            time.sleep(pause)
 
 
 def load_cells(path: str) -> np.ndarray:
@@ -275,7 +274,7 @@ def cell_folder(root: str, split: str, transform: Callable, classes: list[str] |
     return Files(samples, files.classes, load_cells, transform, f"{root} ({split})")
 
 
-# How a table says that there is nothing; pandas, by which the benchmark was made, knows the same.
+# What pyarrow and pandas take for nothing in a text table.
 NOTHING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND",
            "1.#QNAN", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null"}
 
@@ -283,7 +282,8 @@ NOTHING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan",
 def read_table(path: str, *wanted: str) -> list[list[str | None]]:
     """The columns `wanted` of the table at `path` (as for fetch): Parquet, or text (tabs, commas).
 
-    "a|b" means a if the table has it, else b. ValueError: a column is missing, or no table.
+    "a|b" means a if the table has it, else b. None where there is nothing, or NaN.
+    ValueError: a column is missing, or no table.
     """
     content = fetch(path)
     try:
@@ -299,7 +299,7 @@ def read_table(path: str, *wanted: str) -> list[list[str | None]]:
         if name is None:
             raise ValueError(f"{path}: no column {names.replace('|', ' or ')}; it has "
                              f"{', '.join(table)}")
-        columns.append([None if v is None or v != v else str(v) for v in table[name]])   # NaN: None
+        columns.append([str(v) if v == v and v is not None else None for v in table[name]])
     return columns
 
 

@@ -1,4 +1,4 @@
-"""Dense tasks, a label for each pixel or objects with boxes and masks: ADE20K, COCO, augmentation."""
+"""Dense tasks, a label for each pixel or objects with boxes and masks: ADE20K, COCO, transforms."""
 
 import collections
 import contextlib
@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,13 +23,12 @@ PAD_VALUE = 114         # gray beside the images of detection
 
 
 class DenseFiles(Files):
-    """Files with more than one label: item i is transform(*load(*samples[i])), None when bad."""
+    """Files with more than one label: item i is transform(*load(*samples[i])), None when bad.
 
-    def __init__(self, samples: list[tuple], classes: list[str], load: Callable,
-                 transform: Callable, where: str):
-        if not samples:
-            raise ValueError(f"{where}: no images")
-        super().__init__(samples, classes, load, transform, where)
+    .coco: pycocotools' COCO of the objects to measure by, None if there are none.
+    """
+
+    coco = None
 
     def read(self, sample: tuple):
         return self.load(*sample)
@@ -37,7 +37,7 @@ class DenseFiles(Files):
         return self.transform(*content)
 
 
-# ---- Augmentation --------------------------------------------------------------------------------
+# ---- Transforms ----------------------------------------------------------------------------------
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
     """RGB image -> (3 h w) uint8."""
@@ -75,6 +75,19 @@ def resized_crop(pixels: torch.Tensor, window: tuple, new: list[int], nearest: b
     return v2.functional.resized_crop(pixels, *window, new, mode, antialias=False)
 
 
+def crop_and_flip(pixels: torch.Tensor, masks: torch.Tensor, window: tuple, new: list[int],
+                  train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The window of (3 h w) and its masks (m h w), resized; train: mirrored half of the time."""
+    pixels = resized_crop(pixels, window, new)
+    if len(masks):
+        masks = resized_crop(masks, window, new, nearest=True)
+    else:
+        masks = masks.new_zeros(0, *new)
+    if train and torch.rand(()) < 0.5:
+        return pixels.flip(2), masks.flip(2)
+    return pixels, masks
+
+
 def pad_to(x: torch.Tensor, size: int, value: float = 0) -> torch.Tensor:
     """(... h w) -> (... size size), filled at the right and below."""
     height, width = x.shape[-2:]
@@ -96,8 +109,8 @@ def distorted(pixels: torch.Tensor) -> torch.Tensor:
     steps = [lambda x: (x + uniform(-32, 32) / 255).clamp(0, 1),
              lambda x: functional.adjust_saturation(x, uniform(0.5, 1.5)),
              lambda x: functional.adjust_hue(x, uniform(-0.1, 0.1))]
-    contrast_at = 1 if torch.rand(()) < 0.5 else 3
-    steps.insert(contrast_at, lambda x: (x * uniform(0.5, 1.5)).clamp(0, 1))
+    before_colours = torch.rand(()) < 0.5
+    steps.insert(1 if before_colours else 3, lambda x: (x * uniform(0.5, 1.5)).clamp(0, 1))
     x = pixels / 255
     for step in steps:
         if torch.rand(()) < 0.5:
@@ -105,6 +118,7 @@ def distorted(pixels: torch.Tensor) -> torch.Tensor:
     return (255 * x).round().byte()
 
 
+@dataclass
 class SegmentationTransform:
     """(pixels (3 h w) uint8, labels (h w) uint8) -> (image (3 h w) float32, labels int64).
 
@@ -113,11 +127,10 @@ class SegmentationTransform:
     fills 75% of it; flip; distort: photometric distortion. Else labels stay in the file's size.
     """
 
-    def __init__(self, size: int, train: bool, scale: tuple = (0.5, 2.0), distort: bool = True):
-        self.size = size
-        self.train = train
-        self.scale = scale
-        self.distort = distort
+    size: int
+    train: bool
+    scale: tuple[float, float] = (0.5, 2.0)
+    distort: bool = True
 
     def __call__(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple:
         shape = labels.shape
@@ -133,17 +146,14 @@ class SegmentationTransform:
             counts = part.bincount(minlength=256)[:IGNORE_INDEX]
             if counts.max() < 0.75 * counts.sum():
                 break
-        pixels = resized_crop(pixels, window, new)
-        labels = resized_crop(labels[None], window, new, nearest=True)[0]
-        if torch.rand(()) < 0.5:
-            pixels = pixels.flip(2)
-            labels = labels.flip(1)
+        pixels, (labels,) = crop_and_flip(pixels, labels[None], window, new, train=True)
         if self.distort:
             pixels = distorted(pixels)
         image = pad_to(normalized(pixels), self.size)
         return image, pad_to(labels.long(), self.size, IGNORE_INDEX)
 
 
+@dataclass
 class DetectionTransform:
     """(pixels (3 h w) uint8, objects) -> (image (3 size size) float32, target, info).
 
@@ -154,10 +164,9 @@ class DetectionTransform:
     without padding, original: that of the file).
     """
 
-    def __init__(self, size: int, train: bool, scale: tuple = (0.1, 2.0)):
-        self.size = size
-        self.train = train
-        self.scale = scale
+    size: int
+    train: bool
+    scale: tuple[float, float] = (0.1, 2.0)
 
     def __call__(self, pixels: torch.Tensor, objects: dict) -> tuple:
         original = tuple(pixels.shape[1:])
@@ -165,13 +174,7 @@ class DetectionTransform:
         if self.train:
             ratio *= uniform(*self.scale)
         window, new = random_window(original, ratio, self.size)     # in evaluation: all of it
-        pixels = resized_crop(pixels, window, new)
-        masks = objects["masks"].new_zeros(0, *new)
-        if len(objects["masks"]):
-            masks = resized_crop(objects["masks"], window, new, nearest=True)
-        if self.train and torch.rand(()) < 0.5:
-            pixels = pixels.flip(2)
-            masks = masks.flip(2)
+        pixels, masks = crop_and_flip(pixels, objects["masks"], window, new, self.train)
         visible = masks.bool().flatten(1).any(1)
         masks = pad_to(masks[visible], self.size).bool()            # (n size size)
         boxes = extra("torchvision.ops").masks_to_boxes(masks)
@@ -208,11 +211,11 @@ class ADE20K(DenseFiles):
         classes = names_of_classes(table) if os.path.exists(table) else numbers(150)
         images = paths_by_stem(image_folder, EXTENSIONS)
         labels = paths_by_stem(label_folder, (".png",))
-        samples = []
-        for stem in sorted({*images, *labels}):
-            missing_image = os.path.join(image_folder, f"{stem}.jpg")
-            missing_label = os.path.join(label_folder, f"{stem}.png")
-            samples.append((images.get(stem, missing_image), labels.get(stem, missing_label)))
+        samples = [(images.get(stem, os.path.join(image_folder, f"{stem}.jpg")),
+                    labels.get(stem, os.path.join(label_folder, f"{stem}.png")))
+                   for stem in sorted({*images, *labels})]
+        if not samples:
+            raise ValueError(f"{image_folder}: no images")
         load = functools.partial(load_labels, len(classes))
         super().__init__(samples, classes, load, transform, image_folder)
 
@@ -283,9 +286,9 @@ class Coco(DenseFiles):
     """ROOT/{train,val}2017/*.jpg with ROOT/annotations/instances_{train,val}2017.json.
 
     As DenseFiles, of what load_objects gives. .classes: the categories' names in the order of their
-    ids, .category_ids: those ids. val: .coco, pycocotools' COCO of the ground truth, crowds
-    included. train leaves out crowds, objects smaller than a pixel, images without any object.
-    Objects that cannot be drawn are left out of both. A warning counts them all.
+    ids, .category_ids: those ids. val: .coco has crowds too. train leaves out crowds, objects
+    smaller than a pixel, images without any object. Objects that cannot be drawn are left out of
+    both. A warning counts them all.
     FileNotFoundError: the folder or the annotations are missing. ValueError: no annotations of this
     layout, an object of an unknown category or image, an id that comes twice, no objects at all.
     """
@@ -295,52 +298,48 @@ class Coco(DenseFiles):
         path = os.path.join(root, "annotations", f"instances_{split}2017.json")
         require(folder, path, hint=f"not found. Expected {root}/{{train,val}}2017/*.jpg and "
                                    f"{root}/annotations/instances_{{train,val}}2017.json")
-        left_out = collections.Counter()
         try:
             with open(path, encoding="utf-8-sig") as file:
                 content = json.load(file)
             categories = by_id(sorted(content["categories"], key=lambda c: c["id"]), "categories")
-            images, truth = sort_objects(content, list(categories), split == "train", left_out)
+            images, truth, left_out = sort_objects(content, list(categories), split == "train")
             classes = [category["name"] for category in categories.values()]
             self.category_ids = list(categories)
-            self.coco = as_coco(content | dict(annotations=truth)) if split == "val" else None
+            if split == "val":
+                self.coco = as_coco(content | dict(annotations=truth))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: no annotations of COCO's layout "
                              f"({type(error).__name__}: {error})") from error
-        if split == "train":
-            everything = len(images)
-            images = [image for image in images if image["labels"]]
-            if len(images) < everything:
-                kind = f"of {everything:,} images without objects"
-                left_out[kind] = everything - len(images)
         if left_out:
-            warnings.warn(f"{path}: left out {listed(left_out)}")
+            warnings.warn(f"{path}: left out {left_out}")
+        samples = [(os.path.join(folder, image["file"]), i) for i, image in enumerate(images)]
         # As one array of text: a loading process that only looks at 860,000 lists copies them all,
         # because looking counts references.
         texts = [json.dumps(image).encode() for image in images]
         self.text = np.frombuffer(b"".join(texts), np.uint8)
         self.ends = np.cumsum([0, *map(len, texts)])
-        samples = [(os.path.join(folder, image.pop("file_name")), i) for i, image in enumerate(images)]
         super().__init__(samples, classes, self.load_one, transform, folder)
 
     def load_one(self, path: str, i: int) -> tuple[torch.Tensor, dict]:
         return load_objects(path, self.text[self.ends[i]:self.ends[i + 1]].tobytes())
 
 
-def sort_objects(content: dict, category_ids: list, train: bool, left_out: collections.Counter
-                 ) -> tuple[list[dict], list[dict]]:
-    """The content of an annotation file -> what is to be learnt, and what to be measured by.
+def sort_objects(content: dict, category_ids: list, train: bool) -> tuple[list, list, str]:
+    """The content of an annotation file -> images to learn from, objects to measure by.
 
-    The first by image: [dict(id, file_name, size, labels, masks)], without crowds and objects
-    smaller than a pixel; the second as in the file. Neither has what cannot be drawn. left_out
-    counts what is missing. ValueError: see Coco.
+    The images, [dict(id, file, size, labels, masks)], are without crowds and objects smaller than a
+    pixel; the objects as in the file, none in training. Neither has what cannot be drawn. The third
+    result counts what was left out. ValueError: see Coco.
     """
-    images = {number: dict(id=number, file_name=image["file_name"], labels=[], masks=[],
-                           size=[image["height"], image["width"]])
-              for number, image in by_id(content["images"], "images").items()}
+    label_of = {number: label for label, number in enumerate(category_ids)}
+    images = {}
     truth = []
+    left_out = collections.Counter()
+    for number, image in by_id(content["images"], "images").items():
+        size = [image["height"], image["width"]]
+        images[number] = dict(id=number, file=image["file_name"], size=size, labels=[], masks=[])
     for item in content["annotations"]:
-        if item["category_id"] not in category_ids or item["image_id"] not in images:
+        if item["category_id"] not in label_of or item["image_id"] not in images:
             raise ValueError(f"an object is of category {item['category_id']} in image "
                              f"{item['image_id']}, and there is no such category or image")
         image = images[item["image_id"]]
@@ -356,19 +355,18 @@ def sort_objects(content: dict, category_ids: list, train: bool, left_out: colle
             truth.append(item | dict(id=len(truth) + 1, iscrowd=int(bool(item.get("iscrowd"))),
                                      area=item.get("area") or width * height))
         if not item.get("iscrowd") and min(width, height) >= 1:
-            image["labels"].append(category_ids.index(item["category_id"]))
+            image["labels"].append(label_of[item["category_id"]])
             image["masks"].append(item["segmentation"])
         elif train:
             kind = "in a crowd" if item.get("iscrowd") else "smaller than a pixel"
             left_out[f"objects {kind}"] += 1
-    if not any(image["labels"] for image in images.values()):
-        details = f": {listed(left_out)}" if left_out else ""
-        raise ValueError(f"no object that can be used{details}")
-    return list(images.values()), truth
-
-
-def listed(counts: collections.Counter) -> str:
-    return ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()))
+    with_objects = [image for image in images.values() if image["labels"]]
+    if train and 0 < len(with_objects) < len(images):
+        left_out[f"of {len(images):,} images without objects"] = len(images) - len(with_objects)
+    listed = ", ".join(f"{count:,} {what}" for what, count in sorted(left_out.items()))
+    if not with_objects:
+        raise ValueError(f"no object that can be used: {listed}".removesuffix(": "))
+    return with_objects if train else list(images.values()), truth, listed
 
 
 def by_id(items: list[dict], kind: str) -> dict:
@@ -408,10 +406,12 @@ def flaw_of(item: dict, height: int, width: int) -> str | None:
                 and sum(runs) == height * width):
             return None
         return "whose mask is not of their image's size"
-    polygons = outline if isinstance(outline, list) else []
-    item["segmentation"] = [polygon for polygon in polygons if are_numbers(polygon)
-                            and len(polygon) >= 6 and len(polygon) % 2 == 0]
-    return None if item["segmentation"] else "without a polygon of three points"
+    if isinstance(outline, list):
+        item["segmentation"] = [polygon for polygon in outline if are_numbers(polygon)
+                                and len(polygon) >= 6 and len(polygon) % 2 == 0]
+        if item["segmentation"]:
+            return None
+    return "without a polygon of three points"
 
 
 def are_numbers(values) -> bool:
@@ -426,8 +426,7 @@ def run_lengths(text: str) -> list[int]:
     difference to the last but one.
     """
     runs = []
-    value = 0
-    shift = 0
+    value = shift = 0
     for character in text.encode():
         bits = character - 48
         value |= (bits & 31) << shift
@@ -437,8 +436,7 @@ def run_lengths(text: str) -> list[int]:
             if len(runs) > 2:
                 value += runs[-2]
             runs.append(value)
-            value = 0
-            shift = 0
+            value = shift = 0
     if shift:
         runs.append(-1)
     return runs

@@ -93,7 +93,8 @@ class ImageFolder(Files):
         if missing or unknown:
             raise ValueError(
                 f"{folder}: its class folders are not the {len(classes)} classes of training. "
-                f"Missing: {first_few(missing) or 'none'}. Unknown: {first_few(unknown) or 'none'}. "
+                f"Missing: {first_few(missing) or 'none'}. "
+                f"Unknown: {first_few(unknown) or 'none'}. "
                 "Give both splits the same class folders.")
         samples = []
         empty = []

@@ -21,7 +21,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 MAX_BAD = 0.01      # a larger share of unreadable files stops the run
 
@@ -29,7 +29,8 @@ MAX_BAD = 0.01      # a larger share of unreadable files stops the run
 # ---- Order, randomness, batches ------------------------------------------------------------------
 
 def make_loader(dataset: Dataset, batch_size: int, *, train: bool, seed: int = 0, workers: int = 0,
-                rank: int = 0, world_size: int = 1, merge: Callable = default_collate) -> DataLoader:
+                rank: int = 0, world_size: int = 1, merge: Callable = default_collate
+                ) -> DataLoader:
     """A loader of (input, label) batches. train: shuffled, whole batches only; else in order, all.
 
     batch_size: per process; workers: loading processes, 0 to load in this one; merge([sample])
@@ -52,9 +53,9 @@ def make_loader(dataset: Dataset, batch_size: int, *, train: bool, seed: int = 0
 class BatchSampler(Sampler):
     """Yields this process's batches of one epoch, each a list of (epoch, index).
 
-    The global batch i is order[i * B * W : (i + 1) * B * W], and process `rank` of W takes every
-    W-th index of it: W processes with batch_size B see together what one process sees with
-    batch_size B * W. train: order is shuffled, an incomplete last batch dropped. Else every index
+    The global batch i is order[i * b * w : (i + 1) * b * w], and process `rank` of w takes every
+    w-th index of it: w processes with batch_size b see together what one process sees with
+    batch_size b * w. train: order is shuffled, an incomplete last batch dropped. Else every index
     comes once over all processes: nothing is padded, so the last batch of a process may be
     shorter or missing. Keep collective calls out of such a loop.
     len() counts this process's batches in the whole epoch, skipped or not.
@@ -88,7 +89,7 @@ class BatchSampler(Sampler):
         epoch = self.epoch
         order = torch.arange(self.n)
         if self.train:
-            key = stable_hash(self.seed, epoch) >> 64   # seed + epoch: seed 1 gets seed 0's orders
+            key = stable_hash(self.seed, epoch) >> 64   # seed + epoch would repeat seed 0's orders
             order = torch.randperm(self.n, generator=torch.Generator().manual_seed(key))
         for i in range(self.skip, len(self)):
             whole_batch = order[i * self.global_size:(i + 1) * self.global_size]
@@ -100,7 +101,8 @@ class Seeded(Dataset):
     """`dataset` indexed by (epoch, index): an item's random choices follow from that and `seed`.
 
     Transforms draw from three global generators (timm from `random` and NumPy, torchvision from
-    torch): those are seeded. They belong to the training and get their states back afterwards.
+    torch): those are seeded. In the main process they belong to the training, and get their states
+    back afterwards.
     """
 
     def __init__(self, dataset: Dataset, seed: int):
@@ -111,18 +113,22 @@ class Seeded(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]):
-        epoch, index = key
+        if get_worker_info():
+            return self.draw(*key)
         states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-        bits = stable_hash(self.seed, epoch, index)
-        random.seed(bits)
-        np.random.seed(bits & 0xFFFFFFFF)   # not torch's bits: one algorithm, so the same numbers
-        torch.default_generator.manual_seed(bits >> 64)     # torch.manual_seed: the GPU's too, slow
         try:
-            return self.dataset[index]
+            return self.draw(*key)
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
             torch.set_rng_state(states[2])
+
+    def draw(self, epoch: int, index: int):
+        bits = stable_hash(self.seed, epoch, index)
+        random.seed(bits)
+        np.random.seed(bits & 0xFFFFFFFF)   # not torch's bits: one algorithm, so the same numbers
+        torch.default_generator.manual_seed(bits >> 64)     # torch.manual_seed: the GPU's too, slow
+        return self.dataset[index]
 
 
 def stable_hash(*key: int) -> int:
@@ -174,8 +180,7 @@ class Files(Dataset):
     """Labelled files. Item i is (transform(load(path)), label), None when the file is bad.
 
     samples: list of (path, label); load(path) may raise anything; where: what the data set is
-    called in messages. .bad: flags (n) uint8 of the files found bad so far, by all workers;
-    .bad_count: their number.
+    called in messages. .bad: flags (n) uint8 of the files found bad so far, by all workers.
     BadDataError, from an item: more than one file and more than 1% of the files are bad.
     """
 
@@ -187,10 +192,6 @@ class Files(Dataset):
         self.transform = transform
         self.where = where
         self.bad = torch.zeros(len(samples), dtype=torch.uint8).share_memory_()
-
-    @property
-    def bad_count(self) -> int:
-        return int(self.bad.sum())
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -216,22 +217,18 @@ class Files(Dataset):
         if not self.bad[i]:                 # a later epoch tries the file again, in silence
             self.bad[i] = 1
             warnings.warn(f"{self.samples[i][0]}: skipped, {reason}")
-        if self.bad_count > max(1, MAX_BAD * len(self)):
-            names = [self.samples[j][0] for j in self.bad.nonzero().flatten().tolist()]
+        names = [self.samples[j][0] for j in self.bad.nonzero().flatten().tolist()]
+        if len(names) > max(1, MAX_BAD * len(self)):
             raise BadDataError(
                 f"{len(names)} of the {len(self)} images in {self.where} cannot be read, more than "
                 f"{MAX_BAD:.0%}: {first_few(names)}. Check the disk; replace or delete them. "
                 f"The last one: {reason}")
 
 
-# ---- Helpers -------------------------------------------------------------------------------------
-
 def first_few(names: Sequence[str]) -> str:
     """'a, b, c, d, e and 12 more'"""
-    text = ", ".join(names[:5])
-    if len(names) > 5:
-        text += f" and {len(names) - 5} more"
-    return text
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def extra(module: str) -> ModuleType:

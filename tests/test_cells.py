@@ -1,4 +1,4 @@
-"""Multi-channel images: reading them, the JUMP-CP tables, object stores, augmentation, and the drawn cells."""
+"""Multi-channel images: files, object stores, JUMP-CP's tables, augmentation, the drawn cells."""
 import functools
 import io
 import pickle
@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-for module in ("PIL", "torchvision", "pyarrow", "fsspec"):
-    pytest.importorskip(module)
+pytest.importorskip("PIL")
+pytest.importorskip("torchvision")
+pytest.importorskip("pyarrow")
+pytest.importorskip("fsspec")
 import fsspec
 import pyarrow
 import pyarrow.parquet
@@ -28,7 +30,7 @@ def save_tiff(path, image, **options):
     first.save(path, save_all=True, append_images=rest, **options)
 
 
-# ---- load_cells ------------------------------------------------------------------------------------------------------
+# ---- load_cells ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", ["u1", "<u2", ">u2", "i4", "f2", "f4", "f8", "?"])
 def test_npy_of_any_number_type(tmp_path, dtype):
@@ -113,11 +115,21 @@ def test_damaged_npy(tmp_path, content, message):
 
 
 def test_tiff_types_that_pillow_mistakes(tmp_path):
-    """Pillow has no unsigned 32-bit and no signed 8-bit pixels: it reads their bits as the other kind."""
+    """Pillow has no uint32 and no int8: it reads their bits as the other kind."""
     for dtype, kind in (("<u4", 1), ("<i4", 2), ("u1", 1), ("i1", 2)):
         image = np.array([[3, 200], [2**31 + 5, 77]]).astype(dtype)
-        tags = {256: 2, 257: 2, 258: 8 * image.itemsize, 259: 1, 262: 1, 273: 200, 277: 1, 278: 2, 279: image.nbytes,
-                339: kind}
+        tags = {
+            256: 2,
+            257: 2,
+            258: 8 * image.itemsize,
+            259: 1,
+            262: 1,
+            273: 200,
+            277: 1,
+            278: 2,
+            279: image.nbytes,
+            339: kind,
+        }
         entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value)
                            for tag, value in sorted(tags.items()))
         head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
@@ -145,12 +157,14 @@ def test_take_channels():
     image = pixels(4)
     take = functools.partial(data.take_channels, lambda path: image)
     np.testing.assert_array_equal(take(4, [2, 0], ""), image[[2, 0]])
-    np.testing.assert_array_equal(take(4, [-1, 3, -1], ""), np.stack([0 * image[0], image[3], 0 * image[0]]))
+    np.testing.assert_array_equal(
+        take(4, [-1, 3, -1], ""), np.stack([0 * image[0], image[3], 0 * image[0]])
+    )
     with pytest.raises(ValueError, match="4 channels, expected 5.*channels come first"):
         take(5, [0], "")
 
 
-# ---- CellTransform ---------------------------------------------------------------------------------------------------
+# ---- CellTransform -------------------------------------------------------------------------------
 
 def test_evaluation_only_normalises():
     image, mean, std = pixels(3, 32, 32), [1.0, 20.0, 300.0], [2.0, 5.0, 0.5]
@@ -167,7 +181,9 @@ def test_other_sizes_are_cropped_or_padded_in_the_centre(height, width):
     image = 1 + pixels(2, height, width)
     y = data.CellTransform(32, [0, 0], [1, 1], False)(image).numpy()
     top, left = (height - 32) // 2, (width - 32) // 2
-    expected = np.pad(image, ((0, 0), (40, 40), (40, 40)))[:, 40 + top:72 + top, 40 + left:72 + left]
+    expected = np.pad(image, ((0, 0), (40, 40), (40, 40)))[
+        :, 40 + top : 72 + top, 40 + left : 72 + left
+    ]
     np.testing.assert_array_equal(y, expected)
     assert y.shape == (2, 32, 32)
 
@@ -182,7 +198,9 @@ def test_crops_stay_within_the_padding_and_reach_all_of_it():
     image = np.zeros((1, 28, 28), np.uint8)
     image[0, 14, 14] = 255
     transform = data.CellTransform(28, [0], [1], augment=True)
-    seen = {tuple(torch.nonzero(transform.window(image)[0]).squeeze(0).tolist()) for _ in range(400)}
+    seen = {
+        tuple(torch.nonzero(transform.window(image)[0]).squeeze(0).tolist()) for _ in range(400)
+    }
     assert seen == {(y, x) for y in range(12, 17) for x in range(12, 17)}
     large = np.zeros((1, 40, 40), np.uint8)               # larger than the padding: any crop of it
     large[0, 20, 20] = 255
@@ -208,14 +226,18 @@ def test_each_augmentation_comes_half_of_the_time(monkeypatch):
         return result
 
     monkeypatch.setattr(data.cells, "defocus", lambda x, radius: count("defocus", x))
-    monkeypatch.setattr(data.CellTransform, "rotate", staticmethod(lambda x, degrees: count("rotate", x)))
-    image = np.tile(np.arange(300, dtype=np.float32), (1, 300, 1)) + 1             # wide: no padding is seen
+    monkeypatch.setattr(
+        data.CellTransform, "rotate", staticmethod(lambda x, degrees: count("rotate", x))
+    )
+    image = np.tile(np.arange(300, dtype=np.float32), (1, 300, 1)) + 1  # wide: no padding is seen
     results = draws(data.CellTransform(224, [0], [1], augment=True), image, 600)
     holes = [y for y in results if (y == 0).any()]
     mirrored = [y for y in results if (y[0, 0].diff().sum() < 0)]
     upright = sum(1 for y in results if (y[0, 0].diff().sum() > 0))
     assert 250 < calls["defocus"] < 350 and 250 < len(holes) < 350
-    assert 70 < calls["rotate"] < 130 and 70 < len(mirrored) < 130 and upright + len(mirrored) == 600
+    assert 70 < calls["rotate"] < 130
+    assert 70 < len(mirrored) < 130
+    assert upright + len(mirrored) == 600
     areas = {int((y == 0).sum()) for y in holes}
     assert max(areas) <= 1000 and max(areas) > 700 and min(areas) == 100
     assert all(area <= 1000 for area in areas)
@@ -228,7 +250,8 @@ def test_defocus_spreads_a_point_into_a_disc():
         disc = data.cells.defocus(point, radius)
         torch.testing.assert_close(disc.sum((1, 2)), torch.tensor([1.0, 3.0]))
         y, x = torch.nonzero(disc[0], as_tuple=True)
-        assert (torch.hypot(y - 7.0, x - 7.0) < radius + 0.5).all() and (y == 7).sum() == 2 * radius + 1
+        assert (torch.hypot(y - 7.0, x - 7.0) < radius + 0.5).all()
+        assert (y == 7).sum() == 2 * radius + 1
         torch.testing.assert_close(disc[0].roll(-1, 1) * 3, disc[1])
         torch.testing.assert_close(disc[0], disc[0].T)
         torch.testing.assert_close(disc[0], disc[0].flip(0))
@@ -242,10 +265,10 @@ def test_rotation_turns_about_the_centre():
     assert turned[0].argmax().item() in (4 * 33 + 16, 28 * 33 + 16) and turned.max() > 0.9
 
 
-# ---- Splits and folders ----------------------------------------------------------------------------------------------
+# ---- Splits and folders --------------------------------------------------------------------------
 
 def test_split_is_the_legacy_permutation():
-    order = [2, 8, 4, 9, 1, 6, 7, 3, 0, 5]                # numpy.random.seed(0); numpy.random.permutation(10)
+    order = [2, 8, 4, 9, 1, 6, 7, 3, 0, 5]  # numpy.random.seed(0); numpy.random.permutation(10)
     for split, part in (("train", order[:6]), ("val", order[6:8]), ("test", order[8:])):
         assert data.cells.split_of(10, split).tolist() == sorted(part)
     for n in (0, 1, 4, 7, 23):
@@ -286,7 +309,9 @@ def test_folder_with_splits_and_tiffs(tmp_path):
 def test_folders_that_cannot_be_split(tmp_path):
     root = make_cells(tmp_path / "few", dict(a=3, b=2))
     data.cell_folder(root, "train", np.asarray)
-    with pytest.raises(ValueError, match="few/b: 2 images are too few.*'val' gets none. Give it at least 3"):
+    with pytest.raises(
+        ValueError, match="few/b: 2 images are too few.*'val' gets none. Give it at least 3"
+    ):
         data.cell_folder(root, "val", np.asarray)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         data.cell_folder(str(tmp_path / "nothing"), "train", np.asarray)
@@ -301,9 +326,12 @@ def test_bad_files_are_skipped_and_too_many_end_the_run(tmp_path):
     (tmp_path / "a" / files.samples[3][0].rpartition("/")[2]).write_bytes(b"no image")
     with pytest.warns(UserWarning, match="skipped"):
         assert files[3] is None
-    assert files[4] is not None and files.bad_count == 1
+    assert files[4] is not None and files.bad.sum() == 1
     files.load = functools.partial(data.take_channels, files.load, 8, [0])
-    with pytest.warns(UserWarning), pytest.raises(data.BadDataError, match="3 channels, expected 8"):
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(data.BadDataError, match="3 channels, expected 8"),
+    ):
         for i in range(10):
             files[i]
 
@@ -325,7 +353,10 @@ def test_channel_count_is_what_most_of_the_first_files_have(tmp_path):
     np.save(files.samples[0][0], pixels(5))
     np.save(files.samples[1][0], pixels()[0])
     assert data.channel_count(files) == 3
-    with pytest.warns(UserWarning, match="5 channels, expected 3|got uint16"), pytest.raises(data.BadDataError):
+    with (
+        pytest.warns(UserWarning, match="5 channels, expected 3|got uint16"),
+        pytest.raises(data.BadDataError),
+    ):
         data.channel_statistics(files, 3)
     for path, _ in files.samples:
         np.save(path, pixels()[0])
@@ -333,7 +364,7 @@ def test_channel_count_is_what_most_of_the_first_files_have(tmp_path):
         data.channel_count(files)
 
 
-# ---- Object stores ---------------------------------------------------------------------------------------------------
+# ---- Object stores -------------------------------------------------------------------------------
 
 class Shaky(fsspec.AbstractFileSystem):
     """An object store that fails `failures` times before it answers."""
@@ -365,12 +396,16 @@ def test_a_store_that_fails_is_asked_again(shaky, monkeypatch):
 def test_but_not_for_ever(shaky, monkeypatch, error):
     monkeypatch.setattr(Shaky, "failures", 10**9)
     monkeypatch.setattr(Shaky, "error", error)
-    with pytest.raises(OSError, match=f"shaky://bucket/a: failed 5 times, at last {type(error).__name__}: {error}"):
+    with pytest.raises(
+        OSError, match=f"shaky://bucket/a: failed 5 times, at last {type(error).__name__}: {error}"
+    ):
         data.cells.fetch("shaky://bucket/a")
     assert Shaky.calls == 5 and sum(shaky) == 7.5
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("a"), PermissionError("a"), ValueError("a"), ImportError("s3fs")])
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("a"), PermissionError("a"), ValueError("a"), ImportError("s3fs")]
+)
 def test_nor_when_it_cannot_help(shaky, monkeypatch, error):
     monkeypatch.setattr(Shaky, "failures", 10**9)
     monkeypatch.setattr(Shaky, "error", error)
@@ -387,7 +422,7 @@ def test_unknown_stores_and_missing_files(tmp_path):
             data.cells.fetch(path)
 
 
-# ---- JUMP-CP ---------------------------------------------------------------------------------------------------------
+# ---- JUMP-CP -------------------------------------------------------------------------------------
 
 def parquet(columns):
     buffer = io.BytesIO()
@@ -396,17 +431,25 @@ def parquet(columns):
 
 
 def text(columns, delimiter="\t"):
-    rows = zip(*[[name, *("" if v is None else str(v) for v in values)] for name, values in columns.items()])
+    rows = zip(
+        *[
+            [name, *("" if v is None else str(v) for v in values)]
+            for name, values in columns.items()
+        ]
+    )
     return "".join(delimiter.join(row) + "\n" for row in rows).encode()
 
 
 # Wells A01 to A05; A02 and A05 are untreated; A04 stands twice, with s3 and then s1.
 PLATE = dict(well_position=["A01", "A02", "A03", "A04", "A04", "A05"],
              broad_sample=["s2", None, "s1", "s3", "s1", None])
-META = dict(broad_sample=["s1", "s3", "s2", "s9", None], target=["KRAS", "EGFR", "KRAS", "TP53", None],
-            pert_type=["trt", "trt", "trt", "trt", "control"])
-# By hand: the join goes s1 -> A03, A04; s3 -> A04; s2 -> A01; none -> A02, A05. KRAS comes first, then EGFR; A04 is
-# s3's in the end, because s3 comes after s1 in metadata.
+META = dict(
+    broad_sample=["s1", "s3", "s2", "s9", None],
+    target=["KRAS", "EGFR", "KRAS", "TP53", None],
+    pert_type=["trt", "trt", "trt", "trt", "control"],
+)
+# By hand: the join goes s1 -> A03, A04; s3 -> A04; s2 -> A01; none -> A02, A05. KRAS comes first,
+# then EGFR; A04 is s3's in the end, because s3 comes after s1 in metadata.
 LABELS = dict(A01=1, A02=0, A03=1, A04=2, A05=0)
 
 
@@ -419,12 +462,19 @@ def write(base, name, content):
 def make_plate(base, images=40, wells=tuple(LABELS), plate=PLATE, meta=META, table=text, **index):
     """The benchmark's layout at a folder or URL -> the three tables' paths."""
     wells = [wells[i % len(wells)] for i in range(images)]
-    columns = dict(path=[f"images/{i}.npy" for i in range(images)], ID=[f"id{i}" for i in range(images)],
-                   well_loc=wells, **index)
+    columns = dict(
+        path=[f"images/{i}.npy" for i in range(images)],
+        ID=[f"id{i}" for i in range(images)],
+        well_loc=wells,
+        **index,
+    )
     for i, path in enumerate(columns["path"]):
         write(base, path, npy(np.full((8, 4, 4), i, np.uint16)))
-    return (write(base, "BR00116991.pq", parquet(columns)), write(base, "platemap.tsv", table(plate)),
-            write(base, "metadata.tsv", table(meta)))
+    return (
+        write(base, "BR00116991.pq", parquet(columns)),
+        write(base, "platemap.tsv", table(plate)),
+        write(base, "metadata.tsv", table(meta)),
+    )
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -454,15 +504,19 @@ def test_jump_cp_layout(base, table):
 
 def test_gene_column_of_crispr_plates(base):
     meta = dict(gene=META["target"], broad_sample=META["broad_sample"])
-    assert data.JumpCP(*make_plate(base, meta=meta), "train", np.asarray).classes == ["control", "KRAS", "EGFR"]
+    plate = data.JumpCP(*make_plate(base, meta=meta), "train", np.asarray)
+    assert plate.classes == ["control", "KRAS", "EGFR"]
 
 
 def test_several_plates_share_the_maps(base):
     index, *maps = make_plate(base)
-    more = dict(path=["x.npy", "y.npy"], well_loc=["A01", "A02"], ID=["a", "b"])             # beside that index
+    # Beside that index.
+    more = dict(path=["x.npy", "y.npy"], well_loc=["A01", "A02"], ID=["a", "b"])
     second = write(base, "images/second.pq", parquet(more))
-    both = [data.JumpCP([index, second], *maps, split, np.asarray) for split in ("train", "val", "test")]
-    assert {f"{base}/images/x.npy", f"{base}/images/1.npy"} <= {path for part in both for path, _ in part.samples}
+    both = [data.JumpCP([index, second], *maps, split, np.asarray)
+            for split in ("train", "val", "test")]
+    paths = {path for part in both for path, _ in part.samples}
+    assert {f"{base}/images/x.npy", f"{base}/images/1.npy"} <= paths
     assert [len(part) for part in both] == [25, 8, 9] and both[0][0] is not None
     with pytest.warns(UserWarning, match="40 of 80 rows of .* repeat a path"):
         data.JumpCP([index, index], *maps, "train", np.asarray)
@@ -470,7 +524,9 @@ def test_several_plates_share_the_maps(base):
 
 def test_images_in_unlabelled_wells_are_left_out_and_counted(base):
     tables = make_plate(base, wells=("A01", "Z99", None, "A03"))
-    with pytest.warns(UserWarning, match=r"20 of 40 images have no label: their wells \(None, Z99\).*left out"):
+    with pytest.warns(
+        UserWarning, match=r"20 of 40 images have no label: their wells \(None, Z99\).*left out"
+    ):
         plates = [data.JumpCP(*tables, split, np.asarray) for split in ("train", "val", "test")]
     assert sum(map(len, plates)) == 20
     for plate in plates:
@@ -503,7 +559,7 @@ def test_missing_and_damaged_images_are_skipped(base):
     plate.samples[1] = (f"{base}/images/none.npy", 0)
     with pytest.warns(UserWarning, match="skipped"):
         assert plate[0] is None and plate[1] is None and plate[2] is not None
-    assert plate.bad_count == 2
+    assert plate.bad.sum() == 2
 
 
 def test_paths_of_the_index(tmp_path):
@@ -526,14 +582,15 @@ def test_loading_processes_read_from_a_store():
         data.cells.split_of(40, "train")[::4].tolist())
 
 
-# ---- Drawn cells -----------------------------------------------------------------------------------------------------
+# ---- Drawn cells ---------------------------------------------------------------------------------
 
 def test_cells_are_a_function_of_split_and_index():
     cells = {split: data.Cells(split, np.asarray) for split in ("train", "val", "test")}
     image, label = cells["train"][11]
     assert image.shape == (8, 32, 32) and image.dtype == np.float32 and label == 3
     np.testing.assert_array_equal(image, data.Cells("train", np.asarray)[11][0])
-    assert abs(image - cells["train"][19][0]).max() > 0.5 and abs(image - cells["val"][11][0]).max() > 0.5
+    assert abs(image - cells["train"][19][0]).max() > 0.5
+    assert abs(image - cells["val"][11][0]).max() > 0.5
     assert [len(c) for c in cells.values()] == [2000, 500, 500] and len(cells["val"].classes) == 8
     assert data.Cells("val", np.asarray, 48)[0][0].shape == (8, 48, 48)
 
@@ -541,29 +598,42 @@ def test_cells_are_a_function_of_split_and_index():
 def test_no_channel_alone_tells_the_class_but_their_agreement_does():
     cells = data.Cells("train", np.asarray)
     images, labels = map(np.stack, zip(*(cells[i] for i in range(800))))
-    # Alone: of log brightness and log contrast, class means differ by no more than chance makes them differ.
+    # Alone: of log brightness and contrast, class means differ no more than chance makes them.
     for feature in (images.mean((2, 3)), images.std((2, 3)), images[:, :, 16, 16]):
-        feature = np.log(np.abs(feature) + 0.01)                                             # (images 8)
-        means = np.stack([feature[labels == k].mean(0) for k in range(8)])                   # (class 8)
-        z = (means - feature.mean(0)) / (feature.std(0) / 10)                                # 100 images of each class
+        feature = np.log(np.abs(feature) + 0.01)  # (images 8)
+        means = np.stack([feature[labels == k].mean(0) for k in range(8)])  # (class 8)
+        z = (means - feature.mean(0)) / (feature.std(0) / 10)  # 100 images of each class
         assert abs(z).max() < 4 and 0.6 < z.std() < 1.4
     # Together: compare the channels' correlations with what each class's code says.
     flat = images.reshape(800, 8, -1)
     flat = (flat - flat.mean(2, keepdims=True)) / flat.std(2, keepdims=True)
-    agreement = np.einsum("nip,njp->nij", flat, flat) / flat.shape[2]                        # (images 8 8)
+    agreement = np.einsum("nip,njp->nij", flat, flat) / flat.shape[2]  # (images 8 8)
     signs = 1 - 2 * data.Cells.code
     scores = np.einsum("nij,ki,kj->nk", agreement - agreement.mean(), signs, signs)
     assert (scores.argmax(1) == labels).mean() > 0.9
 
 
-@pytest.mark.parametrize("channels, best", [([0], 12.5), ([5], 12.5), ([0, 1], 25), ([3, 6], 25), ([0, 1, 2], 50),
-                                            ([0, 1, 2, 3], 50), ([0, 1, 2, 4], 100), (range(8), 100)])
+@pytest.mark.parametrize(
+    "channels, best",
+    [
+        ([0], 12.5),
+        ([5], 12.5),
+        ([0, 1], 25),
+        ([3, 6], 25),
+        ([0, 1, 2], 50),
+        ([0, 1, 2, 3], 50),
+        ([0, 1, 2, 4], 100),
+        (range(8), 100),
+    ],
+)
 def test_what_is_possible_on_some_channels(channels, best):
     assert data.Cells.best(channels) == best
 
 
 def test_data_sets_go_to_processes_that_are_spawned(tmp_path):
-    files = data.cell_folder(make_cells(tmp_path, dict(a=10)), "train", data.CellTransform(8, [0] * 3, [1] * 3, True))
+    files = data.cell_folder(
+        make_cells(tmp_path, dict(a=10)), "train", data.CellTransform(8, [0] * 3, [1] * 3, True)
+    )
     files.load = functools.partial(data.take_channels, files.load, 3, [0, 1, 2])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Readers of ADE20K and COCO on small files in their layouts, good and bad; augmentation; the drawn scenes."""
+"""Readers of ADE20K and COCO on small files, good and bad; augmentation; the drawn scenes."""
 import colorsys
 import json
 import struct
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-for module in ("torchvision", "PIL", "pycocotools"):
-    pytest.importorskip(module)
+pytest.importorskip("torchvision")
+pytest.importorskip("PIL")
+pytest.importorskip("pycocotools")
 
 import data
 import finetune_dense
@@ -26,7 +27,7 @@ def jpeg(path, height=24, width=32, value=128):
     Image.fromarray(np.full((height, width, 3), value, np.uint8)).save(path)
 
 
-# ---- ADE20K ----------------------------------------------------------------------------------------------------------
+# ---- ADE20K --------------------------------------------------------------------------------------
 
 
 def make_ade(root, n=3):
@@ -42,19 +43,32 @@ def make_ade(root, n=3):
 
 def test_ade20k(tmp_path):
     make_ade(tmp_path)
-    jpeg(tmp_path / "annotations" / "training" / "ADE_0.jpg")               # a picture of a map, its numbers blurred
+    # A picture of a map, its numbers blurred.
+    jpeg(tmp_path / "annotations" / "training" / "ADE_0.jpg")
     found = data.ADE20K(str(tmp_path), "train", plain)
     pixels, labels = found[0]
-    assert len(found) == 3 and len(found.classes) == 150 and pixels.shape == (3, 24, 32) and pixels.dtype == torch.uint8
-    assert labels[0].tolist() == [255] * 8 + [0] * 12 + [149] * 12          # what nobody labelled is not learnt
+    assert len(found) == 3
+    assert len(found.classes) == 150
+    assert pixels.shape == (3, 24, 32)
+    assert pixels.dtype == torch.uint8
+    # What nobody labelled is not learnt.
+    assert labels[0].tolist() == [255] * 8 + [0] * 12 + [149] * 12
     (tmp_path / "objectInfo150.txt").write_text("Idx\tRatio\tName\n" + "".join(
         f"{i}\t0.1\tthing{i}, stuff\n" for i in range(1, 151)))
     assert data.ADE20K(str(tmp_path), "val", plain).classes[149] == "thing150"
 
 
-@pytest.mark.parametrize("fault, message", [
-    ("no map", "No such file"), ("no image", "No such file"), ("size", "10 x 32 and not one number for each of 24 x"),
-    ("colour", "24 x 32 x 3 and not"), ("label", "label 151, there are 150"), ("damaged", "cannot identify")])
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("no map", "No such file"),
+        ("no image", "No such file"),
+        ("size", "10 x 32 and not one number for each of 24 x"),
+        ("colour", "24 x 32 x 3 and not"),
+        ("label", "label 151, there are 150"),
+        ("damaged", "cannot identify"),
+    ],
+)
 def test_bad_files_of_ade20k_are_counted_and_named(tmp_path, fault, message):
     path = make_ade(tmp_path)
     if fault == "no map":
@@ -69,20 +83,29 @@ def test_bad_files_of_ade20k_are_counted_and_named(tmp_path, fault, message):
     found = data.ADE20K(str(tmp_path), "train", plain)
     with pytest.warns(UserWarning, match=message):
         assert found[1] is None                           # one may be bad, however few there are
-    assert len(found) == 3 and found.bad_count == 1 and found[0] is not None
+    assert len(found) == 3 and found.bad.sum() == 1 and found[0] is not None
     with pytest.warns(UserWarning), pytest.raises(data.BadDataError, match="ADE_1"):
         found.mark_bad(0, ValueError("another"))
 
 
-@pytest.mark.parametrize("table, expected", [
-    ("Idx\tName\n2\tsky\n1\twall, brick\n\n", ["wall", "sky"]), ("\ufeff1\twall\n2\tsky\n", ["wall", "sky"]),
-    ("Idx\tName\n", None), ("1\twall\n3\tsky\n", None), ("1\twall\n1\tsky\n2\ttree\n", None)])
+@pytest.mark.parametrize(
+    "table, expected",
+    [
+        ("Idx\tName\n2\tsky\n1\twall, brick\n\n", ["wall", "sky"]),
+        ("\ufeff1\twall\n2\tsky\n", ["wall", "sky"]),
+        ("Idx\tName\n", None),
+        ("1\twall\n3\tsky\n", None),
+        ("1\twall\n1\tsky\n2\ttree\n", None),
+    ],
+)
 def test_table_of_ade20ks_classes(tmp_path, table, expected):
     (tmp_path / "table.txt").write_text(table, encoding="utf-8")
     if expected:
         assert data.dense.names_of_classes(tmp_path / "table.txt") == expected
     else:
-        with pytest.raises(ValueError, match="table.txt: the first column should number the classes"):
+        with pytest.raises(
+            ValueError, match="table.txt: the first column should number the classes"
+        ):
             data.dense.names_of_classes(tmp_path / "table.txt")
 
 
@@ -90,15 +113,27 @@ def test_table_of_ade20ks_classes(tmp_path, table, expected):
 def test_maps_of_few_levels_hold_numbers_too(tmp_path, depth):
     """Pillow cannot write such files, and scales their numbers when it reads them."""
     rows = np.random.default_rng(0).integers(0, 4, (24, 32))
-    packed = (rows.reshape(24, -1, 8 // depth) << np.arange(8 - depth, -1, -depth)).sum(2).astype(np.uint8)
+    packed = (
+        (rows.reshape(24, -1, 8 // depth) << np.arange(8 - depth, -1, -depth))
+        .sum(2)
+        .astype(np.uint8)
+    )
 
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     path = make_ade(tmp_path)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 24, depth, 0, 0, 0, 0)) +
-                     chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed))) +
-                     chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 24, depth, 0, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed)))
+        + chunk(b"IEND", b"")
+    )
     assert (data.ADE20K(str(tmp_path), "train", plain)[1][1].numpy() == (rows - 1) % 256).all()
 
 
@@ -127,12 +162,22 @@ def test_folders_of_ade20k_that_are_missing(tmp_path):
         data.ADE20K(str(tmp_path), "train", plain)
 
 
-# ---- COCO ------------------------------------------------------------------------------------------------------------
+# ---- COCO ----------------------------------------------------------------------------------------
 
 
 def triangle(number, image=1, category=7, **more):
-    return dict(id=number, image_id=image, category_id=category, iscrowd=0, bbox=[2, 2, 10, 10], area=50.0,
-                segmentation=[[2, 2, 12, 2, 2, 12]]) | more
+    return (
+        dict(
+            id=number,
+            image_id=image,
+            category_id=category,
+            iscrowd=0,
+            bbox=[2, 2, 10, 10],
+            area=50.0,
+            segmentation=[[2, 2, 12, 2, 2, 12]],
+        )
+        | more
+    )
 
 
 def make_coco(root, objects, images=2):
@@ -140,9 +185,18 @@ def make_coco(root, objects, images=2):
         (root / "annotations").mkdir(parents=True, exist_ok=True)
         for i in range(1, images + 1):
             jpeg(root / f"{split}2017" / f"{i:012}.jpg")
-        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(dict(
-            images=[dict(id=i, file_name=f"{i:012}.jpg", height=24, width=32) for i in range(1, images + 1)],
-            categories=[dict(id=9, name="dog"), dict(id=7, name="cat")], annotations=objects)))
+        (root / "annotations" / f"instances_{split}2017.json").write_text(
+            json.dumps(
+                dict(
+                    images=[
+                        dict(id=i, file_name=f"{i:012}.jpg", height=24, width=32)
+                        for i in range(1, images + 1)
+                    ],
+                    categories=[dict(id=9, name="dog"), dict(id=7, name="cat")],
+                    annotations=objects,
+                )
+            )
+        )
     return str(root)
 
 
@@ -163,19 +217,28 @@ def test_coco_polygons_and_both_run_lengths(tmp_path):
         3, segmentation=dict(size=[24, 32], counts=counts)), triangle(4, 2)]
     found = data.Coco(make_coco(tmp_path, objects), "train", plain)
     pixels, target = found[0]
-    assert found.classes == ["cat", "dog"] and len(found) == 2              # in the order of their ids
+    assert found.classes == ["cat", "dog"] and len(found) == 2  # in the order of their ids
     assert target["labels"].tolist() == [0, 1, 0] and target["id"] == 1
     assert (target["masks"][1].numpy() == mask).all() and (target["masks"][2].numpy() == mask).all()
-    assert 40 <= target["masks"][0].sum() <= 60 and target["masks"][0, 3, 3] and not target["masks"][0, 11, 11]
+    assert 40 <= target["masks"][0].sum() <= 60
+    assert target["masks"][0, 3, 3]
+    assert not target["masks"][0, 11, 11]
 
 
 def test_what_is_left_out_of_coco_is_counted(tmp_path):
-    objects = [triangle(1), triangle(2, iscrowd=1, segmentation=dict(size=[24, 32], counts=[700, 68])),
-               triangle(3, segmentation=[[2, 2, 9, 9]]), triangle(4, bbox=[2, 2, 0.5, 9]),
-               triangle(5, bbox=[3, 3, 1, 1], segmentation=[[3, 3, 4, 3, 4, 4, 3, 4]])]
+    objects = [
+        triangle(1),
+        triangle(2, iscrowd=1, segmentation=dict(size=[24, 32], counts=[700, 68])),
+        triangle(3, segmentation=[[2, 2, 9, 9]]),
+        triangle(4, bbox=[2, 2, 0.5, 9]),
+        triangle(5, bbox=[3, 3, 1, 1], segmentation=[[3, 3, 4, 3, 4, 4, 3, 4]]),
+    ]
     root = make_coco(tmp_path, objects)
-    with pytest.warns(UserWarning, match="1 objects in a crowd, 1 objects smaller than a pixel, 1 objects without a "
-                      "polygon of three points, 1 of 2 images without objects"):
+    with pytest.warns(
+        UserWarning,
+        match="1 objects in a crowd, 1 objects smaller than a pixel, 1 objects without a "
+        "polygon of three points, 1 of 2 images without objects",
+    ):
         found = data.Coco(root, "train", data.DetectionTransform(32, False))
     image, target, info = found[0]
     assert len(found) == 1 and info == dict(id=1, size=(24, 32), original=(24, 32))
@@ -190,19 +253,29 @@ NAN, INFINITE = float("nan"), float("inf")
 SOUND = rle.encode(square_mask(2, 2, 9, 9))["counts"].decode()
 
 
-@pytest.mark.parametrize("change, reason", [
-    (dict(segmentation=[[2, 2, 12, 2, 12]]), "polygon"), (dict(segmentation=[]), "polygon"),
-    (dict(segmentation=None), "polygon"), (dict(segmentation=[2, 2, 12, 2, 12, 12]), "polygon"),
-    (dict(segmentation=[[2, 2, 12, 2, 12, 12, 3]]), "polygon"),
-    (dict(segmentation=[[NAN, 2, 12, 2, 12, 12]]), "polygon"),
-    (dict(segmentation=[[1e9, 2, 12, 2, INFINITE, 12]]), "polygon"), (dict(segmentation="none"), "polygon"),
-    (dict(segmentation=dict(size=[10, 32], counts=[320])), "mask"),
-    (dict(segmentation=dict(size=[24, 32], counts=[700, 30])), "mask"),
-    (dict(segmentation=dict(size=[24, 32], counts=[800, -32])), "mask"),
-    (dict(segmentation=dict(size=[24, 32], counts="~~~~~~")), "mask"),
-    (dict(segmentation=dict(size=[24, 32], counts=SOUND + "P")), "mask"), (dict(segmentation=dict(counts=7)), "mask"),
-    (dict(bbox=[1, 2]), "box"), (dict(bbox=None), "box"), (dict(bbox=[2, 2, NAN, 9]), "box"),
-    (dict(bbox=[2, 2, -3, 9]), "box")])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (dict(segmentation=[[2, 2, 12, 2, 12]]), "polygon"),
+        (dict(segmentation=[]), "polygon"),
+        (dict(segmentation=None), "polygon"),
+        (dict(segmentation=[2, 2, 12, 2, 12, 12]), "polygon"),
+        (dict(segmentation=[[2, 2, 12, 2, 12, 12, 3]]), "polygon"),
+        (dict(segmentation=[[NAN, 2, 12, 2, 12, 12]]), "polygon"),
+        (dict(segmentation=[[1e9, 2, 12, 2, INFINITE, 12]]), "polygon"),
+        (dict(segmentation="none"), "polygon"),
+        (dict(segmentation=dict(size=[10, 32], counts=[320])), "mask"),
+        (dict(segmentation=dict(size=[24, 32], counts=[700, 30])), "mask"),
+        (dict(segmentation=dict(size=[24, 32], counts=[800, -32])), "mask"),
+        (dict(segmentation=dict(size=[24, 32], counts="~~~~~~")), "mask"),
+        (dict(segmentation=dict(size=[24, 32], counts=SOUND + "P")), "mask"),
+        (dict(segmentation=dict(counts=7)), "mask"),
+        (dict(bbox=[1, 2]), "box"),
+        (dict(bbox=None), "box"),
+        (dict(bbox=[2, 2, NAN, 9]), "box"),
+        (dict(bbox=[2, 2, -3, 9]), "box"),
+    ],
+)
 def test_objects_that_cannot_be_drawn_never_reach_pycocotools(tmp_path, change, reason):
     """Which would end the process, or draw what lies in the memory. The others are measured."""
     root = make_coco(tmp_path, [triangle(0), triangle(1) | change])
@@ -211,7 +284,9 @@ def test_objects_that_cannot_be_drawn_never_reach_pycocotools(tmp_path, change, 
             found = data.Coco(root, split, plain)
         assert found[0][1]["labels"].tolist() == [0]
     (result,) = results_of(found)
-    assert finetune_dense.average_precision(found.coco, [result], [1, 2])["mask_ap"] == pytest.approx(100)
+    assert finetune_dense.average_precision(found.coco, [result], [1, 2])[
+        "mask_ap"
+    ] == pytest.approx(100)
 
 
 def results_of(val):
@@ -237,7 +312,9 @@ def test_ids_that_come_twice(tmp_path, kind):
     content = json.loads(path.read_text())
     content[kind].append(content[kind][0])
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"the id {content[kind][0]['id']} belongs to more than one of the {kind}"):
+    with pytest.raises(
+        ValueError, match=f"the id {content[kind][0]['id']} belongs to more than one of the {kind}"
+    ):
         data.Coco(root, "train", plain)
 
 
@@ -262,21 +339,35 @@ def turned(path):
 def test_labels_are_of_the_pixels_as_stored(tmp_path):
     root = make_coco(tmp_path / "coco", [triangle(1, segmentation=[[0, 0, 8, 0, 8, 8, 0, 8]])])
     make_ade(tmp_path / "ade")
-    coco, ade = tmp_path / "coco" / "train2017" / f"{1:012}.jpg", tmp_path / "ade/images/training/ADE_0.jpg"
+    coco, ade = (
+        tmp_path / "coco" / "train2017" / f"{1:012}.jpg",
+        tmp_path / "ade/images/training/ADE_0.jpg",
+    )
     for path in (coco, ade):
         pixels = np.zeros((24, 32, 3), np.uint8)
         pixels[:8, :8] = 255
         Image.fromarray(pixels).save(path)
         turned(path)
-    for found in (data.Coco(root, "train", plain), data.ADE20K(str(tmp_path / "ade"), "train", plain)):
+    for found in (
+        data.Coco(root, "train", plain),
+        data.ADE20K(str(tmp_path / "ade"), "train", plain),
+    ):
         assert found[0][0][:, :6, :6].float().mean() > 200
-    assert np.asarray(data.load_rgb(coco))[-6:, -6:].mean() > 200           # upright, for those who look at it
+    # Upright, for those who look at it.
+    assert np.asarray(data.load_rgb(coco))[-6:, -6:].mean() > 200
 
 
-@pytest.mark.parametrize("objects, message", [
-    ([triangle(1, category=8)], "category 8 in image 1"), ([triangle(1, image=5)], "image 5"),
-    ([dict(id=1)], "KeyError"), ([triangle(1, bbox=[1, 2])], "no object that can be used: 1 objects without a proper"),
-    ([], "no object that can be used"), ([3], "TypeError")])
+@pytest.mark.parametrize(
+    "objects, message",
+    [
+        ([triangle(1, category=8)], "category 8 in image 1"),
+        ([triangle(1, image=5)], "image 5"),
+        ([dict(id=1)], "KeyError"),
+        ([triangle(1, bbox=[1, 2])], "no object that can be used: 1 objects without a proper"),
+        ([], "no object that can be used"),
+        ([3], "TypeError"),
+    ],
+)
 def test_annotations_that_make_no_sense(tmp_path, objects, message):
     with pytest.raises(ValueError, match=message):
         data.Coco(make_coco(tmp_path, objects), "train", plain)
@@ -290,10 +381,12 @@ def test_bad_files_of_coco(tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:300])
     monkeypatch.setattr(data.loading, "MAX_BAD", 1)
     found = data.Coco(root, "train", plain)
-    for i, message in enumerate(("No such file", "has 20 x 32 pixels, its annotation says 24 x 32", "(?i)truncated")):
+    for i, message in enumerate(
+        ("No such file", "has 20 x 32 pixels, its annotation says 24 x 32", "(?i)truncated")
+    ):
         with pytest.warns(UserWarning, match=message):
             assert found[i] is None
-    assert found.bad_count == 3 and found[3] is not None
+    assert found.bad.sum() == 3 and found[3] is not None
     with pytest.raises(FileNotFoundError, match="instances_"):
         data.Coco(str(tmp_path / "x"), "train", plain)
     (tmp_path / "annotations" / "instances_val2017.json").write_text("{")
@@ -301,7 +394,7 @@ def test_bad_files_of_coco(tmp_path, monkeypatch):
         data.Coco(root, "val", plain)
 
 
-# ---- augmentation ----------------------------------------------------------------------------------------------------
+# ---- augmentation --------------------------------------------------------------------------------
 
 
 def marked(H=40, W=60):
@@ -321,13 +414,15 @@ def test_segmentation_pixels_and_labels_move_together():
     for seed in range(20):
         torch.manual_seed(seed)
         image, labels = transform(*marked())
-        assert image.shape == (3, 32, 32) and labels.shape == (32, 32) and labels.dtype == torch.int64
+        assert image.shape == (3, 32, 32)
+        assert labels.shape == (32, 32)
+        assert labels.dtype == torch.int64
         known = labels != 255
         sizes.add(int(known.sum()))
         agree = (undo(image)[0][known] - 10 * labels[known] - 10).abs() < 1
         assert agree.float().mean() > 0.8                                   # but at edges
         assert (image[:, ~known] == 0).all()
-    assert 1024 in sizes and min(sizes) < 700                               # some are smaller than the crop: padded
+    assert 1024 in sizes and min(sizes) < 700  # some are smaller than the crop: padded
 
 
 def test_photometric_distortion():
@@ -335,10 +430,13 @@ def test_photometric_distortion():
     gray = torch.full((3, 2, 2), 10, dtype=torch.uint8)
     colour = torch.tensor([200, 100, 50], dtype=torch.uint8)[:, None, None].expand(3, 2, 2)
     torch.manual_seed(0)
-    found = torch.stack([data.dense.distorted(gray)[:, 0, 0] for _ in range(1000)])                # (1000 3)
-    assert found.dtype == torch.uint8 and (found == found[:, :1]).all()     # gray has no saturation and no hue
+    found = torch.stack([data.dense.distorted(gray)[:, 0, 0] for _ in range(1000)])  # (1000 3)
+    # Gray has no saturation and no hue.
+    assert found.dtype == torch.uint8 and (found == found[:, :1]).all()
     assert found.min() == 0 and 58 <= found.max() <= 63 and 0.2 < (found == 10).float().mean() < 0.3
-    hue = [colorsys.rgb_to_hsv(*data.dense.distorted(colour)[:, 0, 0].tolist()) for _ in range(1000)]
+    hue = [
+        colorsys.rgb_to_hsv(*data.dense.distorted(colour)[:, 0, 0].tolist()) for _ in range(1000)
+    ]
     hue, before = torch.tensor([h for h, s, v in hue]), colorsys.rgb_to_hsv(200, 100, 50)[0]
     moved = (hue - before + 0.5) % 1 - 0.5
     assert 0.09 < moved.max() < 0.12 and -0.12 < moved.min() < -0.09        # rounding adds a bit
@@ -346,14 +444,19 @@ def test_photometric_distortion():
 
 
 def test_masks_stay_on_their_pixels():
-    """Their centers differ by nothing on average; with the usual nearest neighbour by half a pixel."""
-    pixels, masks = torch.zeros(3, 90, 90, dtype=torch.uint8), torch.zeros(1, 90, 90, dtype=torch.uint8)
+    """Centers differ by nothing on average; with the usual nearest neighbour by half a pixel."""
+    pixels, masks = (
+        torch.zeros(3, 90, 90, dtype=torch.uint8),
+        torch.zeros(1, 90, 90, dtype=torch.uint8),
+    )
     pixels[:, 20:60, 30:70], masks[:, 20:60, 30:70] = 200, 1
     differences = []
     for ratio in torch.linspace(0.4, 1.9, 30).tolist():
         axis = torch.arange(float(round(90 * ratio)))
-        image, mask = (data.dense.resized_crop(x, (0, 0, 90, 90), [len(axis)] * 2, nearest).float()[0]
-                       for x, nearest in ((pixels, False), (masks, True)))
+        image, mask = (
+            data.dense.resized_crop(x, (0, 0, 90, 90), [len(axis)] * 2, nearest).float()[0]
+            for x, nearest in ((pixels, False), (masks, True))
+        )
         differences += [(x * axis).sum() / x.sum() - (y * axis).sum() / y.sum()
                         for x, y in zip((image.sum(0), image.sum(1)), (mask.sum(0), mask.sum(1)))]
     assert torch.stack(differences).mean().abs() < 0.05
@@ -364,7 +467,7 @@ def test_crops_are_filled():
     for ratio in torch.linspace(1, 2, 50).tolist():
         (_, _, height, width), new = data.dense.random_window((48, 64), ratio, 32)
         assert new == [32, 32] and height * ratio > 32 - 1e-3 and width * ratio < 32 + ratio
-    assert data.dense.random_window((3, 3), 0.1, 32)[1] == [2, 2]                 # torch cannot resize to 1 x 1
+    assert data.dense.random_window((3, 3), 0.1, 32)[1] == [2, 2]  # torch cannot resize to 1 x 1
 
 
 def test_crops_of_one_class_are_drawn_again():
@@ -373,7 +476,9 @@ def test_crops_of_one_class_are_drawn_again():
     transform, mixed = data.SegmentationTransform(20, True, (1.0, 1.0)), 0
     for seed in range(30):
         torch.manual_seed(seed)
-        counts = transform(torch.zeros(3, 40, 200, dtype=torch.uint8), labels)[1].flatten().bincount()
+        counts = (
+            transform(torch.zeros(3, 40, 200, dtype=torch.uint8), labels)[1].flatten().bincount()
+        )
         mixed += len(counts) > 1 and counts.max() < 0.77 * 400
     assert mixed > 15                           # of crops drawn once a fifth would be
 
@@ -389,13 +494,19 @@ def test_evaluation_keeps_labels_and_fits_both_sides():
 @pytest.mark.parametrize("train", [False, True])
 def test_boxes_are_drawn_around_masks(train):
     torch.manual_seed(0)
-    pixels, masks = torch.full((3, 24, 48), 255, dtype=torch.uint8), torch.zeros(2, 24, 48, dtype=torch.uint8)
+    pixels, masks = (
+        torch.full((3, 24, 48), 255, dtype=torch.uint8),
+        torch.zeros(2, 24, 48, dtype=torch.uint8),
+    )
     masks[0, 4:12, 6:22], masks[1, 20:, 40:] = 1, 1
     given = dict(labels=torch.tensor([3, 4]), masks=masks, id=5)
     image, target, info = data.DetectionTransform(96, train)(pixels, given)
     h, w = info["size"]
-    assert image.shape == (3, 96, 96) and info["original"] == (24, 48) and target["masks"].shape[1:] == (96, 96)
-    assert (undo(image)[:, :h, :w] - 255).abs().max() < 1e-3 and (undo(image)[:, h:] - 114).abs().max() < 1e-3
+    assert image.shape == (3, 96, 96)
+    assert info["original"] == (24, 48)
+    assert target["masks"].shape[1:] == (96, 96)
+    assert (undo(image)[:, :h, :w] - 255).abs().max() < 1e-3
+    assert (undo(image)[:, h:] - 114).abs().max() < 1e-3
     for box, mask in zip(target["boxes"].long().tolist(), target["masks"]):
         y, x = mask.nonzero(as_tuple=True)
         assert box == [x.min(), y.min(), x.max() + 1, y.max() + 1]
@@ -405,22 +516,29 @@ def test_boxes_are_drawn_around_masks(train):
 
 
 def test_jitter_reaches_both_ends_and_drops_what_is_no_longer_seen():
-    pixels, masks = torch.zeros(3, 64, 64, dtype=torch.uint8), torch.zeros(1, 64, 64, dtype=torch.uint8)
+    pixels, masks = (
+        torch.zeros(3, 64, 64, dtype=torch.uint8),
+        torch.zeros(1, 64, 64, dtype=torch.uint8),
+    )
     masks[0, :4, :4] = 1
     sizes, counts = [], []
     for seed in range(60):
         torch.manual_seed(seed)
-        _, target, info = data.DetectionTransform(64, True)(pixels, dict(labels=torch.tensor([0]), masks=masks, id=0))
+        _, target, info = data.DetectionTransform(64, True)(
+            pixels, dict(labels=torch.tensor([0]), masks=masks, id=0)
+        )
         sizes.append(info["size"][0])
         counts.append(len(target["boxes"]))
     assert min(sizes) < 20 and max(sizes) == 64 and set(counts) == {0, 1}
 
 
-# ---- drawn scenes ----------------------------------------------------------------------------------------------------
+# ---- drawn scenes --------------------------------------------------------------------------------
 
 
 def test_scenes_are_a_function_of_split_and_index():
-    first, again, val = (data.Scenes(split, plain, 48, False) for split in ("train", "train", "val"))
+    first, again, val = (
+        data.Scenes(split, plain, 48, False) for split in ("train", "train", "val")
+    )
     assert all(a.equal(b) for i in (0, 5) for a, b in zip(first[i], again[i]))
     assert not first[0][0].equal(val[0][0]) and not first[0][0].equal(first[1][0])
     labels = torch.stack([first[i][1] for i in range(40)])

@@ -1,0 +1,182 @@
+"""What `python fastvim.py` prints: sizes and times of the models, Figure 4, the state of a machine.
+
+    python fastvim.py                           every model: parameters, multiply-adds, time
+    python fastvim.py --models tiny             only those with "tiny" in their name
+    python fastvim.py --resolution 224 512      multiply-adds of ViT-T, Vim-T, FastVim-T (Figure 4)
+    python fastvim.py doctor                    torch, devices, compilers, backends
+"""
+import argparse
+import collections
+import dataclasses
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import torch
+
+import fastvim
+
+
+def count_macs(cfg: fastvim.Config, img_size: int | tuple[int, int] | None = None,
+               kept: float = 1.0) -> dict[str, int]:
+    """Multiply-adds of one image's forward pass, by part, as {part: count}.
+
+    img_size: pixels, or (height, width); kept: the share of the tokens that a mask leaves.
+    The matrix products are exact. As is usual since fvcore, the scan counts 9 p e n a direction and
+    a norm 5 per element. What remains uncounted is elementwise: SiLU, the gate, pooling, the D
+    skip, the residual additions."""
+    if isinstance(img_size, int):
+        img_size = (img_size, img_size)
+    rows = fastvim.SCHEDULES[cfg.schedule]                                  # flatten order, pooled
+    h, w = (math.ceil(pixels / cfg.patch_size) for pixels in img_size or cfg.img_size)
+    c = 1
+    if "c" in rows[0][0]:
+        c = cfg.in_chans
+    lengths = {"h": h, "w": w, "c": c}
+    d = cfg.embed_dim
+    e = cfg.expand * d
+    n = cfg.d_state
+    r = cfg.dt_rank or math.ceil(d / 16)
+    l = int(kept * h * w * c) + cfg.class_token
+    macs = collections.Counter(patch_embed=h * w * d * cfg.in_chans * cfg.patch_size ** 2,
+                               norm=5 * l * d, head=d * cfg.num_classes)
+    for i in range(cfg.depth):
+        pooled = rows[i % len(rows)][1]
+        p = l
+        if pooled:                                                          # steps of the scan
+            p = math.prod(lengths[axis] for axis in "hwc" if axis not in pooled) + cfg.class_token
+        macs["in_proj"] += l * d * 2 * e
+        macs["conv1d"] += 2 * l * e * cfg.d_conv
+        macs["score"] += 2 * l * e * (cfg.pool == "attention")
+        macs["x_proj"] += 2 * p * e * (r + 2 * n)
+        macs["dt_proj"] += 2 * p * r * e
+        macs["scan"] += 2 * 9 * p * e * n
+        macs["out_proj"] += l * e * d
+        macs["norm"] += 5 * l * (d + e * (cfg.ssm_norm is not None))
+    return dict(macs)
+
+
+def count_vit_macs(img_size: int, embed_dim: int = 192, depth: int = 12, patch_size: int = 16,
+                   in_chans: int = 3, num_classes: int = 1000) -> int:
+    """Multiply-adds of a ViT (DeiT) with a class token, for the comparison of Figure 4."""
+    d = embed_dim
+    patches = math.ceil(img_size / patch_size) ** 2
+    l = patches + 1
+    blocks = depth * (12 * l * d * d + 2 * l * l * d)
+    return patches * d * in_chans * patch_size ** 2 + blocks + d * num_classes
+
+
+def measure_milliseconds(cfg: fastvim.Config, device: str, kept: float = 1.0) -> float:
+    """Time of one image: the median of three runs, or one run if that takes long."""
+    with torch.device("meta"):
+        model = fastvim.FastVim(**dataclasses.asdict(cfg))
+    model = model.to_empty(device=device).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02)
+    x = torch.randn(1, cfg.in_chans, *cfg.img_size, device=device)
+    keep = None
+    if kept < 1:
+        tokens = math.prod(model.grid_size)
+        keep = torch.randperm(tokens, device=device)[None, :int(kept * tokens)]
+    times = []
+    with torch.inference_mode():
+        while len(times) < 4 and sum(times) < 4:                            # the first run warms up
+            start = time.perf_counter()
+            model(x, keep=keep).sum().item()                                # waits for the device
+            times.append(time.perf_counter() - start)
+    times = sorted(times[1:] or times)
+    return 1e3 * times[len(times) // 2]
+
+
+def print_models(text: str) -> None:
+    """The table of all models that have `text` in their name."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = [name for name in fastvim.list_models() if text in name]
+    if not names:
+        raise ValueError(f"no model has {text!r} in its name; the models are: "
+                         f"{', '.join(fastvim.list_models())}")
+    print(f"backend {fastvim.pick_backend(device).name} on {device}, {torch.get_num_threads()} "
+          "threads, float32, batch 1; FastMaskVim keeps 25 % of its tokens\n"
+          "(the largest take seconds to minutes; --models tiny: the smallest)")
+    print(f"{'model':24} {'parameters':>12} {'G multiply-adds':>16} {'ms / image':>11}")
+    for name in names:
+        with torch.device("meta"):
+            model = fastvim.create_model(name)
+        parameters = sum(p.numel() for p in model.parameters())
+        kept = 0.25 if name.startswith("fastmaskvim") else 1.0
+        macs = sum(count_macs(model.cfg, 224, kept).values()) / 1e9
+        milliseconds = measure_milliseconds(model.cfg, device, kept)
+        print(f"{name:24} {parameters:12,} {macs:16.2f} {milliseconds:11.1f}", flush=True)
+
+
+def print_figure_4(resolutions: list[int]) -> None:
+    """Multiply-adds of ViT-T, Vim-T and FastVim-T, a line for each resolution."""
+    print("G multiply-adds by resolution (the paper's Figure 4)")
+    print(f"{'pixels':>8} {'ViT-T':>10} {'Vim-T':>10} {'FastVim-T':>10}")
+    tiny = [fastvim.Config(**fastvim.SIZES["tiny"], **fastvim.FAMILIES[family])
+            for family in ("vim", "fastvim")]
+    for pixels in resolutions:
+        counts = [count_vit_macs(pixels)] + [sum(count_macs(cfg, pixels).values()) for cfg in tiny]
+        print(f"{pixels:8} " + " ".join(f"{count / 1e9:10.2f}" for count in counts))
+
+
+def _version(command):
+    path = shutil.which(command)
+    if path is None:
+        return "not found"
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    lines = said.strip().splitlines() or [path]
+    return lines[-1] if command == "nvcc" else lines[0]
+
+
+def print_machine() -> None:
+    """What this machine has: torch, devices, compilers, backends; builds the backends."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"python    {sys.version.split()[0]}\n"
+          f"torch     {torch.__version__} (CUDA {torch.version.cuda})\n"
+          f"cpu       {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+          f"{torch.backends.cpu.get_cpu_capability()}\n"
+          f"gpu       {', '.join(gpus) or 'none'}")
+    for command in ("g++", "nvcc", "ninja"):
+        print(f"{command:9} {_version(command)}")
+    print(f"backends  FASTVIM_BACKEND is {os.environ.get('FASTVIM_BACKEND') or 'not set'}")
+    for backend in fastvim.BACKENDS.values():
+        state = backend.why
+        if "cuda" in backend.devices and not gpus:
+            state = "no GPU here"
+        elif backend.devices:                                               # asking compiles it
+            state = backend.problem() or "compiled kernels, ready"
+        print(f"  {backend.name:8} {', '.join(backend.devices) or 'every device'}: {state}")
+    for device in ["cpu"] + ["cuda"] * bool(gpus):
+        print(f"  on {device} models run by {fastvim.pick_backend(device).name!r}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="fastvim.py",
+        description="The models: parameters, multiply-adds at 224 px, time per image.")
+    parser.add_argument("command", nargs="?", choices=["table", "doctor"], default="table",
+                        help="table: every model, measured here (default); doctor: this machine")
+    parser.add_argument("--models", default="", metavar="TEXT",
+                        help="only names that contain TEXT, such as tiny")
+    parser.add_argument("--resolution", type=int, nargs="+", metavar="PX",
+                        help="instead: multiply-adds of ViT-T, Vim-T, FastVim-T there (Figure 4)")
+    args = parser.parse_args()
+    try:
+        if args.command == "doctor":
+            print_machine()
+        elif args.resolution:
+            if min(args.resolution) < 16:
+                raise ValueError("--resolution: at least 16 pixels, one patch")
+            print_figure_4(args.resolution)
+        else:
+            print_models(args.models)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

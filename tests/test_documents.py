@@ -1,0 +1,40 @@
+"""The code in CONTRIBUTING.md runs; what other documents say of versions is true."""
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fastvim
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+CODE = re.findall(r"## A (.*?)\n.*?```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
+
+
+@pytest.mark.parametrize("subject, code", CODE, ids=[subject for subject, _ in CODE])
+def test_the_code_of_contributing_runs(tmp_path, subject, code):
+    assert len(CODE) == 3
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "leaves").mkdir()
+    for name in ("oak", "elm"):
+        pixels = np.random.default_rng(0).integers(0, 255, (40, 48, 3), np.uint8)
+        image.fromarray(pixels).save(tmp_path / "leaves" / f"{name}.png")
+    (tmp_path / "leaves" / "train.csv").write_text("oak.png,oak\nelm.png,elm\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FASTVIM_BACKEND": ""}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            cwd=tmp_path, timeout=120, env=environment)
+    assert result.returncode == 0, result.stderr
+    if subject == "data set":
+        assert "torch.Size([2, 3, 224, 224])" in result.stdout
+
+
+def test_one_version():
+    """pyproject.toml reads fastvim.py's without importing it, which a literal allows."""
+    version = fastvim.__version__
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {version}\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert f'\n__version__ = "{version}"\n' in (ROOT / "fastvim.py").read_text()
