@@ -53,8 +53,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, others: str = "") -> Ca
         help="factor of mean pooling (default 1; 0.25 after masked pretraining)")
     add("--class-token", action=argparse.BooleanOptionalAction,
         help="read out a class token instead of the mean")
-    add("--block-norm", choices=fastvim.NORM_KINDS, help="norm before the mixer (default rmsnorm)")
-    add("--ssm-norm", choices=[*fastvim.NORM_KINDS, "none"],
+    add("--block-norm", choices=fastvim.NORMS, help="norm before the mixer (default rmsnorm)")
+    add("--ssm-norm", choices=[*fastvim.NORMS, "none"],
         help="norm after the scan (default layernorm)")
     add("--no-conv", dest="d_conv", action="store_const", const=0, help="leave out the convolution")
     add("--skip-before-expand", action="store_const", const=True,
