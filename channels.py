@@ -150,17 +150,18 @@ def match_channels(args, ctx, raw: data.Files | None, saved: dict) -> Channels:
 def statistics_of(args, ctx, raw: data.Files, count: int, benchmark: bool) -> list[list[float]]:
     """Means and deviations of the files' channels: those given, the benchmark's or measured."""
     if args.mean:
-        mean, std = args.mean, args.std
+        statistics = [args.mean, args.std]
     elif benchmark:
-        mean, std = data.JUMP_MEAN, data.JUMP_STD
+        statistics = [list(data.JUMP_MEAN), list(data.JUMP_STD)]
     else:
         own = torch.tensor(data.channel_statistics(raw, count, 1000), device=ctx.device)
-        mean, std = (ctx.sum(own) / ctx.world_size).tolist()            # the same everywhere
+        statistics = (ctx.sum(own) / ctx.world_size).tolist()           # the same everywhere
+    mean, std = statistics
     complete = len(mean) == len(std) == count
     if not complete or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
         raise ValueError(f"--mean and --std need one number for each of the {count} channels of "
                          f"the files, and no deviation of 0: they are {mean} and {std}")
-    return [list(mean), list(std)]
+    return statistics
 
 
 def saved_channels(saved: runs.Saved) -> dict:
@@ -232,8 +233,9 @@ def print_table(rows: list[dict]) -> None:
     rows: [{"name", "channels": names, "top1": percent, perhaps "best": the best possible}]."""
     groups = {}
     for row in rows:
-        size = str(len(row["channels"]))
-        label = f"{row['name']} ({size})" if row["name"] else size
+        label = str(len(row["channels"]))
+        if row["name"]:
+            label = f"{row['name']} ({label})"
         groups.setdefault(label, []).append(row)
     header = f"{'channels':24}{'subsets':>8}{'mean':>8}{'least':>8}{'most':>8}"
     if "best" in rows[0]:
