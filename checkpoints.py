@@ -65,7 +65,7 @@ def to_released(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export(model: nn.Module, path: str | os.PathLike) -> None:
-    """Writes the weights under the released names, in their shapes: as .safetensors, or by torch."""
+    """Writes the weights under the released names and shapes: as .safetensors, or by torch."""
     weights = {name: value.detach().cpu().clone().contiguous()
                for name, value in to_released(model.state_dict()).items()}
     if os.fspath(path).endswith(".safetensors"):
@@ -131,7 +131,7 @@ def _read_pickle(path):
 
 
 def stored_weights(content: dict) -> tuple[dict[str, Tensor], str]:
-    """What `read` returned -> (weights as stored, under which key). EMA weights if there are some."""
+    """What `read` returned -> (weights as stored, under which key), the EMA's if there are."""
     source = ""
     for key in ("model", "state_dict", "ema", "state_dict_ema"):    # the last one there is wins
         if isinstance(content.get(key), dict) and content[key]:
