@@ -137,23 +137,20 @@ class CellTransform:
         return x
 
     def window(self, image: np.ndarray) -> torch.Tensor:
-        """Copies out of the image, and of the dark around it: one pass, also to float32."""
-        rows, to_rows = self.overlap(image.shape[1])
-        columns, to_columns = self.overlap(image.shape[2])
-        x = np.zeros((len(image), self.img_size, self.img_size), np.float32)
-        x[:, to_rows, to_columns] = image[:, rows, columns]
-        return torch.from_numpy(x)
+        """What is seen of the image and of the dark around it, in float32."""
+        above, below = self.margins(image.shape[1])
+        left, right = self.margins(image.shape[2])
+        x = torch.from_numpy(image.astype(np.float32))
+        return F.pad(x, (left, right, above, below))
 
-    def overlap(self, length: int) -> tuple[slice, slice]:
-        """Place the window along an axis -> what it shows of the image, where in the window."""
+    def margins(self, length: int) -> tuple[int, int]:
+        """Where the window lies along an axis: the dark before and after; below 0, what is cut."""
         size = self.img_size
-        start = (length - size) // 2                        # below 0: in the padding
+        before = (size - length + 1) // 2
         if self.augment:
             room = max(length, round(size * 256 / 224))
-            start = int(torch.randint(room - size + 1, ())) - (room - length) // 2
-        first = max(start, 0)
-        last = min(start + size, length)
-        return slice(first, last), slice(first - start, last - start)
+            before = (room - length) // 2 - int(torch.randint(room - size + 1, ()))
+        return before, size - length - before
 
     def augmented(self, x: torch.Tensor) -> torch.Tensor:
         unit = self.img_size / 224
@@ -251,7 +248,7 @@ class JumpCP(Files):
             message = (
                 f"{len(lost)} of {len(rows)} images have no label: their wells "
                 f"({first_few(sorted(set(lost)))}) are not in {platemap} joined with {metadata}, "
-                f"which names {first_few(sorted(map(str, label_of))) or 'no wells'}")
+                f"which names {first_few(list(label_of)) or 'no wells'}")
             if len(lost) == len(rows):
                 raise ValueError(f"{where}: {message}")
             warnings.warn(f"{message}. They are left out.")

@@ -1,6 +1,5 @@
 """Dense tasks, a label for each pixel or objects with boxes and masks: ADE20K, COCO, transforms."""
 
-import collections
 import contextlib
 import functools
 import json
@@ -72,10 +71,7 @@ def crop_and_flip(pixels: torch.Tensor, masks: torch.Tensor, window: tuple, new:
                   train: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The window of (3 h w) and its masks (m h w), resized; train: mirrored half of the time."""
     pixels = resized_crop(pixels, window, new)
-    if len(masks):
-        masks = resized_crop(masks, window, new, nearest=True)
-    else:
-        masks = masks.new_zeros(0, *new)
+    masks = resized_crop(masks, window, new, nearest=True)
     if train and torch.rand(()) < 0.5:
         return pixels.flip(2), masks.flip(2)
     return pixels, masks
@@ -262,10 +258,10 @@ def require(*paths: str, hint: str) -> None:
 class Coco(DenseFiles):
     """ROOT/{train,val}2017/*.jpg with ROOT/annotations/instances_{train,val}2017.json.
 
-    As DenseFiles, of what load_objects gives. .classes: the categories' names in the order of their
-    ids, .category_ids: those ids. val: .coco has crowds too. train leaves out crowds, objects
-    smaller than a pixel, images without any object. Objects that cannot be drawn are left out of
-    both. A warning counts them all.
+    As DenseFiles, of (pixels, objects as for DetectionTransform). Crowds, objects smaller than a
+    pixel and those that cannot be drawn are left out, in train also images without any object.
+    .classes: the categories' names in the order of their ids, .category_ids: those ids. val: .coco
+    has all that can be drawn. An image of another size than noted is a bad file.
     FileNotFoundError: the folder or the annotations are missing. ValueError: no annotations of this
     layout, an object of an unknown category or image, no objects at all.
     """
@@ -280,93 +276,91 @@ class Coco(DenseFiles):
                 content = json.load(file)
             names = {category["id"]: category["name"] for category in content["categories"]}
             self.category_ids = sorted(names)
-            classes = [names[number] for number in self.category_ids]
-            images, truth, left_out = sort_objects(content, self.category_ids, split == "train")
+            images = self.sort_objects(content, path)
             if split == "val":
-                self.coco = as_coco(content | dict(annotations=truth))
+                self.coco = as_coco(content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: no annotations of COCO's layout "
                              f"({type(error).__name__}: {error})") from error
-        if left_out:
-            warnings.warn(f"{path}: left out {left_out}")
+        if split == "train":
+            images = [image for image in images if image["labels"]]
         samples = [(os.path.join(folder, image["file"]), i) for i, image in enumerate(images)]
         # One array of text: a loading process that only looks at 860,000 lists copies them all,
         # because looking counts references.
         self.texts = extra("pyarrow").array([json.dumps(image) for image in images])
+        classes = [names[number] for number in self.category_ids]
         super().__init__(samples, classes, self.load_one, transform, folder)
 
+    def sort_objects(self, content: dict, path: str) -> list[dict]:
+        """An annotation file's content -> its images, dict(id, file, size, labels, masks).
+
+        Of the content's annotations those stay that can be drawn, with what pycocotools needs."""
+        label_of = {number: label for label, number in enumerate(self.category_ids)}
+        images = {
+            image["id"]: dict(id=image["id"], file=image["file_name"], labels=[], masks=[],
+                              size=[image["height"], image["width"]])
+            for image in content["images"]}
+        drawable = []
+        for item in content["annotations"]:
+            if item["category_id"] not in label_of or item["image_id"] not in images:
+                raise ValueError(f"an object is of category {item['category_id']} in image "
+                                 f"{item['image_id']}, and there is no such category or image")
+            image = images[item["image_id"]]
+            if not is_drawable(item, *image["size"]):
+                continue
+            drawable.append(item)
+            width, height = item["bbox"][2:]
+            item["id"] = len(drawable)          # to pycocotools id 0 is no object
+            item["iscrowd"] = int(bool(item.get("iscrowd")))
+            item["area"] = item.get("area") or width * height
+            if not item["iscrowd"] and min(width, height) >= 1:
+                image["labels"].append(label_of[item["category_id"]])
+                image["masks"].append(item["segmentation"])
+        flawed = len(content["annotations"]) - len(drawable)
+        if flawed:
+            warnings.warn(f"{path}: left out {flawed:,} objects without a proper box, a polygon of "
+                          "three points, or run lengths that fill their image")
+        if not any(image["labels"] for image in images.values()):
+            raise ValueError("no object that can be used")
+        content["annotations"] = drawable
+        return list(images.values())
+
     def load_one(self, path: str, i: int) -> tuple[torch.Tensor, dict]:
-        return load_objects(path, json.loads(self.texts[i].as_py()))
+        known = json.loads(self.texts[i].as_py())
+        pixels = to_pixels(load_rgb(path, upright=False))
+        height, width = pixels.shape[1:]
+        if [height, width] != known["size"]:
+            raise ValueError(f"the image has {height} x {width} pixels, its annotation says "
+                             f"{' x '.join(map(str, known['size']))}")
+        rle = extra("pycocotools.mask")
+        masks = np.zeros((len(known["masks"]), height, width), np.uint8)
+        for mask, outline in zip(masks, known["masks"]):
+            runs = rle.frPyObjects(outline, height, width)      # of each polygon, or of the whole
+            if isinstance(runs, list):
+                runs = rle.merge(runs)
+            mask[:] = rle.decode(runs)
+        labels = torch.tensor(known["labels"], dtype=torch.long)
+        return pixels, dict(labels=labels, id=known["id"], masks=torch.from_numpy(masks))
 
 
-def sort_objects(content: dict, category_ids: list, train: bool) -> tuple[list, list, str]:
-    """The content of an annotation file -> images to learn from, objects to measure by.
+def is_drawable(item: dict, height: int, width: int) -> bool:
+    """Whether an object of COCO's layout is sound. Takes flawed polygons out of it.
 
-    The images, [dict(id, file, size, labels, masks)], are without crowds and objects smaller than a
-    pixel; the objects as in the file, none in training. Neither has what cannot be drawn. The third
-    result counts what was left out. ValueError: see Coco.
-    """
-    label_of = {number: label for label, number in enumerate(category_ids)}
-    images = {
-        image["id"]: dict(id=image["id"], file=image["file_name"], labels=[], masks=[],
-                          size=[image["height"], image["width"]])
-        for image in content["images"]}
-    truth = []
-    left_out = collections.Counter()
-    for item in content["annotations"]:
-        if item["category_id"] not in label_of or item["image_id"] not in images:
-            raise ValueError(f"an object is of category {item['category_id']} in image "
-                             f"{item['image_id']}, and there is no such category or image")
-        image = images[item["image_id"]]
-        flaw = why_not_drawn(item, *image["size"])
-        if flaw:
-            left_out[f"objects {flaw}"] += 1
-            continue
-        width, height = item["bbox"][2:]
-        crowd = bool(item.get("iscrowd"))
-        if not train:                           # numbered anew: to pycocotools id 0 is no object
-            truth.append(item | dict(id=len(truth) + 1, iscrowd=int(crowd),
-                                     area=item.get("area") or width * height))
-        if not crowd and min(width, height) >= 1:
-            image["labels"].append(label_of[item["category_id"]])
-            image["masks"].append(item["segmentation"])
-        elif train:
-            kind = "in a crowd" if crowd else "smaller than a pixel"
-            left_out[f"objects {kind}"] += 1
-    images = list(images.values())
-    with_objects = [image for image in images if image["labels"]]
-    if train and with_objects:
-        left_out[f"of {len(images):,} images without objects"] = len(images) - len(with_objects)
-        images = with_objects
-    listed = ", ".join(f"{count:,} {what}" for what, count in sorted(left_out.items()) if count)
-    if not with_objects:
-        raise ValueError(f"no object that can be used: {listed}".removesuffix(": "))
-    return images, truth, listed
-
-
-def why_not_drawn(item: dict, height: int, width: int) -> str | None:
-    """What makes an object of COCO's layout unusable, or None. Takes flawed polygons out of it.
-
-    pycocotools does not look: from such objects it crashes the process or makes masks of what lies
-    in the memory.
+    pycocotools does not look: from others it crashes the process or draws what lies in the memory.
     """
     box = item.get("bbox")
     if not are_numbers(box) or len(box) != 4 or min(box[2:]) < 0:
-        return "without a proper box"
+        return False
     outline = item.get("segmentation")
-    if isinstance(outline, dict):
-        runs = outline.get("counts")
-        if (outline.get("size") == [height, width] and isinstance(runs, list)
-                and all(isinstance(run, int) and run >= 0 for run in runs)
-                and sum(runs) == height * width):
-            return None
-        return "whose mask is no list of runs over their image's size"
     if isinstance(outline, list):
         item["segmentation"] = [polygon for polygon in outline if are_numbers(polygon)
                                 and len(polygon) >= 6 and len(polygon) % 2 == 0]
-        if item["segmentation"]:
-            return None
-    return "without a polygon of three points"
+        return bool(item["segmentation"])
+    if not isinstance(outline, dict) or outline.get("size") != [height, width]:
+        return False
+    runs = outline.get("counts")
+    return (isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs)
+            and sum(runs) == height * width)
 
 
 def are_numbers(values) -> bool:
@@ -381,22 +375,3 @@ def as_coco(content: dict):
     with contextlib.redirect_stdout(None):
         coco.createIndex()
     return coco
-
-
-def load_objects(path: str, known: dict) -> tuple[torch.Tensor, dict]:
-    """An image, and its objects as sort_objects notes them -> pixels, objects as for
-    DetectionTransform. ValueError: the image is not of the noted size."""
-    pixels = to_pixels(load_rgb(path, upright=False))
-    height, width = pixels.shape[1:]
-    if [height, width] != known["size"]:
-        raise ValueError(f"the image has {height} x {width} pixels, its annotation says "
-                         f"{' x '.join(map(str, known['size']))}")
-    rle = extra("pycocotools.mask")
-    masks = np.zeros((len(known["masks"]), height, width), np.uint8)
-    for mask, outline in zip(masks, known["masks"]):
-        runs = rle.frPyObjects(outline, height, width)      # of each polygon, or of the whole
-        if isinstance(runs, list):
-            runs = rle.merge(runs)
-        mask[:] = rle.decode(runs)
-    labels = torch.tensor(known["labels"], dtype=torch.long)
-    return pixels, dict(labels=labels, id=known["id"], masks=torch.from_numpy(masks))
