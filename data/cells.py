@@ -191,7 +191,7 @@ def defocus(x: torch.Tensor, radius: float) -> torch.Tensor:
 # ---- Data sets -----------------------------------------------------------------------------------
 
 def split_of(n: int, split: str) -> np.ndarray:
-    """Indices of a split of n samples, as JUMP-CP's: 60% "train", 20% "val", 20% "test"."""
+    """Indices of a split of n samples, as JUMP-CP's: "train" 60%, "val" 20%, "test" 20%."""
     first, last = {"train": (0, 6), "val": (6, 8), "test": (8, 10)}[split]
     return np.sort(np.random.RandomState(0).permutation(n)[n * first // 10:n * last // 10])
 
@@ -271,11 +271,10 @@ class JumpCP(Files):
 
 
 def labels_of_wells(platemap: str, metadata: str) -> tuple[dict, list[str]]:
-    """{well: label}, class names.
+    """{well: label}, class names: 0, "control", of what has no target, then the targets.
 
-    The label is 0, "control", if what is in the well has no target, else 1 + the number of its
-    target in the order in which targets appear when metadata is joined with platemap; of
-    duplicate wells the last one holds.
+    They are numbered as they come when metadata is joined with platemap; of duplicate wells the
+    last one holds.
     """
     wells_of = collections.defaultdict(list)    # None: untreated wells, and their row of metadata
     for sample, well in zip(*read_table(platemap, "broad_sample", "well_position")):

@@ -98,8 +98,8 @@ class BatchSampler(Sampler):
 class Seeded(Dataset):
     """`dataset` indexed by (epoch, index): an item's random choices follow from that and `seed`.
 
-    Transforms draw from the global generators of Python, NumPy and torch. In the main process
-    those belong to the training, and get their states back afterwards.
+    They come from the global generators of Python, NumPy and torch. In the main process those
+    belong to the training, and get their states back afterwards.
     """
 
     def __init__(self, dataset: Dataset, seed: int):
@@ -137,8 +137,8 @@ def stable_hash(*key: int) -> int:
 def collate(samples: Sequence, refill: bool, merge: Callable = default_collate):
     """merge([sample]) of the good samples; bad ones are None.
 
-    refill: the good ones are repeated, so that the batch keeps the size of the recipe (and mixup
-    an even one). If none is good: BadDataError with refill, else None.
+    refill: the good ones are repeated, so that the batch keeps the size of the recipe.
+    If none is good: BadDataError with refill, else None.
     """
     good = [sample for sample in samples if sample is not None]
     if refill and not good:
