@@ -1,0 +1,26 @@
+# ruff: noqa: F401, I001  what the experiments use of the modules below
+"""
+The data of the experiments: readers of data sets, built-in data without downloads, the loader.
+
+    policy = "rand-m9-mstd0.5-inc1"
+    transform = data.image_transform(224, True, auto_augment=policy)
+    train = data.ImageFolder("/data/imagenet", "train", transform)
+    val = data.ImageFolder("/data/imagenet", "val", data.image_transform(224, False), train.classes)
+    loader = data.make_loader(train, 128, train=True, seed=0, workers=8)
+    loader.batch_sampler.set_epoch(3, skip=1000)        # epoch 3, from its batch 1000 on
+    for images, labels in loader: ...                   # (b 3 224 224) float32, (b) int64
+
+loading.py has the loader, and how a run goes on with a bad file; images.py ImageNet; cells.py
+microscopy; dense.py ADE20K and COCO; builtin.py digits, drawn cells and drawn scenes.
+"""
+
+from torch.utils.data import default_collate
+
+from .builtin import DIGITS_MEAN, DIGITS_STD, Cells, Digits, Scenes, digit_transform
+from .cells import (JUMP_CHANNELS, JUMP_MEAN, JUMP_STD, CellTransform, JumpCP, cell_folder,
+                    channel_count, channel_statistics, load_cells, take_channels)
+from .dense import (ADE20K, IGNORE_INDEX, Coco, DetectionTransform, SegmentationTransform,
+                    merge_detections, numbers, to_pixels)
+from .images import (IMAGENET_MEAN, IMAGENET_STD, ImageFolder, each_readable, image_transform,
+                     load_rgb)
+from .loading import BadDataError, Files, Seeded, extra, first_few, make_loader
