@@ -34,7 +34,6 @@ import json
 import os
 from pathlib import Path
 
-import checkpoints
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -42,6 +41,7 @@ from torch import nn
 
 import baselines
 import channels
+import checkpoints
 import data
 import fastvim
 import runs

@@ -13,13 +13,14 @@ import torch
 for module in ("timm", "torchvision", "sklearn", "PIL"):
     pytest.importorskip(module)
 
+from PIL import Image
+
 import classification
 import data
 import fastvim
 import train_imagenet
 import train_mae
 import training
-from PIL import Image
 from helpers import run_script
 
 SMALL = ["--depth", "4", "--device", "cpu", "--threads", "1"]

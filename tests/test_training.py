@@ -13,9 +13,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
