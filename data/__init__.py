@@ -1,4 +1,4 @@
-# ruff: noqa: F401, I001  what the experiments use of the modules below
+# ruff: noqa: F401  what the experiments use of the modules below
 """
 The data of the experiments: readers of data sets, built-in data without downloads, the loader.
 
@@ -17,10 +17,34 @@ microscopy; dense.py ADE20K and COCO; builtin.py digits, drawn cells and drawn s
 from torch.utils.data import default_collate
 
 from .builtin import DIGITS_MEAN, DIGITS_STD, Cells, Digits, Scenes, digit_transform
-from .cells import (JUMP_CHANNELS, JUMP_MEAN, JUMP_STD, CellTransform, JumpCP, cell_folder,
-                    channel_count, channel_statistics, load_cells, take_channels)
-from .dense import (ADE20K, IGNORE_INDEX, Coco, DetectionTransform, SegmentationTransform,
-                    merge_detections, numbers, to_pixels)
-from .images import (IMAGENET_MEAN, IMAGENET_STD, ImageFolder, each_readable, image_transform,
-                     load_rgb)
+from .cells import (
+                    JUMP_CHANNELS,
+                    JUMP_MEAN,
+                    JUMP_STD,
+                    CellTransform,
+                    JumpCP,
+                    cell_folder,
+                    channel_count,
+                    channel_statistics,
+                    load_cells,
+                    take_channels,
+)
+from .dense import (
+                    ADE20K,
+                    IGNORE_INDEX,
+                    Coco,
+                    DetectionTransform,
+                    SegmentationTransform,
+                    merge_detections,
+                    numbers,
+                    to_pixels,
+)
+from .images import (
+                    IMAGENET_MEAN,
+                    IMAGENET_STD,
+                    ImageFolder,
+                    each_readable,
+                    image_transform,
+                    load_rgb,
+)
 from .loading import BadDataError, Files, Seeded, extra, first_few, make_loader
