@@ -84,6 +84,9 @@ def test_ssm(grid, pool):
     """The whole composite, with respect to its input and every weight."""
     grid, length = GRIDS[grid]
     m = make_mixer(embed_dim=2, d_state=2, dt_rank=1, d_conv=2, pool=pool)
+    with torch.no_grad():                                       # the scan shall weigh as the skip does
+        m.x_proj *= 10
+        m.dt_bias += 1
     used = [p for name, p in m.named_parameters() if name not in ("in_proj.weight",
                                                                   "out_proj.weight")]
 
