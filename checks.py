@@ -1,6 +1,6 @@
 """What a user can get wrong in fastvim.py is refused here, in one sentence, before anything runs.
 
-fastvim.check calls these at the public doors. They raise TypeError or ValueError, return nothing."""
+fastvim.check calls these at the public doors. They raise TypeError or ValueError."""
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ def check_fields(fields: dict, config: type):
 def check_name(name: str, families: dict, sizes: dict):
     family, _, size = str(name).rpartition("_")
     if family not in families or size not in sizes:
-        raise ValueError(f"unknown model {name!r}; choose a family from {', '.join(families)} and a "
-                         f"size from {', '.join(sizes)}, for example fastvim_tiny")
+        raise ValueError(f"unknown model {name!r}; choose a family from {', '.join(families)} and "
+                         f"a size from {', '.join(sizes)}, for example fastvim_tiny")
 
 
 def check_config(cfg, schedules: dict, norms: dict, pools: dict):
@@ -51,8 +51,8 @@ def check_config(cfg, schedules: dict, norms: dict, pools: dict):
     size = cfg.img_size
     fits = isinstance(size, tuple) and len(size) == 2
     fits = fits and all(type(side) is int and side >= cfg.patch_size for side in size)
-    require("img_size", fits, "must be one size or (height, width) in whole pixels, of at least one "
-                              f"patch ({cfg.patch_size} px)")
+    require("img_size", fits, "must be one size or (height, width) in whole pixels, of at least "
+                              f"one patch ({cfg.patch_size} px)")
     rate = cfg.drop_path_rate
     require("drop_path_rate", is_number(rate) and 0 <= rate < 1, "must be a number in [0, 1)")
     scale = cfg.pool_scale
@@ -130,5 +130,5 @@ def check_keep(keep, tokens: Tensor):
     twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
     exist = int(ids.min()) >= -1 and int(ids.max()) < length and int(ids[:, 0].min()) >= 0
     if not exist or bool(twice.any()):
-        raise ValueError(f"keep must name at least one of the {length} tokens (0 to {length - 1}) of "
-                         "every image, each at most once, and be -1 where it is padding")
+        raise ValueError(f"keep must name at least one of the {length} tokens (0 to {length - 1}) "
+                         "of every image, each at most once, and be -1 where it is padding")

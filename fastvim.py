@@ -168,7 +168,7 @@ class Grid:
     @property
     def steps(self) -> int:
         """How many steps the scan takes."""
-        return math.prod(length for axis, length in self.sizes if axis not in self.pooled.split())
+        return math.prod([n for axis, n in self.sizes if axis not in self.pooled.split()])
 
     def flatten(self, x: Tensor) -> Tensor:
         """Tokens as they lie -> as the layer walks them. x (b l e) -> (b l e)."""
@@ -482,7 +482,7 @@ class FastVim(nn.Module):
         order, pooled = row
         storage = self.cfg.storage
         if not pooled and full and order == storage:        # as they lie: a plain sequence
-            length = math.prod(sizes.values()) + self.cfg.class_token
+            length = math.prod(list(sizes.values())) + self.cfg.class_token
             return Grid(sizes=(("l", length),))
         stored = tuple((axis, sizes[axis]) for axis in storage.split())
         grid = Grid(storage, order, pooled, stored, self.cfg.pool_scale)
@@ -612,7 +612,7 @@ class GridWithHoles:
         self.class_token = class_token
         self.by_count = by_count
         sizes = dict(full.sizes)
-        self.cells = cells = math.prod(sizes.values())
+        self.cells = cells = math.prod(list(sizes.values()))
         real = ids >= 0
         place = torch.arange(cells, device=ids.device)
         place = rearrange(place, f"({full.order}) -> ({full.storage})", **sizes)
@@ -889,7 +889,7 @@ try:                                        # the rest of the project: none of i
     import fastvim_kernels
     from checkpoints import load as load_checkpoint  # noqa: F401
 except ModuleNotFoundError as error:        # this file was copied alone: plain PyTorch it is
-    if error.name not in ("checks", "fastvim_kernels", "checkpoints"):
+    if error.name not in ("checks", "fastvim_kernels", "fastvim_build", "checkpoints"):
         raise
     checks = None
 else:

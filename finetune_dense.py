@@ -1,907 +1,294 @@
 """
-Dense prediction with FastVim: UperNet for segmentation (section 4.5), Cascade Mask R-CNN for detection (section 4.6).
+Dense prediction with FastVim: segmentation by UperNet, detection by Cascade Mask R-CNN.
 
-    python finetune_dense.py seg                                     without data: drawn scenes, minutes on a CPU
+    python finetune_dense.py seg                    without data: drawn scenes, minutes on a CPU
     python finetune_dense.py det
-    torchrun --nproc-per-node 8 finetune_dense.py seg --data ADE20K_DIR --backbone FastVim_tiny.ckpt --batch-size 2
-    torchrun --nproc-per-node 8 finetune_dense.py det --data COCO_DIR --backbone FastVim_tiny.ckpt --batch-size 8
-    python finetune_dense.py seg --data ADE20K_DIR --eval FastVim_tiny_iter_160000.pth      released weights, or our own
+    torchrun --nproc-per-node 8 finetune_dense.py seg --data ADE20K_DIR --batch-size 2 \\
+        --backbone FastVim_tiny.ckpt
+    torchrun --nproc-per-node 8 finetune_dense.py det --data COCO_DIR --batch-size 8 \\
+        --backbone FastVim_tiny.ckpt
+    python finetune_dense.py seg --data ADE20K_DIR --eval FastVim_tiny_iter_160000.pth
     python finetune_dense.py det --predict street.jpg --eval runs/det/best.pt --out pictures
 
-What the paper reports: mIoU on ADE20K's and AP of boxes / masks on COCO's validation images.
+What the paper (sections 4.5 and 4.6) reports, on the validation images of ADE20K, mIoU, and of
+COCO, AP of boxes / masks:
 
-               --model          seg        det                               --model        seg        det
-    FastVim-T  fastvim_tiny    41.8    45.1 / 39.0            Vim-T         vim_tiny       41.0    45.7 / 39.2
-    FastVim-S  fastvim_small   44.9    48.4 / 41.8            Vim-S         vim_small      44.9    47.1 / 40.6
-    FastVim-B  fastvim_base    47.8    50.0 / 43.2            DeiT-T        deit_tiny      39.2    44.4 / 38.1
+               --model         seg   det                        --model       seg   det
+    FastVim-T  fastvim_tiny    41.8  45.1 / 39.0      Vim-T     vim_tiny      41.0  45.7 / 39.2
+    FastVim-S  fastvim_small   44.9  48.4 / 41.8      Vim-S     vim_small     44.9  47.1 / 40.6
+    FastVim-B  fastvim_base    47.8  50.0 / 43.2      DeiT-T    deit_tiny     39.2  44.4 / 38.1
 
-Both models take what single blocks of the backbone put out, a map with a vector for each patch, and add heads that are
-older than Mamba. Written from their papers, with torchvision's operators, under the released checkpoints' names:
-
-    UperNet         Xiao et al. 2018, Unified Perceptual Parsing for Scene Understanding
-    PSPNet          Zhao et al. 2017, Pyramid Scene Parsing Network: its pooling pyramid, its auxiliary loss
-    Fast R-CNN, Faster R-CNN    Girshick 2015; Ren et al. 2015: regions, anchors, box deltas, their losses
-    FPN, Mask R-CNN             Lin et al. 2017; He et al. 2017: regions at several scales, RoIAlign, masks
-    Cascade R-CNN               Cai, Vasconcelos 2018: three stages, each of which refines the boxes of the last
-    ViTDet                      Li et al. 2022: maps of several scales from the last one of a plain backbone
-
-Symbols, the same everywhere:
-
-    B  images     C  channels     K  classes     h, w  size of a map     H, W  size of the images in pixels
-    A  anchors of a map, 3 h w    n  boxes       m  objects              p  boxes that show an object
-    D  width of the backbone
-    boxes (n 4) float32: left, top, right, bottom in pixels;  [(n 4)]: a list, one for each image
-    sizes [(height, width)]: of each image without the padding that makes them a batch
+Checkpoints may be released ones or our own. dense_models.py builds the models of dense_heads.py;
+dense_results.py measures and draws what they say.
 """
 import argparse
 import collections
-import colorsys
-import contextlib
 import functools
 import math
 import pathlib
-import types
+import re
+from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
-import torch.nn as nn
-import torch.nn.functional as F
-from einops import rearrange
-from torchvision.ops import batched_nms, box_area, box_convert, box_iou, clip_boxes_to_image, roi_align
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torch import Tensor, nn
 
+import checkpoints
 import data
-import fastvim
-import train_imagenet
+import runs
 import training
-from data import IGNORE_INDEX
+from dense_models import (
+    backbone_fields,
+    build_model,
+    count_classes,
+    dense_weights,
+    depth_of,
+    load_backbone,
+    load_dense,
+    model_name,
+    options_shown,
+)
+from dense_results import MEASURES, draw_prediction
 
-# The recipes of the paper, in optimizer steps, for ADE20K and COCO. Its text says that the detector's learning rate
-# falls linearly; the released configuration divides it by ten after 8/9 and 26/27 of the run.
-RECIPES = dict(
-    seg=dict(steps=160_000, warmup=1500, batch_size=16, recipe_lr=6e-5, recipe_batch=16, weight_decay=0.01,
-             img_size=512, jitter=(0.5, 2.0), distort=True, channels=512, eval_every=12, layer_decay=1.0,
-             out="runs/seg"),
-    det=dict(steps=184_375, warmup=250, batch_size=8, recipe_lr=1e-4, recipe_batch=64, weight_decay=0.05, img_size=1024,
-             jitter=(0.1, 2.0), channels=256, hidden=1024, regions=512, clip=35.0, eval_every=10, layer_decay=0.7,
-             out="runs/det"))
-DROPS = 8 / 9, 26 / 27
-DROP_PATH = dict(seg=dict(tiny=0.05, small=0.05, base=0.4, large=0.4, huge=0.4),     # released T and S: 0.1
-                 det=dict(tiny=0.1, small=0.1, base=0.4, large=0.4, huge=0.4))
+# The recipes of the paper, in optimizer steps, for ADE20K and COCO. Its text says that the
+# detector's learning rate falls linearly; the released configuration divides it by ten at DROPS.
+RECIPES = {
+    "seg": {**runs.TRAINING, "steps": 160_000, "warmup": 1500, "batch_size": 16, "recipe_lr": 6e-5,
+            "recipe_batch": 16, "weight_decay": 0.01, "layer_decay": 1.0, "model": "fastvim_tiny",
+            "img_size": 512, "jitter": (0.5, 2.0), "distort": True, "channels": 512,
+            "eval_every": 12, "out": "runs/seg"},
+    "det": {**runs.TRAINING, "steps": 184_375, "warmup": 250, "batch_size": 8, "recipe_lr": 1e-4,
+            "recipe_batch": 64, "weight_decay": 0.05, "layer_decay": 0.7, "model": "fastvim_tiny",
+            "img_size": 1024, "patch_size": 16, "jitter": (0.1, 2.0), "channels": 256,
+            "hidden": 1024, "regions": 512, "clip": 35.0, "eval_every": 10, "out": "runs/det"},
+}
+DROPS = (8 / 9, 26 / 27)
+METRICS = {"seg": "miou", "det": "box_ap"}      # by which the best epoch is told
 
 # The same on 4,000 drawn scenes, from random weights, scaled to two CPU cores.
-SCENES = dict(
-    seg=dict(steps=3000, warmup=50, batch_size=16, recipe_lr=2e-3, recipe_batch=16, img_size=64, patch_size=8, depth=4,
-             jitter=(0.8, 1.25), distort=False, channels=64, eval_every=2, drop_path=0.0, out="runs/seg-scenes"),
-    det=dict(steps=1000, warmup=50, batch_size=8, recipe_lr=1e-3, recipe_batch=8, img_size=96, depth=4,
-             jitter=(0.8, 1.25), channels=32, hidden=128, regions=32, eval_every=1, drop_path=0.0, layer_decay=1.0,
-             out="runs/det-scenes"))
-
-# What the command line may leave open. Checkpoints say it of their model, or of the backbone alone; the recipes, else.
-BACKBONE_FLAGS = ("size", "model", "patch_size", "depth", "class_token", "pool", "pool_scale", "schedule", "ssm_norm",
-                  "no_conv", "skip_before_expand")
-MODEL_FLAGS = (*BACKBONE_FLAGS, "channels", "hidden")
-FLAGS = *MODEL_FLAGS, "img_size", "regions", "drop_path", "jitter", "distort", "warmup", "layer_decay", "classes"
-VITS = "deit_tiny", "deit_small", "deit_base"
-
-# ---- What both models are made of ------------------------------------------------------------------------------------
-
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a map (B C h w); eps 1e-5, as the released detectors have it (ViTDet: 1e-6)."""
-
-    def forward(self, x):
-        return rearrange(super().forward(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
-
-
-def named(**layers):
-    return nn.Sequential(collections.OrderedDict(layers))
-
-
-def conv(in_channels, channels, kernel, norm=None, relu=True):
-    """A convolution that keeps the size of its map, its norm and ReLU, under their released names."""
-    layers = dict(conv=nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=norm is None))
-    if norm:
-        layers["bn" if norm is nn.BatchNorm2d else "norm_layer"] = norm(channels)
-    return named(**layers, **(dict(relu=nn.ReLU()) if relu else {}))
-
-
-def init_heads(model):
-    """Everything but the backbone: biases 0, weights N(0, std) by this table, or N(0, sqrt(2 / fan_in)) (He et al.)."""
-    stds = dict(fc_reg=0.001, fc_cls=0.01, conv_seg=0.01,                   # Fast R-CNN, section 2.3
-                rpn_head=0.01)                                              # Faster R-CNN, section 3.1.3
-    for name, layer in model.named_modules():
-        if not name.startswith("backbone") and isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            for part in stds.keys() & set(name.split(".")):
-                nn.init.normal_(layer.weight, std=stds[part])
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-
-
-# ---- Segmentation: UperNet -------------------------------------------------------------------------------------------
-
-POOL_SCALES = (1, 2, 3, 6)                      # PSPNet, section 3.2
-AUXILIARY_TAP, AUXILIARY_WEIGHT = 2, 0.4        # PSPNet, section 3.3: a loss halfway helps the blocks before it
-DROPOUT = 0.1                                   # of whole channels, before the classifier
-
-
-class UperHead(nn.Module):
-    """UperNet, section 3.1: a pooling pyramid over the last map, then a feature pyramid over all four.
-
-    A plain backbone has one resolution, so the maps of the feature pyramid are added without resizing."""
-
-    def __init__(self, in_channels, channels, num_classes):
-        super().__init__()
-        block = functools.partial(conv, norm=nn.BatchNorm2d)
-        self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(scale), block(in_channels, channels, 1)) for scale in POOL_SCALES)
-        self.bottleneck = block(in_channels + len(POOL_SCALES) * channels, channels, 3)
-        self.lateral_convs = nn.ModuleList(block(in_channels, channels, 1) for _ in range(3))
-        self.fpn_convs = nn.ModuleList(block(channels, channels, 3) for _ in range(3))
-        self.fpn_bottleneck = block(4 * channels, channels, 3)
-        self.dropout = nn.Dropout2d(DROPOUT)
-        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
-
-    def forward(self, maps):
-        """Four maps (B C h w), of the first block to the last -> logits (B K h w)."""
-        *maps, last = maps
-        pooled = [F.interpolate(psp(last), last.shape[2:], mode="bilinear") for psp in self.psp_modules]
-        x = self.bottleneck(torch.cat([last, *pooled], 1))                  # (B channels h w), like all that follow
-        outputs = [x]
-        for lateral, fpn, earlier in zip(self.lateral_convs[::-1], self.fpn_convs[::-1], maps[::-1]):
-            x = x + lateral(earlier)
-            outputs = [fpn(x), *outputs]
-        return self.conv_seg(self.dropout(self.fpn_bottleneck(torch.cat(outputs, 1))))
-
-
-class UperNet(nn.Module):
-    """backbone: a FastVim with four out_indices, or a ViT.
-
-    In training BatchNorm sees one value per image and channel of the coarsest pooled map, so give two images at least;
-    on several GPUs convert the model to SyncBatchNorm."""
-
-    def __init__(self, backbone, num_classes=150, channels=512, auxiliary_channels=256):
-        super().__init__()
-        self.backbone, D = backbone, backbone.cfg.embed_dim
-        self.decode_head = UperHead(D, channels, num_classes)
-        self.auxiliary_head = named(                                        # a small FCN (Long et al. 2015)
-            convs=nn.Sequential(conv(D, auxiliary_channels, 3, nn.BatchNorm2d)), dropout=nn.Dropout2d(DROPOUT),
-            conv_seg=nn.Conv2d(auxiliary_channels, num_classes, 1))
-        init_heads(self)
-
-    def forward(self, images, labels=None):
-        """Normalised images (B 3 H W) -> logits (B K H W); or, with labels (B H W) int64, which are classes or
-        IGNORE_INDEX, the losses {name: scalar}, whose sum is to be minimised."""
-        maps = self.backbone.forward_intermediates(images)                  # 4 x (B D h w)
-
-        def upsample(logits):                   # the last patches may reach beyond the image
-            logits = F.interpolate(logits, scale_factor=self.backbone.cfg.patch_size, mode="bilinear")
-            return logits[..., :images.shape[2], :images.shape[3]]          # (B K H W)
-
-        def loss(logits):                       # the mean over all pixels: a crop may show no labelled one
-            return F.cross_entropy(upsample(logits), labels, ignore_index=IGNORE_INDEX, reduction="none").mean()
-
-        if labels is None:
-            return upsample(self.decode_head(maps))
-        return dict(decode=loss(self.decode_head(maps)),
-                    auxiliary=AUXILIARY_WEIGHT * loss(self.auxiliary_head(maps[AUXILIARY_TAP])))
-
-
-def slide(model, images, crop=512, stride=341):
-    """Logits (B K H W) of images (B 3 H W) larger than those of the training: the mean over the windows that show a
-    pixel. The last window of a row or column ends where the image does; a smaller image is one window."""
-    rests = [max(length - crop, 0) for length in images.shape[2:]]
-    tops, lefts = ([min(start, rest) for start in range(0, rest + stride, stride)] for rest in rests)
-    windows = [(..., slice(y, y + crop), slice(x, x + crop)) for y in tops for x in lefts]
-    logits = [model(images[window]).float() for window in windows]          # (B K crop crop)
-    total = logits[0].new_zeros(*logits[0].shape[:2], *images.shape[2:])    # (B K H W)
-    count = torch.zeros_like(total[:1, :1])                                 # (1 1 H W)
-    for window, logit in zip(windows, logits):
-        total[window] += logit
-        count[window] += 1
-    return total / count
-
-
-def segment(model, images, size=None, scales=(1.0,), flip=False, crop=512, stride=341):
-    """Class probabilities (B K *size) of images (B 3 H W); size (height, width), by default that of the images.
-
-    They are the mean over the images resized by each of the scales and, with flip, over their mirror images."""
-    total = 0
-    for scale in scales:
-        x = images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="bilinear")
-        for mirror in (False, True)[:1 + flip]:
-            logits = slide(model, x.flip(3), crop, stride).flip(3) if mirror else slide(model, x, crop, stride)
-            total = total + F.interpolate(logits, size or images.shape[2:], mode="bilinear").softmax(1)
-    return total / (len(scales) * (1 + flip))
-
-
-# ---- Detection: boxes ------------------------------------------------------------------------------------------------
-
-STRIDES = (4, 8, 16, 32, 64)                    # pixels from one cell to the next, of the maps p2 .. p6
-RATIOS, ANCHOR_CELLS = (0.5, 1.0, 2.0), 8       # height / width of the anchors, whose area is that of 8 x 8 cells
-RPN_STD = (1.0, 1.0)                            # what a delta's (place, size) is divided by
-STAGES = (                                      # Cascade R-CNN, section 4: IoU of a positive, std, weight of the losses
-    (0.5, (0.1, 0.2), 1.0),
-    (0.6, (0.05, 0.1), 0.5),
-    (0.7, (0.033, 0.067), 0.25),
-)
-MAX_GROWTH = math.log(1000 / 16)                # no delta enlarges or shrinks a box by more
-BACKGROUND, IGNORED = -1, -2                    # instead of the number of an object
-
-
-def make_anchors(maps):
-    """The anchors [(A 4)] of maps [(B C h w)] of STRIDES. Those of a cell lie around its upper left corner, in the
-    order of RATIOS. Faster R-CNN, section 3.1.1. (torchvision's generator rounds them to whole pixels.)"""
-    ratio, anchors = torch.tensor(RATIOS, device=maps[0].device), []
-    shape = torch.stack([ratio ** -0.5, ratio ** 0.5], 1)                   # (3 2) width, height
-    for (h, w), stride in zip((x.shape[2:] for x in maps), STRIDES):
-        x, y = torch.arange(w, device=ratio.device), torch.arange(h, device=ratio.device)
-        corner = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[:, :, None] * stride   # (h w 1 2) x, y
-        half = shape * ANCHOR_CELLS * stride / 2                            # (3 2)
-        anchors.append(rearrange([corner - half, corner + half], "side h w a xy -> (h w a) (side xy)"))
-    return anchors
-
-
-def encode(boxes, objects, std):
-    """The deltas (n 4) that move boxes (n 4) onto objects (n 4). Fast R-CNN, section 2.3, after R-CNN, appendix C."""
-    (center, extent), (goal, goal_extent) = (box_convert(x, "xyxy", "cxcywh").split(2, -1) for x in (boxes, objects))
-    return torch.cat([(goal - center) / extent / std[0], (goal_extent / extent).log() / std[1]], -1)
-
-
-def decode(boxes, deltas, std, size):
-    """Boxes (... 4) moved by deltas (... 4) and clipped to an image of size (height, width): undoes encode."""
-    center, extent = box_convert(boxes, "xyxy", "cxcywh").split(2, -1)      # (... 2) (... 2)
-    move, grow = deltas.split(2, -1)
-    center = center + move * std[0] * extent
-    half = extent / 2 * (grow * std[1]).clamp(-MAX_GROWTH, MAX_GROWTH).exp()
-    return clip_boxes_to_image(torch.cat([center - half, center + half], -1), size)
-
-
-def match(boxes, objects, negative, positive, weakest=None):
-    """Which of the objects (m 4) each box (n 4) shows -> (n) int64: its number, BACKGROUND or IGNORED.
-
-    It is the object of the largest IoU if that is at least `positive`; BACKGROUND if it is below `negative`.
-    weakest: an object also takes those boxes that have the largest IoU with it, if that is at least so much: objects
-        that no anchor resembles would be lost otherwise (Faster R-CNN, section 3.1.2)."""
-    if len(objects) == 0:
-        return torch.full_like(boxes[:, 0], BACKGROUND, dtype=torch.long)
-    iou = box_iou(objects, boxes)                                           # (m n)
-    largest, matched = iou.max(0)                                           # (n) (n)
-    matched[largest < positive] = IGNORED
-    matched[largest < negative] = BACKGROUND
-    if weakest is not None:
-        of_object = iou.amax(1, keepdim=True)                               # (m 1)
-        number = torch.arange(len(objects), device=iou.device)[:, None]     # (m 1)
-        taken = torch.where((iou == of_object) & (of_object >= weakest), number, -1).amax(0)     # (n)
-        matched = torch.where(taken >= 0, taken, matched)
-    return matched
-
-
-def sample_boxes(matched, count, share):
-    """Which boxes to train on, at random: matched (n), what `match` said -> the numbers of up to `count` boxes, of
-    which at most that share show an object."""
-    def some(candidates, most):
-        at = candidates.nonzero()[:, 0]
-        return at[torch.randperm(len(at), device=at.device)[:most]]
-
-    positive = some(matched >= 0, int(count * share))
-    return torch.cat([positive, some(matched == BACKGROUND, count - len(positive))])
-
-
-def of_class(x, label):
-    """x (n K ...), label (n) -> (n ...)."""
-    return x[torch.arange(len(x), device=x.device), label]
-
-
-def refine(boxes, deltas, label, std, sizes):
-    """Boxes [(n 4)], moved by the deltas (n K 4) of one class each, label (n), where n counts those of all images."""
-    deltas = of_class(deltas, label).split([len(box) for box in boxes])
-    return [decode(box, delta, std, size) for box, delta, size in zip(boxes, deltas, sizes)]
-
-
-def crop_regions(maps, boxes, size):
-    """The boxes [(n 4)] of each image, cut from its maps p2 .. p5 [(B C h w)] by RoIAlign -> (n C size size).
-
-    A box of 224 x 224 pixels is cut from p4, one of half that size from p3 (FPN, equation 1). torchvision's
-    MultiScaleRoIAlign does that by the older, unaligned RoIAlign, which is half a cell off."""
-    rois = torch.cat([F.pad(box, (1, 0), value=i) for i, box in enumerate(boxes)])           # (n 5) image, box
-    level = (box_area(rois[:, 1:]).sqrt() / 56).log2().floor().clamp(0, 3)  # (n)
-    members = [(level == i).nonzero()[:, 0] for i in range(4)]
-    regions = [roi_align(x, rois[at], size, 1 / stride, aligned=True) for x, at, stride in zip(maps, members, STRIDES)]
-    return torch.cat(regions)[torch.cat(members).argsort()]
-
-
-# ---- Detection: Cascade Mask R-CNN -----------------------------------------------------------------------------------
-
-
-class SimpleFeaturePyramid(nn.Module):
-    """ViTDet, section 3: the last map of a plain backbone, brought to four strides by transposed convolutions and
-    pooling. A fifth, for large anchors, is every other cell of the fourth."""
-
-    def __init__(self, D, channels):
-        super().__init__()
-        up = functools.partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
-        block = functools.partial(conv, norm=ChannelNorm, relu=False)
-        self.fpn1 = nn.Sequential(up(D, D // 2), ChannelNorm(D // 2), nn.GELU(), up(D // 2, D // 4))
-        self.fpn2 = nn.Sequential(up(D, D // 2))
-        self.lateral_convs = nn.ModuleList(block(width, channels, 1) for width in (D // 4, D // 2, D, D))
-        self.fpn_convs = nn.ModuleList(block(channels, channels, 3) for _ in range(4))
-
-    def forward(self, x):
-        """(B D h w) of stride 16 -> [p2 .. p6], (B C 4h 4w) to (B C h/4 w/4)."""
-        maps = self.fpn1(x), self.fpn2(x), x, F.max_pool2d(x, 2)
-        maps = [fpn(lateral(x)) for lateral, fpn, x in zip(self.lateral_convs, self.fpn_convs, maps)]
-        return [*maps, F.max_pool2d(maps[3], 1, stride=2)]
-
-
-class RPNHead(nn.Module):
-    """Faster R-CNN, section 3.1: says of each anchor whether it shows an object, and how to move it there."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.rpn_conv = nn.Sequential(conv(channels, channels, 3), conv(channels, channels, 3))
-        self.rpn_cls = nn.Conv2d(channels, len(RATIOS), 1)
-        self.rpn_reg = nn.Conv2d(channels, len(RATIOS) * 4, 1)
-
-    def forward(self, maps):
-        """Maps [(B C h w)] -> logits [(B A)] and deltas [(B A 4)] of each map."""
-        maps = [self.rpn_conv(x) for x in maps]
-        return ([rearrange(self.rpn_cls(x), "b a h w -> b (h w a)").float() for x in maps],
-                [rearrange(self.rpn_reg(x), "b (a k) h w -> b (h w a) k", k=4).float() for x in maps])
-
-    @torch.no_grad()
-    def propose(self, logits, deltas, anchors, sizes, count):
-        """The likeliest boxes -> [(boxes (n 4), scores (n))] of each image, best first: up to `count` of each map, of
-        which overlapping ones are dropped (NMS), then up to `count` of all maps."""
-        proposals = []
-        for i, size in enumerate(sizes):
-            tops = [x[i].topk(min(count, x.shape[1])) for x in logits]
-            scores = torch.cat([top.values for top in tops]).sigmoid()      # (n)
-            boxes = torch.cat([decode(anchor[top.indices], delta[i, top.indices], RPN_STD, size)
-                               for anchor, delta, top in zip(anchors, deltas, tops)])        # (n 4)
-            level = torch.cat([torch.full_like(top.indices, number) for number, top in enumerate(tops)])
-            inside = (boxes[:, 2:] > boxes[:, :2]).all(1)                   # clipping leaves no area of the others
-            boxes, scores, level = boxes[inside], scores[inside], level[inside]
-            keep = batched_nms(boxes, scores, level, 0.7)[:count]
-            proposals.append((boxes[keep], scores[keep]))
-        return proposals
-
-    def losses(self, logits, deltas, anchors, targets):
-        """Faster R-CNN, equation 1 with L1: the mean over 256 anchors of each image, up to half of them positive."""
-        logits, deltas, anchors = torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors)
-        objectness, box, count = 0, 0, 0
-        for logit, delta, target in zip(logits, deltas, targets):
-            matched = match(anchors, target["boxes"], 0.3, 0.7, weakest=0.3)                 # (A)
-            at = sample_boxes(matched, 256, 0.5)
-            shown = at[matched[at] >= 0]                                    # (p)
-            goal = encode(anchors[shown], target["boxes"][matched[shown]], RPN_STD)
-            objectness = objectness + F.binary_cross_entropy_with_logits(
-                logit[at], (matched[at] >= 0).float(), reduction="sum")
-            box = box + F.l1_loss(delta[shown], goal, reduction="sum")
-            count += len(at)
-        return dict(rpn_class=objectness / count, rpn_box=box / count)
-
-
-class BoxHead(nn.Module):
-    """Regions (n C 7 7) -> logits of the classes, background last (n K+1), and deltas for each class (n K 4)."""
-
-    def __init__(self, channels, hidden, num_classes):
-        super().__init__()
-        self.shared_convs = nn.Sequential(*(conv(channels, channels, 3, ChannelNorm) for _ in range(4)))
-        self.shared_fcs = nn.Sequential(nn.Linear(channels * 7 * 7, hidden), nn.ReLU())
-        self.fc_cls = nn.Linear(hidden, num_classes + 1)
-        self.fc_reg = nn.Linear(hidden, num_classes * 4)
-
-    def forward(self, x):
-        x = self.shared_fcs(self.shared_convs(x).flatten(1))                # (n hidden)
-        return self.fc_cls(x).float(), rearrange(self.fc_reg(x), "n (k four) -> n k four", four=4).float()
-
-
-def mask_head(channels, num_classes):
-    """Regions (n C 14 14) -> logits of a mask for each class (n K 28 28). Mask R-CNN, figure 4."""
-    return named(convs=nn.Sequential(*(conv(channels, channels, 3, ChannelNorm) for _ in range(4))),
-                 upsample=nn.ConvTranspose2d(channels, channels, 2, stride=2), relu=nn.ReLU(),
-                 conv_logits=nn.Conv2d(channels, num_classes, 1))
-
-
-class CascadeHead(nn.Module):
-    """Cascade R-CNN, section 4: each stage classifies the boxes of the one before and moves them nearer to objects."""
-
-    def __init__(self, channels, hidden, num_classes, regions=512):
-        super().__init__()
-        self.num_classes, self.regions = num_classes, regions
-        self.bbox_head = nn.ModuleList(BoxHead(channels, hidden, num_classes) for _ in STAGES)
-        self.mask_head = nn.ModuleList(mask_head(channels, num_classes) for _ in STAGES)
-
-    def sample(self, proposals, target, iou):
-        """What a stage trains on: r = self.regions of the proposals (n 4) and the objects themselves, up to a quarter
-        positive -> boxes (r 4), the object that each shows (r), its class (r), is it the object's own box? (r)"""
-        objects, K = target["boxes"], self.num_classes
-        own = torch.arange(len(objects), device=objects.device)
-        matched = torch.cat([own, match(proposals, objects, iou, iou)])
-        at = sample_boxes(matched, self.regions, 0.25)
-        label = F.pad(target["labels"], (0, 1), value=K)[matched[at]]       # BACKGROUND, -1, picks the K at the end
-        return torch.cat([objects, proposals])[at], matched[at], label, at < len(objects)
-
-    def losses(self, maps, boxes, targets, sizes):
-        """boxes [(n 4)]: proposals -> {name: scalar}: class, box and mask loss of each stage, weighted."""
-        losses, K = {}, self.num_classes
-        for i, (iou, std, weight) in enumerate(STAGES):
-            boxes, matched, label, own = zip(*(self.sample(x, t, iou) for x, t in zip(boxes, targets)))
-            label, shown = torch.cat(label), torch.cat(matched) >= 0        # (n) (n)
-            regions = [box[x >= 0] for box, x in zip(boxes, matched)]       # [(p 4)]
-            objects = [x[x >= 0] for x in matched]                          # [(p)]
-            logits, deltas = self.bbox_head[i](crop_regions(maps, boxes, 7))                 # (n K+1) (n K 4)
-            goal = torch.cat([t["boxes"][x] for t, x in zip(targets, objects)])              # (p 4)
-            box_loss = F.l1_loss(of_class(deltas[shown], label[shown]), encode(torch.cat(regions), goal, std),
-                                 reduction="sum") / len(label)
-            masks = of_class(self.mask_head[i](crop_regions(maps, regions, 14)), label[shown])       # (p 28 28)
-            truth = torch.cat([roi_align(t["masks"][:, None].float(), torch.cat([x[:, None], region], 1), 28,
-                                         aligned=True)[:, 0] for t, x, region in zip(targets, objects, regions)])
-            mask_loss = F.binary_cross_entropy_with_logits(masks, (truth >= 0.5).float(), reduction="sum")
-            losses |= {f"class_{i + 1}": weight * F.cross_entropy(logits, label), f"box_{i + 1}": weight * box_loss,
-                       f"mask_{i + 1}": weight * mask_loss / max(masks.numel(), 1)}
-            # The next stage gets these boxes, moved by their class's deltas, or the likeliest class's if they show no
-            # object; but not the objects' own boxes, which it adds again.
-            label = torch.where(shown, label, logits[:, :K].argmax(1))
-            boxes = [box[~x] for box, x in zip(refine(boxes, deltas.detach(), label, std, sizes), own)]
-        return losses
-
-    def detect(self, maps, boxes, sizes):
-        """boxes [(n 4)]: proposals -> [dict(boxes (n 4), scores (n), labels (n) int64, masks (n 28 28) float32)] of
-        each image, at most 100, best first; a mask holds probabilities within its box."""
-        refined, total, found = boxes, 0, []
-        for head, (_, std, _) in zip(self.bbox_head, STAGES):
-            boxes = refined                                                 # by the stage before
-            logits, deltas = head(crop_regions(maps, boxes, 7))             # (n K+1) (n K 4)
-            refined = refine(boxes, deltas, logits[:, :-1].argmax(1), std, sizes)
-            total = total + logits
-        scores, counts = (total / len(STAGES)).softmax(1)[:, :-1], [len(box) for box in boxes]       # (n K)
-        for box, score, delta, size in zip(boxes, scores.split(counts), deltas.split(counts), sizes):
-            which, label = (score > 0.05).nonzero(as_tuple=True)            # a box may show several classes
-            box, score = decode(box[which], delta[which, label], std, size), score[which, label]
-            keep = batched_nms(box, score, label, 0.5)[:100]
-            found.append(dict(boxes=box[keep], scores=score[keep], labels=label[keep]))
-        regions, label = crop_regions(maps, [x["boxes"] for x in found], 14), torch.cat([x["labels"] for x in found])
-        masks = sum(of_class(head(regions), label).float().sigmoid() for head in self.mask_head) / len(STAGES)
-        for x, mask in zip(found, masks.split([len(x["boxes"]) for x in found])):            # (n 28 28)
-            x["masks"] = mask
-        return found
-
-
-def paste_masks(masks, boxes, size):
-    """Masks (n 28 28), stretched over their boxes (n 4) by bilinear interpolation -> bool (n height width).
-
-    Interpolation is a matrix product along each axis; a pixel's row of the matrix is a hat of width two around the
-    place of its center in the mask. (torchvision's function first moves the boxes to whole pixels.)"""
-    def hats(start, end, length):
-        pixel = torch.arange(length, device=boxes.device) + 0.5                              # (length)
-        place = (pixel - start[:, None]) / (end - start).clamp(min=1e-6)[:, None] * 28 - 0.5     # (n length)
-        return (1 - (place[..., None] - torch.arange(28, device=boxes.device)).abs()).clamp(min=0)
-
-    left, top, right, bottom = boxes.unbind(1)
-    with torch.autocast(boxes.device.type, enabled=False):
-        rows, columns = hats(top, bottom, size[0]), hats(left, right, size[1])               # (n H 28) (n W 28)
-        return rows @ masks @ columns.mT >= 0.5
-
-
-class CascadeMaskRCNN(nn.Module):
-    """backbone: a FastVim of patch size 16 with one of out_indices, its last block, or a ViT. regions: how many of each
-    image a stage trains on."""
-
-    def __init__(self, backbone, num_classes=80, channels=256, hidden=1024, regions=512):
-        super().__init__()
-        self.backbone = backbone
-        self.neck = SimpleFeaturePyramid(backbone.cfg.embed_dim, channels)
-        self.rpn_head = RPNHead(channels)
-        self.roi_head = CascadeHead(channels, hidden, num_classes, regions)
-        init_heads(self)
-
-    def forward(self, images, targets=None, sizes=None, originals=None):
-        """Normalised images (B 3 H W), padded at the right and below -> what they show, or the losses.
-
-        targets: [dict(boxes (m 4) float32, labels (m) int64, masks (m H W) bool)] for training; m may be 0.
-        sizes: default (H, W). originals: sizes before the images were resized, in which results are given.
-        With targets {name: scalar}, whose sum is to be minimised; else [dict(boxes (n 4), scores (n), labels (n) int64,
-            masks (n height width) bool)] of each image, at most 100, best first.
-        Raises ValueError if a target has no area or is of no class."""
-        sizes = sizes or [tuple(images.shape[2:])] * len(images)
-        images = F.pad(images, (0, -images.shape[3] % 32, 0, -images.shape[2] % 32))         # p5 covers all of it
-        maps = self.neck(self.backbone.forward_intermediates(images)[0])    # p2 .. p6
-        logits, deltas = self.rpn_head(maps)
-        anchors = make_anchors(maps)
-        proposals = self.rpn_head.propose(logits, deltas, anchors, sizes, 1000 if targets is None else 2000)
-        boxes = [box for box, _ in proposals]
-        if targets is not None:
-            for t in targets:
-                if (t["boxes"][:, 2:] <= t["boxes"][:, :2]).any() or not (
-                        (0 <= t["labels"]) & (t["labels"] < self.roi_head.num_classes)).all():
-                    raise ValueError(f"each target needs an area and one of {self.roi_head.num_classes} classes: "
-                                     f"boxes {t['boxes'].tolist()}, labels {t['labels'].tolist()}")
-            losses = self.rpn_head.losses(logits, deltas, anchors, targets)
-            return losses | self.roi_head.losses(maps, boxes, targets, sizes)
-        found = self.roi_head.detect(maps, boxes, sizes)
-        for x, (h, w), original in zip(found, sizes, originals or sizes):
-            x["boxes"] = x["boxes"] * x["boxes"].new_tensor([original[1] / w, original[0] / h] * 2)
-            chunks = zip(x["masks"].split(8), x["boxes"].split(8))          # a photo's would fill the memory
-            x["masks"] = torch.cat([paste_masks(*chunk, original) for chunk in chunks])
-        return found
-
-
-# ---- Options ---------------------------------------------------------------------------------------------------------
-
-def get_args(argv=None):
-    """The command line -> args. The recipe is that of ADE20K or COCO or, without --data, of the drawn scenes."""
-    parser = argparse.ArgumentParser(description="Train, evaluate or use a segmenter or a detector. Without --data: on "
-                                     "drawn scenes, from random weights, by a recipe scaled to them.")
+SCENES = {
+    "seg": {"steps": 3000, "warmup": 50, "batch_size": 16, "recipe_lr": 2e-3, "recipe_batch": 16,
+            "img_size": 64, "patch_size": 8, "depth": 4, "jitter": (0.8, 1.25), "distort": False,
+            "channels": 64, "eval_every": 2, "drop_path_rate": 0.0, "out": "runs/seg-scenes"},
+    "det": {"steps": 1000, "warmup": 50, "batch_size": 8, "recipe_lr": 1e-3, "recipe_batch": 8,
+            "img_size": 96, "depth": 4, "jitter": (0.8, 1.25), "channels": 32, "hidden": 128,
+            "regions": 32, "eval_every": 1, "drop_path_rate": 0.0, "layer_decay": 1.0,
+            "out": "runs/det-scenes"},
+}
+
+# What a checkpoint decides: that of a backbone the first line, that of a whole model both.
+BACKBONE_OPTIONS = {"model", "patch_size", "depth", "class_token", "pool", "pool_scale", "schedule",
+                    "ssm_norm", "d_conv", "skip_before_expand"}
+HEAD_OPTIONS = {"channels", "hidden"}
+
+# ---- Options -------------------------------------------------------------------------------------
+
+
+def get_args(argv=None) -> tuple[runs.Options, runs.Saved]:
+    """The command line -> the options, and the checkpoint that they are for."""
+    parser = runs.Parser(description="Train, evaluate or use a segmenter or a detector. Without "
+                         "--data: on drawn scenes, by a recipe scaled to them.")
     tasks = parser.add_subparsers(dest="task", required=True)
-    parsers = {task: tasks.add_parser(task, usage="%(prog)s [options]", help=text) for task, text in (
-        ("seg", "segmentation by UperNet"), ("det", "detection by Cascade Mask R-CNN"))}
-    for task, sub in parsers.items():
-        add_arguments(sub, task)
-    first = parser.parse_known_args(argv)[0]
-    if not (first.data or first.eval or first.predict):
-        parsers[first.task].set_defaults(**{k: v for k, v in SCENES[first.task].items() if k not in FLAGS})
-    args = parser.parse_args(argv)
-    error = parsers[args.task].error
-    given = [f"--{k}" for k in ("backbone", "init", "freeze", "resume") if getattr(args, k)]
-    if args.backbone and args.init:
+    parsers = {}
+    for task, text in (("seg", "segmentation by UperNet"),
+                       ("det", "detection by Cascade Mask R-CNN")):
+        parsers[task] = tasks.add_parser(task, usage="%(prog)s [options]", help=text)
+        add_arguments(parsers[task], task)
+    typed = vars(parser.parse_args(argv))
+    task = typed["task"]
+    refuse_contradictions(typed, parsers[task].error)
+    toy = {}
+    if not typed.keys() & {"data", "eval", "predict"}:
+        toy = SCENES[task]
+    chosen = {**runs.defaults(parsers[task]), **RECIPES[task], **toy, **typed}
+    start = runs.starting_point(chosen, starting_path(chosen))
+    return runs.Options({**chosen, **options_of(start, chosen, typed), **typed}), start
+
+
+def refuse_contradictions(typed: dict, error: Callable[[str], None]) -> None:
+    for_training = [f"--{name}" for name in ("backbone", "init", "freeze", "resume")
+                    if name in typed]
+    if {"backbone", "init"} <= typed.keys():
         error("--backbone gives the encoder, --init the whole model: give one of them")
-    if (args.eval or args.predict) and given:
-        error(f"{' and '.join(given)}: for training only; --eval CKPT names the model to evaluate or to predict with")
-    if args.data == "":
+    if typed.keys() & {"eval", "predict"} and for_training:
+        error(f"{' and '.join(for_training)}: for training only; --eval CKPT names the model to "
+              "evaluate or to predict with")
+    if typed.get("data") == "":
         error("--data is empty; without it drawn scenes are learnt")
-    if args.jitter and args.jitter[0] > args.jitter[1]:
+    low, high = typed.get("jitter", (0, 1))
+    if low > high:
         error("--jitter takes the smaller factor first")
-    return args
 
 
-def add_arguments(parser, task):
-    recipe, whole = RECIPES[task], train_imagenet.WHOLE
-    parser.set_defaults(**dict.fromkeys(FLAGS))                             # see complete
-    layout = dict(seg="ADE20K's layout: DIR/images/{training,validation}/*.jpg, DIR/annotations/.../*.png",
-                  det="COCO's layout: DIR/{train,val}2017/*.jpg, DIR/annotations/instances_{train,val}2017.json")
+def add_arguments(parser: argparse.ArgumentParser, task: str) -> None:
+    recipe = RECIPES[task]
+    layout = {
+        "seg": "ADE20K's layout: DIR/images/{training,validation}/*.jpg, DIR/annotations/.../*.png",
+        "det": "COCO's layout: DIR/{train,val}2017/*.jpg, "
+               "DIR/annotations/instances_{train,val}2017.json"}
     add = parser.add_argument_group("what to do").add_argument
     add("--data", metavar="DIR", help=layout[task])
-    add("--backbone", metavar="CKPT", help="start from the encoder of this classifier or autoencoder, ours or a "
-        "released one")
-    add("--init", metavar="CKPT", help="start from this model of the same task, ours or a released one; for other "
-        "classes than its own its classifiers are left out")
+    add("--backbone", metavar="CKPT", help="start from the encoder of this classifier or "
+        "autoencoder, ours or a released one")
+    add("--init", metavar="CKPT", help="start from this model of the same task, ours or a released "
+        "one; for other classes than its own its classifiers are left out")
     add("--eval", metavar="CKPT", help="only evaluate this checkpoint, ours or a released one")
+    add("--predict", metavar="IMAGE", nargs="+", help="draw into OUT what is seen in each image "
+        "(objects of a score from 0.5), by --eval CKPT (default: OUT/best.pt)")
     if task == "seg":
-        add("--multi-scale", action="store_true", help="evaluate the mean over six sizes and their mirror images")
-    add("--predict", metavar="IMAGE", nargs="+", help="draw into OUT what is seen in each image" + (
-        " (objects of a score from 0.5)" if task == "det" else "") + ", by --eval CKPT (default: OUT/best.pt)")
+        add("--multi-scale", action="store_true", help="evaluate the mean over six sizes and their "
+            "mirror images")
     add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="NAME", help="fastvim_tiny (default), vim_small, ... (python fastvim.py lists them), or "
-        "deit_tiny, deit_small, deit_base from timm")
-    add("--img-size", type=whole, help=f"pixels (default {recipe['img_size']})")
+    add("--model", metavar="NAME", help="fastvim_tiny (default), vim_small, ... (python fastvim.py "
+        "lists them), or deit_tiny, deit_small, deit_base from timm")
+    add("--img-size", type=runs.WHOLE, help="pixels")
     if task == "seg":
-        add("--patch-size", type=whole, help="pixels (default: the model's own)")
-    add("--depth", type=whole, help="blocks (default: the model's own)")
-    add("--channels", type=whole, help=f"width of the heads (default {recipe['channels']})")
+        add("--patch-size", type=runs.WHOLE, help="pixels (default: the model's own)")
+    add("--depth", type=runs.WHOLE, help="blocks (default: the model's own)")
+    add("--channels", type=runs.WHOLE, help="width of the heads")
     if task == "det":
-        add("--hidden", type=whole, help=f"width of their linear layers (default {recipe['hidden']})")
-        add("--regions", type=whole, help=f"of an image, that each stage trains on (default {recipe['regions']})")
-    add("--pool-scale", type=float, help="factor of mean pooling (default 1; 0.25 for what was pretrained masked)")
-    add("--drop-path", type=train_imagenet.SHARE, help="stochastic depth at the last block (default: the recipe's)")
-    add("--freeze", action="store_true", help="train the heads only: the backbone, with the norms of its taps, "
-        "stays as it is, without drop path")
-    add("--grad-checkpointing", action="store_true", help="less memory, more time, the same result")
+        add("--hidden", type=runs.WHOLE, help="width of their linear layers")
+        add("--regions", type=runs.WHOLE, help="of an image, that each stage trains on")
+    add("--pool-scale", type=float, help="factor of mean pooling (default 1; 0.25 for what was "
+        "pretrained masked)")
+    add("--drop-path", type=runs.SHARE, dest="drop_path_rate", help="stochastic depth at the last "
+        "block (default: the recipe's)")
+    add("--freeze", action="store_true", help="train the heads only: the backbone, with the norms "
+        "of its taps, stays as it is, without drop path")
+    add("--grad-checkpointing", action="store_true", help="less memory, more time, same result")
     add = parser.add_argument_group("augmentation and schedule").add_argument
-    add("--jitter", type=training.number(float, 0.01), nargs=2, metavar=("LOW", "HIGH"), help="range of a random "
-        "factor of the images' size (default {:g} {:g})".format(*recipe["jitter"]))
+    add("--jitter", type=runs.number(float, 0.01), nargs=2, metavar=("LOW", "HIGH"),
+        help="range of a random factor of the images' size (default {:g} {:g})".format(
+            *recipe["jitter"]))
     if task == "seg":
-        add("--distort", action=argparse.BooleanOptionalAction, help="change brightness, contrast, saturation and hue "
-            "at random (default: yes)")
-    add("--warmup", type=training.number(int, 0), help=f"steps of linear warmup (default {recipe['warmup']})")
-    add("--layer-decay", type=training.number(float, 0.01), help="patch and position embeddings learn slower by this "
-        f"to the power of 13 (default {recipe['layer_decay']:g})")
-    add("--decay-blocks", action="store_true", help="and blocks by a power that falls from 12 to 1 with the depth: the "
-        "released detectors' configuration meant to, but its names matched no block")
-    training.add_training_arguments(parser, lr=recipe["recipe_lr"], recipe_batch=recipe["recipe_batch"])
-    parser.set_defaults(**{k: v for k, v in recipe.items() if k not in FLAGS})
+        add("--distort", action=argparse.BooleanOptionalAction, help="change brightness, contrast, "
+            "saturation and hue at random")
+    add("--warmup", type=runs.number(int, 0), help="steps of linear warmup")
+    add("--layer-decay", type=runs.number(float, 0.01), help="patch and position embeddings learn "
+        "slower by this to the power of 13")
+    add("--decay-blocks", action="store_true", help="and blocks by a power that falls from 12 to 1 "
+        "with the depth: the released detectors' configuration meant to, but its names matched no "
+        "block")
+    runs.add_training_arguments(parser, recipe)
 
 
-def complete(args, content, weights, flags=FLAGS):
-    """What the command line leaves open of the model: as the checkpoint `content` says or its weights show, else by the
-    recipe. -> whether the drawn scenes are meant"""
-    given, saved = args.pool_scale, train_imagenet.adopt(args, content, flags)
-    parts = [k.split(".") for k in weights]
-    blocks = [int(b) for name in parts for a, b in zip(name, name[1:]) if a in ("layers", "blocks")]
-    args.depth = args.depth or (1 + max(blocks) if blocks else None)
-    patch = next((w.shape[-1] for k, w in weights.items() if k.endswith("patch_embed.proj.weight")), None)
-    args.patch_size = args.patch_size or patch
-    if "mask_token" in weights and given is None:
-        train_imagenet.unmask(args, saved)
-    drawn = not args.data and (not (args.eval or args.predict) or saved and not saved["data"])
-    recipe = RECIPES[args.task] | (SCENES[args.task] if drawn else {})
-    vars(args).update({k: recipe.get(k) for k in FLAGS if getattr(args, k) is None})
-    return drawn
+def starting_path(chosen: dict) -> str | None:
+    """The checkpoint that the options name."""
+    if chosen["eval"] or not chosen["predict"]:
+        return chosen["eval"] or chosen["init"] or chosen["backbone"]
+    path = pathlib.Path(chosen["out"], "best.pt")
+    if chosen["out"] == RECIPES[chosen["task"]]["out"] and not path.exists():
+        path = pathlib.Path(SCENES[chosen["task"]]["out"], "best.pt")   # of a run without --data
+    return str(path)
 
 
-# ---- Models ----------------------------------------------------------------------------------------------------------
-
-class ViT(nn.Module):
-    """The baseline: a ViT of timm as a backbone, with a LayerNorm for each tap as FastVim has it."""
-
-    def __init__(self, name, taps, **options):
-        super().__init__()
-        self.taps = taps
-        self.vit = data.extra("timm").create_model(name, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True,
-                                                   **options)
-        self.vit.norm = nn.Identity()                                       # that of the classifier
-        self.cfg = types.SimpleNamespace(embed_dim=self.vit.embed_dim, patch_size=self.vit.patch_embed.patch_size[0])
-        self.outnorm = nn.ModuleList(ChannelNorm(self.vit.embed_dim) for _ in taps)
-
-    def forward_intermediates(self, x):
-        maps = self.vit.forward_intermediates(x, indices=self.taps, intermediates_only=True)         # [(B D h w)]
-        return [norm(x) for norm, x in zip(self.outnorm, maps)]
+def is_whole(options: dict, start: runs.Saved) -> bool:
+    """Does the checkpoint hold a model of the task, not a backbone alone?"""
+    return start.resumed or options["backbone"] is None
 
 
-def taps_of(task, depth):
-    """Which blocks the heads see: the last one; for segmentation also those after one, two and three quarters."""
-    return [depth - 1] if task == "det" else [depth * i // 4 - 1 for i in (1, 2, 3, 4)]
+def options_of(start: runs.Saved, chosen: dict, typed: dict) -> dict:
+    """What the checkpoint decides: as its weights show and as the options of its run say."""
+    if not start.content:
+        return {}
+    said = {**options_shown(stored_weights(start, chosen)), **runs.encoder_options(start, typed)}
+    wanted = BACKBONE_OPTIONS
+    if is_whole(chosen, start):
+        wanted = wanted | HEAD_OPTIONS
+        said = {**start.options, **said}
+    if chosen["eval"] or chosen["predict"]:
+        wanted = wanted | {"img_size"}
+    return {name: said[name] for name in wanted if said.get(name) is not None}
 
 
-def build_model(args, num_classes, weights):
-    """The model that args ask for, weights (those to be loaded, if any) telling whether it has Vim's first mixer.
-    ValueError: an unknown name, or a depth or patch size that does not go."""
-    name = train_imagenet.model_name(args).removesuffix("_patch16_224")     # as timm calls a DeiT
-    names = [model for model in fastvim.list_models() if "channel" not in model] + [*VITS]
-    if name not in names:
-        raise ValueError(f"--model {name}: choose from {', '.join(names)}")
-    rate = DROP_PATH[args.task][name.rpartition("_")[2]] if args.drop_path is None else args.drop_path
-    rate = 0.0 if args.freeze else rate                                     # as it is, not thinned out at random
-    given = dict(patch_size=args.patch_size, class_token=args.class_token, pool=args.pool, pool_scale=args.pool_scale,
-                 schedule=args.schedule, ssm_norm=args.ssm_norm, d_conv=0 if args.no_conv else None,
-                 skip_before_expand=args.skip_before_expand or None)
-    given = {k: v for k, v in given.items() if v is not None}
-    args.depth = args.depth or (12 if name in VITS else fastvim.SIZES[name.rpartition("_")[2]]["depth"])
-    if args.task == "seg" and args.depth < 4:
-        raise ValueError(f"--depth {args.depth}: segmentation looks at four blocks")
-    taps, options = taps_of(args.task, args.depth), dict(img_size=args.img_size, depth=args.depth, drop_path_rate=rate)
-    if name in VITS:
-        if wrong := given.keys() - {"patch_size"}:
-            raise ValueError(f"--model {name} is timm's and does not know {', '.join(wrong)}")
-        backbone = ViT(f"{name}_patch16_224", taps, **options, **given)
-        backbone.vit.set_grad_checkpointing(args.grad_checkpointing)
+def stored_weights(start: runs.Saved, options: dict) -> dict[str, Tensor]:
+    """{name: tensor} of a whole model, those of the heads among them, or of a backbone."""
+    if is_whole(options, start):
+        return dense_weights(options["task"], start.content)
+    return checkpoints.model_weights(start.content)[0]
+
+
+# ---- Data ----------------------------------------------------------------------------------------
+
+def open_split(args: runs.Options, split: str, classes=None) -> data.Files:
+    """A split of --data or of the drawn scenes. classes: the names that it must have; numbers go
+    with all names."""
+    train = split == "train"
+    if args.task == "det":
+        reader, transform = data.Coco, data.DetectionTransform(args.img_size, train, args.jitter)
     else:
-        if args.task == "det":
-            given.setdefault("patch_size", 16)                              # FastVim-H's own is 14
-        if any("layers.0.mixer." in k for k in weights) and not any("mixer.layernorm." in k for k in weights):
-            given["ssm_norm"] = None
-        backbone = fastvim.create_model(name, num_classes=0, block_norm="layernorm", out_indices=taps, **options,
-                                        **given)
-        backbone.grad_checkpointing = args.grad_checkpointing
-    if args.task == "seg":
-        return UperNet(backbone, num_classes, args.channels, max(args.channels // 2, 1))
-    if backbone.cfg.patch_size != 16:
-        raise ValueError(f"--model {name}: its patches have {backbone.cfg.patch_size} pixels, the detector's need 16")
-    return CascadeMaskRCNN(backbone, num_classes, args.channels, args.hidden, args.regions)
-
-
-def load_backbone(backbone, content):
-    """A classifier's or an autoencoder's encoder into the backbone; returns what was taken, in words.
-
-    Dense backbones have LayerNorm blocks: they take an RMSNorm's weights, and their biases start at 0."""
-    weights = fastvim.model_weights(content)[0]
-    if isinstance(backbone, ViT):
-        weights = {k.removeprefix("vit."): v for k, v in weights.items()}   # of a dense model of ours
-        kept = {k: v for k, v in weights.items() if not k.startswith(("norm.", "head", "fc_norm.", "outnorm."))}
-        load_strictly(backbone.vit, resized_for(backbone, kept))
-        return f"{len(kept)} weights taken, {len(weights) - len(kept)} of the last norm and the head dropped"
-    # Taps of another dense model follow other blocks; they are as useless as the norm before a classifier.
-    kept = {k: v for k, v in weights.items() if not k.startswith(("norm_f.", "outnorm_"))}
-    own = backbone.state_dict()
-    taps = {k: v for k, v in own.items() if k.startswith("outnorm_")}
-    biases = {k: v for k, v in own.items() if k.endswith(".norm.bias") and k not in weights}
-    note = fastvim.load_checkpoint(backbone, kept | taps | biases, encoder_only=True)
-    return (f"{note}; {len(weights) - len(kept)} of the last norm dropped; fresh: {len(biases)} biases of the blocks' "
-            "norms, the taps' norms")
-
-
-def resized_for(backbone, weights):
-    """The weights of a ViT of timm with the position embeddings of this one's grid."""
-    return data.extra("timm.models.vision_transformer").checkpoint_filter_fn(weights, backbone.vit)
-
-
-def load_strictly(model, weights):
-    try:
-        model.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"the checkpoint belongs to another model: {str(error)[:1500]}") from error
-
-
-CLASSIFIERS = "conv_seg", "fc_cls", "fc_reg", "conv_logits"                # whose shape depends on the classes
-
-
-def dense_weights(task, content):
-    """What fastvim.read_checkpoint returned -> {name: tensor}, those of the heads among them."""
-    weights, _ = fastvim.stored_weights(content)
-    kind, classifier = dict(seg=("segmenter", "decode_head.conv_seg.bias"),
-                            det=("detector", "roi_head.mask_head.0.conv_logits.bias"))[task]
-    if classifier not in weights:
-        raise ValueError(f"the checkpoint holds no {kind}, which would have {classifier}; --backbone takes the encoder "
-                         "of any model")
-    return weights
-
-
-def count_classes(weights):
-    return len(next(v for k, v in weights.items() if k.endswith(("conv_seg.bias", "conv_logits.bias"))))
-
-
-def load_dense(model, weights, num_classes):
-    """Loads the weights strictly into a segmenter or detector; returns what was taken, in words. Position embeddings
-    of another grid are resized, classifiers of another number of classes stay as initialised."""
-    own, note = model.state_dict(), f"{len(weights)} weights"
-    if count_classes(weights) != num_classes:
-        kept = {k for k in own if set(k.split(".")) & set(CLASSIFIERS)}
-        note += f", but {len(kept)} of the classifiers, which tell {count_classes(weights)} classes apart"
-        weights = weights | {k: own[k] for k in kept}
-    inner = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
-    if isinstance(model.backbone, fastvim.FastVim):
-        note += f", backbone: {fastvim.load_checkpoint(model.backbone, inner)}"
-        inner = model.backbone.state_dict()
+        reader = data.ADE20K
+        transform = data.SegmentationTransform(args.img_size, train, args.jitter, args.distort)
+    if args.data:
+        dataset = reader(args.data, split, transform)
     else:
-        inner |= {f"vit.{k}": v for k, v in resized_for(model.backbone, {
-            k.removeprefix("vit."): v for k, v in inner.items() if k.startswith("vit.")}).items()}
-    weights = weights | {f"backbone.{k}": v for k, v in inner.items()}
-    load_strictly(model, weights)
-    return note
+        dataset = data.Scenes(split, transform, args.img_size, args.task == "det")
+    count = len(dataset.classes)
+    known = classes or dataset.classes
+    unnamed = data.numbers(count) in (known, dataset.classes)
+    if len(known) != count or known != dataset.classes and not unnamed:
+        raise ValueError(f"{dataset.where} has {count} classes "
+                         f"({data.first_few(dataset.classes)}), the model knows {len(known)} "
+                         f"({data.first_few(known)})")
+    return dataset
 
 
-def no_weight_decay(task, name, param):
+def loader_of(args: runs.Options, ctx: training.Context, dataset, train=False):
+    """Segmentation is evaluated image by image, as each has a size of its own."""
+    settings = {}
+    if args.task == "det":
+        settings["merge"] = data.merge_detections
+    elif not train:
+        settings["batch_size"] = 1
+    if not args.data:
+        settings["workers"] = 0
+    return runs.loader_of(args, ctx, dataset, train, **settings)
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+def no_weight_decay(task: str, name: str, param: Tensor) -> bool:
     """Which parameters weight decay leaves alone."""
     last = name.split(".")[-1]
     if task == "det":
         return last == "pos_embed"
-    return name.startswith("backbone.") and ("norm" in name or last in (
-        "pos_embed", "cls_token", "A_log", "A_b_log", "D", "D_b"))
+    exempt = "norm" in name or last in ("pos_embed", "cls_token", "A_log", "D")
+    return name.startswith("backbone.") and exempt
 
 
-def lr_scale(args, name, param):
+def lr_scale(args: runs.Options, name: str, param: Tensor) -> float:
     """A parameter's share of the learning rate: that of a layer is smaller the earlier it comes."""
-    parts = name.split(".")
-    if parts[0] != "backbone":
+    if not name.startswith("backbone."):
         return 1.0
-    if {"patch_embed", "pos_embed", "cls_token"} & set(parts):
+    if {"patch_embed", "pos_embed", "cls_token"} & set(name.split(".")):
         return args.layer_decay ** 13
-    block = next((int(b) for a, b in zip(parts, parts[1:]) if a in ("layers", "blocks")), None)
+    block = re.search(r"\.(?:layers|blocks)\.(\d+)\.", name)
     if block is None or not args.decay_blocks:
         return 1.0
-    return args.layer_decay ** math.ceil(12 * (args.depth - block) / args.depth)
+    depth = depth_of(args)
+    return args.layer_decay ** math.ceil(12 * (depth - int(block[1])) / depth)
 
 
-# ---- Data ------------------------------------------------------------------------------------------------------------
-
-def open_split(args, split, classes=None):
-    """A split of --data or of the drawn scenes. classes: those that it must have, or how many."""
-    train, reader = split == "train", dict(seg=data.ADE20K, det=data.Coco)[args.task]
-    transform = data.DetectionTransform(args.img_size, train, args.jitter) if args.task == "det" else (
-        data.SegmentationTransform(args.img_size, train, args.jitter, args.distort))
-    found = reader(args.data, split, transform) if args.data else data.Scenes(
-        split, transform, args.img_size, args.task == "det")
-    count = len(found.classes)
-    known = data.numbers(classes) if isinstance(classes, int) else classes or found.classes
-    if len(known) != count or known != found.classes and data.numbers(count) not in (known, found.classes):
-        raise ValueError(f"{found.where} has {count} classes ({data.some(found.classes)}), the model knows "
-                         f"{len(known)} ({data.some(known)})")
-    return found
+def schedule(args: runs.Options, lr: float, total: int) -> Callable[[int], float]:
+    """The learning rate at each optimizer step of the run."""
+    if args.task == "seg":
+        return functools.partial(training.polynomial, total=total, value=lr, warmup=args.warmup)
+    return functools.partial(training.step_decay, value=lr, warmup=args.warmup,
+                             milestones=[round(total * share) for share in DROPS])
 
 
-def loader_of(args, ctx, dataset, train=False):
-    """Segmentation is evaluated image by image, as each has a size of its own."""
-    size = args.batch_size if train or args.task == "det" else 1
-    return data.make_loader(dataset, size, train=train, seed=args.seed, workers=args.workers if args.data else 0,
-                            rank=ctx.rank, world_size=ctx.world_size,
-                            merge=data.merge_detections if args.task == "det" else data.default_collate)
-
-
-# ---- Evaluation ------------------------------------------------------------------------------------------------------
-
-def count_confusions(labels, found, K):
-    """labels, found: any shape -> (K K) int64, how many pixels of which label were found to be what."""
-    known = labels != IGNORE_INDEX
-    return (labels[known] * K + found[known]).bincount(minlength=K * K).reshape(K, K)
-
-
-def iou_of(confusion):
-    """(K K) -> (K) intersection over union, in percent; NaN for a class that is neither there nor found."""
-    hit = confusion.diag().double()
-    return 100 * hit / (confusion.sum(0) + confusion.sum(1) - hit)
-
-
-def evaluate_segmenter(args, ctx, model, loader):
-    """-> {"miou", "pixels": percent of the labelled pixels that are right, "images"}, IoU of each class (K)"""
-    K = len(loader.dataset.dataset.classes)
-    confusion, images = torch.zeros(K, K, dtype=torch.long, device=ctx.device), torch.zeros((), device=ctx.device)
-    more = dict(scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), flip=True) if args.multi_scale else {}
-    with torch.no_grad():
-        for image, labels in filter(None, loader):
-            labels = labels.to(ctx.device)
-            with torch.autocast(ctx.device.type, torch.bfloat16, enabled=args.amp):
-                found = segment(model, image.to(ctx.device), labels.shape[1:], crop=args.img_size,
-                                stride=args.img_size * 2 // 3, **more).argmax(1)             # (1 H W)
-            confusion += count_confusions(labels, found, K)
-            images += 1
-    iou = iou_of(ctx.sum(confusion))                                        # the sum is in place
-    pixels = 100 * (confusion.diag().sum() / confusion.sum()).item()
-    return dict(miou=iou.nanmean().item(), pixels=pixels, images=ctx.sum(images).item()), iou
-
-
-def evaluate_detector(args, ctx, model, loader):
-    """-> {"box_ap", "mask_ap", each also at IoU 0.5 and 0.75, in percent, "images"}, by pycocotools; None"""
-    rle, dataset, found, images = data.extra("pycocotools.mask"), loader.dataset.dataset, [], []
-    with torch.no_grad():
-        for image, _, infos in filter(None, loader):
-            with torch.autocast(ctx.device.type, torch.bfloat16, enabled=args.amp):
-                outputs = model(image.to(ctx.device), sizes=[x["size"] for x in infos],
-                                originals=[x["original"] for x in infos])
-            for info, x in zip(infos, outputs):
-                images.append(info["id"])
-                coded = rle.encode(rearrange(x["masks"].byte(), "n h w -> h w n").cpu().numpy().copy(order="F"))
-                boxes = box_convert(x["boxes"], "xyxy", "xywh").tolist()
-                found += [dict(image_id=info["id"], category_id=dataset.category_ids[label], score=score, bbox=box,
-                               segmentation=mask) for label, score, box, mask in zip(
-                                   x["labels"].tolist(), x["scores"].tolist(), boxes, coded)]
-    everyone = [(found, images)]
-    if ctx.world_size > 1:
-        everyone = [None] * ctx.world_size
-        dist.all_gather_object(everyone, (found, images))
-    return average_precision(dataset.coco, [x for found, _ in everyone for x in found],
-                             sorted(i for _, images in everyone for i in images)), None
-
-
-MEASURES = dict(seg=evaluate_segmenter, det=evaluate_detector)
-
-
-def average_precision(coco, found, images):
-    """found: in COCO's format of results; images: the ids of those looked at."""
-    evaluation, metrics = data.extra("pycocotools.cocoeval").COCOeval, dict(images=len(images))
-    for kind, name, other in (("bbox", "box", "segmentation"), ("segm", "mask", "bbox")):
-        values = [0.0] * 3
-        if found:                                                           # pycocotools cannot do without
-            with contextlib.redirect_stdout(None):
-                # A result is small, medium or large by its own kind of area, so it may have one only.
-                results = coco.loadRes([{k: v for k, v in x.items() if k != other} for x in found])
-                result = evaluation(coco, results, kind)
-                result.params.imgIds = images
-                result.evaluate()
-                result.accumulate()
-                result.summarize()
-            values = result.stats[:3]
-        metrics |= {f"{name}_ap{at}": 100 * float(value) for at, value in zip(("", "50", "75"), values)}
-    return metrics
-
-
-# ---- Training --------------------------------------------------------------------------------------------------------
-
-def train(args, ctx):
-    path = args.init or args.backbone
-    content, resumed = train_imagenet.read_start(args, path)
-    whole = resumed or args.init
-    weights = {} if not path else dense_weights(args.task, content) if whole else fastvim.model_weights(content)[0]
-    complete(args, content, weights, MODEL_FLAGS if whole else BACKBONE_FLAGS)
+def train(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
     train_set = open_split(args, "train")
-    args.classes = train_set.classes                                        # kept in the checkpoint
-    val_set = open_split(args, "val", args.classes)
-    model = build_model(args, len(args.classes), weights)
-    if path and not resumed:
-        ctx.print(f"{path}:", load_dense(model, weights, len(args.classes)) if whole else
-                  load_backbone(model.backbone, content))
+    val_set = open_split(args, "val", train_set.classes)
+    model = build_model(args, len(train_set.classes))
+    if start.gives_weights:
+        ctx.print(f"{start.path}:", take_weights(args, model, start, len(train_set.classes)))
     model.backbone.requires_grad_(not args.freeze)
-    synchronous = ctx.world_size > 1 and ctx.device.type == "cuda"          # PyTorch's SyncBatchNorm is for GPUs only
-    if args.task == "seg" and args.batch_size == 1 and not synchronous:
-        raise ValueError("--batch-size 1: BatchNorm needs two images in each process (or, on several GPUs, in all)")
-    if synchronous:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model = model.to(ctx.device)
-    loader, val_loader = loader_of(args, ctx, train_set, train=True), loader_of(args, ctx, val_set)
-    ctx.print(f"{train_imagenet.model_name(args)}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{len(args.classes)} classes, {len(train_set):,} training and {len(val_set):,} validation images")
+    model = synchronized(args, ctx, model).to(ctx.device)
+    loader = loader_of(args, ctx, train_set, train=True)
+    val_loader = loader_of(args, ctx, val_set)
+    parameters = sum(param.numel() for param in model.parameters())
+    ctx.print(f"{model_name(args)}: {parameters:,} parameters, {len(train_set.classes)} classes, "
+              f"{len(train_set):,} training and {len(val_set):,} validation images")
 
     def loss_fn(net, batch):
         if args.task == "seg":
@@ -911,134 +298,123 @@ def train(args, ctx):
 
     def evaluate(model, epoch):
         metrics, _ = MEASURES[args.task](args, ctx, model, val_loader)
-        return metrics | {"unreadable": training.count_bad(ctx, train_set, val_set)}
+        return metrics | {"unreadable": runs.count_bad(ctx, train_set, val_set)}
 
-    groups = training.parameter_groups(model, args.weight_decay, functools.partial(no_weight_decay, args.task),
-                                       functools.partial(lr_scale, args))
+    lr = training.peak_lr(args, ctx)
+    groups = training.parameter_groups(
+        model, args.weight_decay, functools.partial(no_weight_decay, args.task),
+        functools.partial(lr_scale, args))
     total, _ = training.run_length(args, loader)
-
-    def lr(step):
-        if args.task == "seg":
-            return training.polynomial(step, total, args.lr, warmup=args.warmup)
-        return training.step_decay(step, args.lr, [round(total * share) for share in DROPS], warmup=args.warmup)
-
-    training.fit(args, ctx, model, loader, loss_fn, torch.optim.AdamW(groups, lr=args.lr), lr, evaluate=evaluate,
-                 metric=dict(seg="miou", det="box_ap")[args.task],
-                 harmless=("data", "eval", "predict", "backbone", "init", "grad_checkpointing", "multi_scale"))
+    training.fit(
+        args, ctx, model, loader, loss_fn, torch.optim.AdamW(groups, lr=lr),
+        schedule(args, lr, total),
+        evaluate=evaluate, metric=METRICS[args.task],
+        harmless=("data", "eval", "predict", "backbone", "init", "grad_checkpointing",
+                  "multi_scale"),
+        about={"built": {"name": model_name(args), "fields": backbone_fields(args)},
+               "classes": train_set.classes})
     if ctx.is_main:
-        draw_examples(args, ctx, model, val_set)
+        draw_examples(args, ctx, model.eval(), val_set)
 
 
-def restore(args, ctx, path):
-    """-> the model with the weights at path, and the names of its classes."""
-    content = fastvim.read_checkpoint(path)
-    weights = dense_weights(args.task, content)
-    drawn = complete(args, content, weights)
-    model = build_model(args, count_classes(weights), weights)
-    ctx.print(f"{path}: {load_dense(model, weights, count_classes(weights))}")
-    if not (args.predict or args.data or drawn):
-        raise ValueError("--eval: this model was trained on files, so --data has to say where they are")
-    return model.to(ctx.device).eval(), args.classes or names_of(args.task, count_classes(weights))
+def take_weights(args: runs.Options, model: nn.Module, start: runs.Saved, num_classes: int) -> str:
+    """--init's or --backbone's into the model; -> what was taken, in words."""
+    if args.init:
+        return load_dense(model, dense_weights(args.task, start.content), num_classes)
+    return load_backbone(model.backbone, start.content)
 
 
-def names_of(task, count):
-    """Names for the classes of a released model: COCO's, or numbers, ADE20K's."""
-    coco = data.extra("torchvision.models.detection").MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    coco = [name for name in coco if name not in ("__background__", "N/A")]
-    return coco if task == "det" and count == len(coco) else data.numbers(count)
+def synchronized(args: runs.Options, ctx: training.Context, model: nn.Module) -> nn.Module:
+    """The model with BatchNorm over all processes; PyTorch's is for GPUs only. ValueError: it would
+    see one image."""
+    if ctx.world_size > 1 and ctx.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if args.task == "seg" and args.batch_size == 1:
+        raise ValueError("--batch-size 1: BatchNorm needs two images in each process (or, on "
+                         "several GPUs, in all)")
+    return model
 
 
-def evaluate(args, ctx):
-    model, classes = restore(args, ctx, args.eval)
-    dataset = open_split(args, "val", args.classes or len(classes))
+# ---- A trained model -----------------------------------------------------------------------------
+
+def restore(args: runs.Options, ctx: training.Context, start: runs.Saved) -> tuple[nn.Module, int]:
+    """-> the model of the checkpoint, and how many classes it tells apart."""
+    weights = dense_weights(args.task, start.content)
+    count = count_classes(weights)
+    model = build_model(args, count)
+    ctx.print(f"{start.path}: {load_dense(model, weights, count)}")
+    return model.to(ctx.device).eval(), count
+
+
+def evaluate(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
+    model, count = restore(args, ctx, start)
+    drawn = start.options and not start.options.get("data")
+    if not args.data and not drawn:
+        raise ValueError("--eval: this model was trained on files, so --data has to say where they "
+                         "are")
+    dataset = open_split(args, "val", start.classes or data.numbers(count))
     metrics, iou = MEASURES[args.task](args, ctx, model, loader_of(args, ctx, dataset))
     if iou is not None:
-        ctx.print("\n".join(f"{value:6.1f}  {name}" for name, value in zip(dataset.classes, iou.tolist())))
-    metrics |= dict(unreadable=training.count_bad(ctx, dataset))
+        for name, value in zip(dataset.classes, iou.tolist()):
+            ctx.print(f"{value:6.1f}  {name}")
+    metrics |= {"unreadable": runs.count_bad(ctx, dataset)}
     ctx.print(", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
 
 
-# ---- Pictures --------------------------------------------------------------------------------------------------------
-
-def colour(i):
-    """A colour for class i: hues at the golden angle never come close to each other soon."""
-    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.5 + 0.5 * (i % 3 != 1), 1.0))
-
-
-@torch.no_grad()
-def draw_seen(args, ctx, model, classes, pixels):
-    """pixels (3 H W) uint8 -> a picture of what the model sees there, PIL, with 200 to 1600 pixels on its long side."""
-    long = max(pixels.shape[1:])
-    H, W = (max(1, round(length * min(max(1, 400 // long), 1600 / long))) for length in pixels.shape[1:])
-    canvas = F.interpolate(pixels[None].float(), (H, W), mode="area")[0].byte()              # (3 H W)
-    if args.task == "det":
-        image, _, info = data.DetectionTransform(args.img_size, False)(
-            pixels, dict(id=0, labels=torch.zeros(0), masks=pixels[:0]))
-        [found] = model(image[None].to(ctx.device), sizes=[info["size"]], originals=[(H, W)])
-        found = {k: v[found["scores"] >= 0.5].cpu() for k, v in found.items()}
-        colours = [colour(i) for i in found["labels"].tolist()]
-        texts = [f"{classes[i]} {score:.2f}" for i, score in zip(found["labels"].tolist(), found["scores"].tolist())]
-        if texts:
-            canvas = draw_segmentation_masks(canvas, found["masks"], 0.5, colours)
-            canvas = draw_bounding_boxes(canvas, found["boxes"], texts, colours, width=2)
-        return to_pil_image(canvas)
-    image, _ = data.SegmentationTransform(args.img_size, False)(pixels, pixels[0])
-    found = segment(model, image[None].to(ctx.device), (H, W), crop=args.img_size, stride=args.img_size * 2 // 3)
-    found = found[0].argmax(0).cpu()                                        # (H W)
-    shown = found.unique()                                                  # (classes)
-    colours = [colour(i) for i in shown.tolist()]
-    canvas = draw_segmentation_masks(canvas, found == shown[:, None, None], 0.5, colours)
-    canvas = to_pil_image(F.pad(canvas, (0, 120, 0, max(0, 14 * len(shown) + 12 - H))))
-    pencil = data.extra("PIL.ImageDraw").Draw(canvas)                       # a legend at the right
-    for line, (i, fill) in enumerate(zip(shown.tolist(), colours)):
-        pencil.text((W + 8, 6 + 14 * line), classes[i], fill=fill)
-    return canvas
+def predict(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
+    """Draws OUT/NAME-seg.png or -det.png of each image; of a second one of that name NAME-2-..."""
+    model, count = restore(args, ctx, start)
+    classes = start.classes or names_of(args.task, count)
+    names = collections.Counter()
+    for path, image in data.each_readable(args.predict, data.load_rgb):
+        name = pathlib.Path(path).stem
+        names[name] += 1
+        if names[name] > 1:
+            name += f"-{names[name]}"
+        picture = draw_prediction(args, ctx, model, classes, data.to_pixels(image))
+        save_picture(args, f"{name}-{args.task}.png", picture)
 
 
-def save_picture(args, name, picture):
-    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
-    picture.save(pathlib.Path(args.out, name))
+def names_of(task: str, count: int) -> list[str]:
+    """Names for the classes of a released model: COCO's, or numbers, ADE20K's."""
+    weights = data.extra("torchvision.models.detection").MaskRCNN_ResNet50_FPN_Weights.COCO_V1
+    coco = [name for name in weights.meta["categories"] if name not in ("__background__", "N/A")]
+    if task == "det" and count == len(coco):
+        return coco
+    return data.numbers(count)
+
+
+def save_picture(args: runs.Options, name: str, picture) -> None:
+    folder = pathlib.Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    picture.save(folder / name)
     print(f"{args.out}/{name}")
 
 
-def draw_examples(args, ctx, model, dataset, count=4):
-    """OUT/example-0.png ...: what the model sees in the first validation images."""
+def draw_examples(args: runs.Options, ctx: training.Context, model: nn.Module, dataset: data.Files,
+                  count: int = 4) -> None:
+    """OUT/example-0.png ...: what the model says of the first validation images."""
     for i, sample in enumerate(dataset.samples[:count]):
         try:
             pixels = dataset.load(*sample)[0]
-        except Exception:                                                   # it has been reported as a bad file
+        except Exception:  # noqa: S112         it has been reported as a bad file
             continue
-        save_picture(args, f"example-{i}.png", draw_seen(args, ctx, model.eval(), args.classes, pixels))
+        picture = draw_prediction(args, ctx, model, dataset.classes, pixels)
+        save_picture(args, f"example-{i}.png", picture)
 
 
-def predict(args, ctx):
-    """Draws OUT/NAME-seg.png or -det.png of each image; of a second one of that name NAME-2-..., and so on."""
-    path = args.eval or f"{args.out}/best.pt"
-    if not args.eval and args.out == RECIPES[args.task]["out"] and not pathlib.Path(path).exists():
-        path = f"{SCENES[args.task]['out']}/best.pt"                        # where a run without --data leaves it
-    model, classes = restore(args, ctx, path)
-    names = collections.Counter()
-    for path, image in data.each_readable(args.predict, data.load_rgb):
-        stem = pathlib.Path(path).stem
-        names[stem] += 1
-        number = f"-{names[stem]}" if names[stem] > 1 else ""
-        picture = draw_seen(args, ctx, model, classes, data.to_pixels(image))
-        save_picture(args, f"{stem}{number}-{args.task}.png", picture)
-
-
-def main():
-    args = get_args()
-    with training.plain_errors("finetune_dense.py", args, data.BadDataError, OSError):
+def main() -> None:
+    with runs.plain_errors("finetune_dense.py", data.BadDataError, OSError):
+        args, start = get_args()
         ctx = training.setup(args, training=not (args.eval or args.predict))
-        if args.predict:
-            if ctx.is_main:
-                predict(args, ctx)
-        elif args.eval:
-            evaluate(args, ctx)
-        else:
+        if args.predict and ctx.is_main:
+            predict(args, ctx, start)
+        elif args.eval and not args.predict:
+            evaluate(args, ctx, start)
+        elif not args.predict:
             if not args.data:
                 ctx.print("no --data: training on drawn scenes, by a recipe scaled to them")
-            train(args, ctx)
+            train(args, ctx, start)
         ctx.close()
 
 

@@ -3,8 +3,8 @@
 //     g++ -std=c++17 -O3 -march=native -fopenmp -shared -fPIC -Wall -Wextra scan_cpu.cpp -o scan_cpu.so
 //
 // Plain C functions, called through ctypes. No torch header, no -ffast-math: NaN and infinity travel as they do in
-// PyTorch. The argument structures, the walk and the letters of the axes are those of scan.h; besides, W is the lanes of
-// a vector, and T the type of the activations, float or bf16 (dtype 0 or 1).
+// PyTorch. The argument structures, the walk and the letters of the axes are those of scan.h; besides, W is the lanes
+// of a vector, T the type of the activations, float or bf16 (dtype 0 or 1), and dir a direction.
 //
 // Four ideas carry everything after the naive scan. Figures in comments: FastVim-T, 8 images of 224 px, one core of a
 // 3 GHz AVX-512 Xeon, halved as if for two; ns per b l e element where nothing else is said.
@@ -62,7 +62,8 @@ extern "C" int selective_scan_naive(const SelectiveScan* a, void*) {
 // instruction. Functions are templates over V = Vec or float, so that the same line serves the rest of e % W.
 
 #define INLINE inline __attribute__((always_inline))
-#define EACH [&](auto lane, At at) __attribute__((always_inline))       // the body of a loop over channels
+#define INLINED __attribute__((always_inline))                          // the same of a lambda
+#define EACH [&](auto lane, At at) INLINED                              // the body of a loop over channels
 #define FULLY _Pragma("GCC unroll 16")                                  // arrays of vectors are registers if unrolled
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
@@ -394,7 +395,7 @@ template <int U, class T> struct Tile {
     template <class P> INLINE void of_tokens(P* rows, P* hole, P** out) const {
         for (int u = 0; u < U; u++) out[u] = step[u] < 0 ? hole : rows + token[u] * view.e;
     }
-    void clear_holes(T* rows, i64 stride) const {
+    INLINE void clear_holes(T* rows, i64 stride) const {
         for (int u = 0; u < U; u++)
             if (step[u] < 0) std::memset((void*)(rows + token[u] * stride), 0, view.e * sizeof(T));
     }
@@ -434,38 +435,39 @@ template <int U, class V> INLINE void conv(const V* x, const float* row, V (*t)[
 // Where a chunk adds up: rows [p][e] of each direction, and what belongs to a hole
 struct Pool { float* sum[2]; int32_t* argmax[2]; float* trash; int32_t* trash_argmax; };
 
-// c of U positions and one direction, added to the rows `to`, which are one row if all are of one step
+// c of U positions and one direction, added to (or compared with) the rows `to`; one_step: these are one row
 template <int U, class V>
-INLINE void pool_mean(const V* c, const float* weight, bool one_step, float* const* to, At at) {
+INLINE void pool(const V* c, const float* weight, bool one_step, bool max, i64 t, float* const* to,
+                 int32_t* const* argmax, At at) {
+    using I = typename Of<V>::I;
     if (one_step) {
         V s = load<V>(to[0] + at);
         for (int u = 0; u < U; u++) s += weight[u] * c[u];
-        store(to[0] + at, s);
-    } else {
-        FULLY for (int u = 0; u < U; u++) add_to(to[u] + at, weight[u] * c[u]);
+        return store(to[0] + at, s);
     }
-}
-
-template <int U, class V>
-INLINE void pool_max(const V* c, i64 t, float* const* to, int32_t* const* argmax, At at) {
-    using I = typename Of<V>::I;
     FULLY for (int u = 0; u < U; u++) {
-        V v = -LN2 * c[u], best = load<V>(to[u] + at);
+        V v = weight[u] * c[u], best = load<V>(to[u] + at);
+        if (!max) {
+            store(to[u] + at, best + v);
+            continue;
+        }
         auto better = (v > best) | ((v != v) & (best == best));         // of equal ones the first stays
         store(to[u] + at, better ? v : best);
         store(argmax[u] + at, better ? int32_t(t + u) - I{} : load<I>(argmax[u] + at));
     }
 }
 
-template <int U, class T> INLINE void pool_tile(const Tile<U, T>& tile, const Pool& pool, bool max) {
+template <int U, class T> INLINE void pool_tile(const Tile<U, T>& tile, const Pool& out, bool max) {
     const float* rows = tile.view.packed.rows;
+    const i64 t = tile.t;
+    const bool one_step = tile.one_step && !max;
     float *to[2][U], weight[U];
     int32_t* argmax[2][U] = {};
     for (int dir = 0; dir < 2; dir++) {
-        tile.of_steps(pool.sum[dir], pool.trash, to[dir]);
-        if (max) tile.of_steps(pool.argmax[dir], pool.trash_argmax, argmax[dir]);
+        tile.of_steps(out.sum[dir], out.trash, to[dir]);
+        if (max) tile.of_steps(out.argmax[dir], out.trash_argmax, argmax[dir]);
     }
-    for (int u = 0; u < U; u++) weight[u] = -LN2 * tile.view.walk.weight[tile.t + u];
+    for (int u = 0; u < U; u++) weight[u] = -LN2 * (max ? 1.f : tile.view.walk.weight[t + u]);
     channels(tile.view.e, EACH {
         using V = decltype(lane);
         V x[U + 6], c[2][U];
@@ -473,8 +475,7 @@ template <int U, class T> INLINE void pool_tile(const Tile<U, T>& tile, const Po
         conv<U>(x, rows + at.in(ROWS), c);
         FULLY for (int dir = 0; dir < 2; dir++) {
             FULLY for (int u = 0; u < U; u++) c[dir][u] *= sigmoid2(c[dir][u]);
-            if (max) pool_max<U>(c[dir], tile.t, to[dir], argmax[dir], at);
-            else pool_mean<U>(c[dir], weight, tile.one_step, to[dir], at);
+            pool<U>(c[dir], weight, one_step, max, t, to[dir], argmax[dir], at);
         }
     });
 }
@@ -483,18 +484,20 @@ template <class T> void pool_chunk(const ConvPool& a, const View<T>& view, const
     const i64 e = a.n.e, pe = a.n.p * e, from = c.p0 * e, to = c.p1 * e;
     const bool max = a.max;
     float* trash = scratch<TASK>(2 * whole(e));
-    Pool pool{{}, {}, trash, (int32_t*)trash + whole(e)};
+    Pool out{{}, {}, trash, (int32_t*)trash + whole(e)};
     for (int dir = 0; dir < 2; dir++) {
         const i64 own = (dir * a.n.b + c.image) * pe;
-        pool.sum[dir] = c.part < 0 ? a.pooled + own : partial + (c.part * 2 + dir) * pe;
-        std::fill(pool.sum[dir] + from, pool.sum[dir] + to, max ? -INFINITY : 0.f);
-        if (max) pool.argmax[dir] = a.argmax + own;
-        if (max) std::fill(pool.argmax[dir] + from, pool.argmax[dir] + to, -1);
+        out.sum[dir] = c.part < 0 ? a.pooled + own : partial + (c.part * 2 + dir) * pe;
+        std::fill(out.sum[dir] + from, out.sum[dir] + to, max ? -INFINITY : 0.f);
+        if (max) out.argmax[dir] = a.argmax + own;
+        if (max) std::fill(out.argmax[dir] + from, out.argmax[dir] + to, -1);
     }
-    tiles(view, c.t0, c.t1, [&](const auto& tile) { pool_tile(tile, pool, max); });
+    // A loop for each kind: one that asks for it inside needs more registers: maxima 10 % slower.
+    if (max) tiles(view, c.t0, c.t1, [&](const auto& tile) INLINED { pool_tile(tile, out, true); });
+    else tiles(view, c.t0, c.t1, [&](const auto& tile) INLINED { pool_tile(tile, out, false); });
     for (i64 step = c.p0; max && step < c.p1; step++)
         if (view.walk.start[step] == view.walk.start[step + 1])         // nothing was kept of it
-            for (float* sum : pool.sum) std::fill(sum + step * e, sum + (step + 1) * e, 0.f);
+            for (float* sum : out.sum) std::fill(sum + step * e, sum + (step + 1) * e, 0.f);
 }
 
 extern "C" int conv_pool(const ConvPool* a, void*) {
@@ -596,7 +599,7 @@ extern "C" int expand_gate(const ExpandGate* a, void*) {
         const View<decltype(type)> view(*a, packed, i / parts);
         float* buffer = scratch<TASK>((TILE + 1) * whole(n.e));
         tiles(view, part * n.l / parts, (part + 1) * n.l / parts,
-              [&](const auto& tile) { gate_tile(*a, tile, buffer); });
+              [&](const auto& tile) INLINED { gate_tile(*a, tile, buffer); });
     });
     return 0;
 }
@@ -672,7 +675,7 @@ extern "C" int expand_gate_backward(const ExpandGateBackward* a, void*) {
         float* buffer = scratch<TASK>((2 * TILE + 1) * ew);
         float* ds = c.part < 0 ? a->ds + c.image * pe : partial + c.part * pe;
         std::fill(ds + c.p0 * n.e, ds + c.p1 * n.e, 0.f);
-        tiles(view, c.t0, c.t1, [&](const auto& tile) { gate_tile_backward(*a, tile, ds, dnorm, buffer); });
+        tiles(view, c.t0, c.t1, [&](const auto& tile) INLINED { gate_tile_backward(*a, tile, ds, dnorm, buffer); });
     });
     chunks.reduce(partial, 1, n.b, pe, a->ds);
     const float* total = slots.total();
@@ -761,14 +764,14 @@ void conv_piece_backward(const ConvPoolBackward& a, const View<T>& view, i64 t0,
     std::fill(carry, carry + 6 * ew, 0.f);
     // The 3 positions on either side matter to dx here; their share of the parameters belongs to another piece.
     for (i64 t = first; t < t0; t++) conv_tile_backward(a, Tile<1, T>(view, t), piece, halo_sums);
-    tiles(view, t0, t1, [&](const auto& tile) { conv_tile_backward(a, tile, piece, sums); });
+    tiles(view, t0, t1, [&](const auto& tile) INLINED { conv_tile_backward(a, tile, piece, sums); });
     for (i64 t = t1; t < last; t++) conv_tile_backward(a, Tile<1, T>(view, t), piece, halo_sums);
     for (i64 t = std::max(last - 3, t0); t < t1; t++)                   // the end of the image: what is still carried
         channels(e, EACH {
             auto rest = load<decltype(lane)>(carry + (t - last + 3) * ew + at);
             store(dx + view.walk.token[t] * 2 * e + at, rest);
         });
-    tiles(view, t0, t1, [&](const auto& tile) { tile.clear_holes((T*)a.dxz, 2 * e); });
+    tiles(view, t0, t1, [&](const auto& tile) INLINED { tile.clear_holes((T*)a.dxz, 2 * e); });
 }
 
 extern "C" int conv_pool_backward(const ConvPoolBackward* a, void*) {
@@ -794,8 +797,8 @@ extern "C" int conv_pool_backward(const ConvPoolBackward* a, void*) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 8. selective_scan
 //
-// A vector of channels walks over stretches of STEPS steps, and over each stretch GROUP states at a time: the states are
-// registers, any n will do, and the exps of all steps are ready to run because delta was computed before. (With 16
+// A vector of channels walks over stretches of STEPS steps, and over each stretch GROUP states at a time: the states
+// are registers, any n will do, and the exps of all steps are ready to run because delta was computed before. (With 16
 // states in registers and one step after the other, every exp waits for the softplus of its step: 8.8 G exp/s instead
 // of 11.5, backwards 2.8 instead of 4.5.) GROUP = 1 would be 10.6 and 3.9: states side by side hide each other's
 // latencies and share loads and stores.
@@ -855,7 +858,7 @@ struct Run {
     template <class V, class F>
     INLINE void advance_all(i64 from, i64 count, const float* A_rows, const V* delta, const V* u, const float* h_rows,
                             float* next, F visit) const {
-        groups(n, [&](auto size, i64 j) __attribute__((always_inline)) {
+        groups(n, [&](auto size, i64 j) INLINED {
             constexpr int M = decltype(size)::value;
             V A[M], h[M];
             load_rows<M>(A_rows + j * W, A);
@@ -983,7 +986,7 @@ static void reverse_stretch(const SelectiveScanBackward& a, const Run run, const
             s.dy[i] = load<V>(a.ds + (run.row(from + i) - ds_first) * e + at);
             s.du[i] = s.ddelta[i] = V{};
         }
-        groups(n, [&](auto size, i64 j) __attribute__((always_inline)) {
+        groups(n, [&](auto size, i64 j) INLINED {
             reverse<decltype(size)::value>(run, task, at, j, stretch, count, s);
         });
         for (i64 i = 0; i < count; i++) {

@@ -1,273 +1,496 @@
 """
-Masked autoencoding, section 4.3 of the paper: FastMaskVim learns to paint the three quarters of an image that it is not
-shown; then a classifier is fine-tuned from its encoder, or a linear one trained on the frozen encoder.
+Masked autoencoding, section 4.3 of the paper: FastMaskVim learns to paint the three quarters of an
+image that it is not shown; then a classifier is fine-tuned from its encoder, or a linear one
+trained on the frozen encoder.
 
-    python train_mae.py pretrain                                without --data: handwritten digits, minutes on a CPU
-    python train_mae.py finetune                                from the last pretraining; --scratch: from none
+    python train_mae.py pretrain         without --data: handwritten digits, minutes on a CPU
+    python train_mae.py finetune         from the last pretraining; --scratch: from none
     python train_mae.py linear
 
-    torchrun ... train_mae.py pretrain --size b --data IMAGENET_DIR --batch-size 64 --accum 8             8 GPUs: 4096
-    torchrun ... train_mae.py finetune --data IMAGENET_DIR --init runs/mae/last.pt --batch-size 128       8 GPUs: 1024
-    torchrun ... train_mae.py finetune --data IMAGENET_DIR --init runs/mae_h/last.pt --img-size 448 --crop-pct 1
+    torchrun ... train_mae.py pretrain --size b --data DIR --batch-size 64 --accum 8   8 GPUs: 4096
+    torchrun ... train_mae.py finetune --data DIR --init runs/mae/last.pt              8 GPUs: 1024
+    torchrun ... train_mae.py finetune --data DIR --init runs/mae_h/last.pt --img-size 448
     python train_mae.py pretrain --reconstruct cat.jpg dog.png --init runs/mae/last.pt
-    python train_imagenet.py --data IMAGENET_DIR --eval runs/mae_finetune/best.pt                also --predict IMAGE
+    python train_imagenet.py --data DIR --eval runs/mae_finetune/best.pt        also --predict IMAGE
 
-Every stage takes what it needs to know of the model from the checkpoint it starts from (--init); released checkpoints
-do not say, so name --size, or --model vim_base, and --pool-scale 0.25 of a FastVim that is already fine-tuned.
+Every stage takes what it needs to know of the model from the checkpoint it starts from (--init);
+released checkpoints do not say, so name --size, or --model vim_base, and --pool-scale 0.25 of a
+FastVim that is already fine-tuned.
 
 What the paper reports (ImageNet-1k top-1):
 
-    fine-tuned    FastMaskVim-B 83.0, L 84.9, H 86.1, H at 448 px 86.7; Vim-B 83.3, L 85.1 (pretrain --model vim_base)
-                  B after epoch 10, 50, 100: 74.3, 81.0, 83.0
-    linear        FastMaskVim-L 60.2; Vim-L 45.6; FastMaskVim-L without the scale factor 0.02 (linear --pool-scale 1)
+    fine-tuned    FastMaskVim-B 83.0 (epoch 10, 50: 74.3, 81.0), L 84.9, H 86.1, H at 448 px 86.7;
+                  pretrain --model vim_base 83.3, vim_large 85.1
+    linear        FastMaskVim-L 60.2, without the scale factor 0.02 (--pool-scale 1); Vim-L 45.6
     pretraining   B's loss near epoch 50, 100, 400, 1600: 0.454, 0.444, 0.438, 0.422
-    ablations     L 84.6 without the scale factor (finetune --pool-scale 1), 83.9 with a decay of the learning rate at
-                  every block (finetune --decay-blocks 1); B 82.8 with means over the kept tokens (pretrain
-                  --mask-divisor count)
+    ablations     L 84.6 without the scale factor (finetune --pool-scale 1), 83.9 with a decay of
+                  the learning rate at every block (finetune --decay-blocks 1); B 82.8 with means
+                  over the kept tokens (pretrain --mask-divisor count)
 """
 import argparse
 import math
 import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageDraw
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from PIL import ImageDraw
+from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
+import checkpoints
+import classification
 import data
 import fastvim
-import train_imagenet
+import runs
+import safety
 import training
 
-# Tables 9 to 11. The learning rate is that of the whole effective batch (MAE's base rate x batch / 256).
-PRETRAIN = dict(recipe_lr=1.5e-4 * 4096 / 256, recipe_batch=4096, epochs=1600.0, warmup=40.0, weight_decay=0.05,
-                eval_every=20, drop_path=0.0, auto_augment="none", reprob=0.0, crop_scale=0.2)
-MASKING = dict(mask_ratio=0.75, mask_divisor="axis", decoder_depth=2, decoder_dim=512, released_masking=False,
+# Tables 9 to 11. A learning rate is that of the whole batch: MAE's base rate x batch / 256.
+COMMON = dict(runs.TRAINING, model="fastvim_tiny", img_size=classification.IMG_SIZE)
+PRETRAIN = dict(COMMON, recipe_lr=1.5e-4 * 4096 / 256, recipe_batch=4096, epochs=1600.0,
+                warmup=40.0, weight_decay=0.05, eval_every=20, drop_path_rate=0.0,
+                auto_augment="none", reprob=0.0, crop_scale=0.2, out="runs/mae")
+MASKING = dict(mask_ratio=0.75, mask_divisor="axis", decoder_depth=2, decoder_dim=512,
                pixel_loss=False)
-FINETUNE = dict(recipe_lr=5e-4 * 1024 / 256, recipe_batch=1024, epochs=100.0, warmup=5.0, weight_decay=0.05,
-                layer_decay=0.65, drop_path=0.3, auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25, crop_scale=0.08,
-                mixup=0.8, cutmix=1.0, smoothing=0.1)
-FINETUNE_LARGE = dict(recipe_lr=1e-3 * 1024 / 256, epochs=50.0, layer_decay=0.75)           # L and H
+FINETUNE = dict(COMMON, **classification.AUGMENTATION, recipe_lr=5e-4 * 1024 / 256,
+                recipe_batch=1024, epochs=100.0, warmup=5.0, weight_decay=0.05, layer_decay=0.65,
+                decay_blocks=2, drop_path_rate=0.3, out="runs/mae_finetune")
+FINETUNE_LARGE = dict(recipe_lr=1e-3 * 1024 / 256, epochs=50.0, layer_decay=0.75)  # L and H
 FINETUNE_448 = dict(clip=3.0, crop_pct=1.0)
-LINEAR = dict(recipe_lr=0.1 * 4096 / 256, recipe_batch=4096, epochs=90.0, warmup=10.0, weight_decay=0.0, drop_path=0.0,
-              auto_augment="none", reprob=0.0, crop_scale=0.08, mixup=0.0, cutmix=0.0, smoothing=0.0)
-FINETUNE_END = 1e-5                                                         # of its cosine; the others end at 0
+FINETUNE_END = 1e-5  # of its cosine; the others end at 0
+LINEAR = dict(COMMON, recipe_lr=0.1 * 4096 / 256, recipe_batch=4096, epochs=90.0, warmup=10.0,
+              weight_decay=0.0, drop_path_rate=0.0, auto_augment="none", reprob=0.0,
+              crop_scale=0.08, mixup=0.0, cutmix=0.0, smoothing=0.0, out="runs/mae_linear")
+RECIPES = dict(pretrain=PRETRAIN | MASKING, finetune=FINETUNE, linear=LINEAR)
 
 # The same on the digits, scaled to 1,437 training images of 8 x 8 pixels and two CPU cores.
 DIGITS_MODEL = dict(img_size=32, patch_size=4, decoder_dim=128)
 DIGITS = dict(
-    pretrain=dict(recipe_lr=1e-3, recipe_batch=64, batch_size=64, epochs=20.0, warmup=2.0, eval_every=5,
-                  out="runs/digits_mae"),
-    finetune=dict(recipe_lr=1e-3, recipe_batch=32, batch_size=32, epochs=2.0, warmup=0.5, drop_path=0.0, mixup=0.0,
-                  cutmix=0.0, layer_decay=0.9, out="runs/digits_finetune"),
+    pretrain=dict(recipe_lr=1e-3, recipe_batch=64, batch_size=64, epochs=20.0, warmup=2.0,
+                  eval_every=5, out="runs/digits_mae"),
+    finetune=dict(recipe_lr=1e-3, recipe_batch=32, batch_size=32, epochs=2.0, warmup=0.5,
+                  drop_path_rate=0.0, mixup=0.0, cutmix=0.0, layer_decay=0.9,
+                  out="runs/digits_finetune"),
     linear=dict(recipe_lr=0.1 * 64 / 256, recipe_batch=64, batch_size=64, epochs=10.0, warmup=1.0,
                 out="runs/digits_linear"))
 
+# ---- Options -------------------------------------------------------------------------------------
 
-def get_args(argv=None):
-    """The command line, completed by what the checkpoint says that it starts from -> args, the parser of its stage, and
-    train_imagenet.starting_point. Raises FileNotFoundError or ValueError if there is no such checkpoint."""
-    top = argparse.ArgumentParser(description="Masked autoencoding. Without --data: on the handwritten digits that "
-                                  "come with scikit-learn, by recipes scaled to them.")
-    stages, parsers = top.add_subparsers(dest="stage", required=True, metavar="STAGE"), {}
-    for stage, recipe, text, more in (
-            ("pretrain", PRETRAIN, "Learn to paint what is masked.", ""),
-            ("finetune", FINETUNE, "Train a classifier that starts from the encoder.",
-             " FastVim-L and -H: learning rate 0.004 x batch / 1024, 50 epochs, layer decay 0.75. From 448 px on: "
-             "--clip 3 --crop-pct 1."),
-            ("linear", LINEAR, "Train a linear classifier on the frozen encoder.", "")):
-        parser = parsers[stage] = stages.add_parser(
-            stage, help=text, usage="%(prog)s [options]",
-            description=f"{text}{more} Without --data: on the digits, by a recipe scaled to them.")
+
+def make_parsers() -> tuple[runs.Parser, dict[str, argparse.ArgumentParser]]:
+    """-> the parser of the command line, and that of each stage."""
+    top = runs.Parser(description="Masked autoencoding. Without --data: on the handwritten digits "
+                      "that come with scikit-learn, by recipes scaled to them.")
+    stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    texts = dict(
+        pretrain="Learn to paint what is masked.",
+        finetune="Train a classifier that starts from the encoder. FastVim-L and -H: learning rate "
+        "0.004 x batch / 1024, 50 epochs, layer decay 0.75. From 448 px on: --clip 3 --crop-pct 1.",
+        linear="Train a linear classifier on the frozen encoder.")
+    parsers = {}
+    for stage, text in texts.items():
+        parser = stages.add_parser(stage, help=text.partition(".")[0], description=text,
+                                   usage="%(prog)s [options]")
+        parsers[stage] = parser
         add = parser.add_argument_group("what to do").add_argument
-        add("--data", metavar="DIR", help="ImageNet's layout: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (or .png)")
-        add("--init", metavar="CKPT", help="start from this checkpoint, ours or a released one" + (
-            "" if stage == "pretrain" else " (default: the last pretraining)"))
+        classification.add_data_argument(add)
+        add("--init", metavar="CKPT", help="start from this checkpoint, ours or a released one "
+            "(default: the last pretraining; pretrain: none)")
         if stage == "pretrain":
-            add("--reconstruct", metavar="IMAGE", nargs="+", help="only paint these images by --init (default: "
-                "OUT/last.pt), into OUT/reconstruct.png")
+            add_pretraining_arguments(add)
         else:
             add("--scratch", action="store_true", help="start from random weights instead")
-        add = train_imagenet.add_model_arguments(parser)
-        if stage == "pretrain":
-            add("--mask-ratio", type=float, help="share of the patches that is removed (default 0.75)")
-            add("--mask-divisor", choices=["axis", "count"], help="what divides a row's sum: its "
-                "length, or how many tokens it kept (default axis)")
-            add("--released-masking", action="store_true", help="mix rows backwards, as the released code does")
-            add("--decoder-depth", type=train_imagenet.WHOLE, help="Vim blocks (default 2)")
-            add("--decoder-dim", type=train_imagenet.WHOLE, help="their width (default 512)")
-            add("--pixel-loss", action="store_true", help="paint the pixels themselves, not normalised by patch")
-        else:
-            add("--released-pos-rows", action="store_true", help="hand over Vim's position rows in the released code's "
-                "order, which gives half of the patches a neighbour's")
+            add("--released-pos-rows", action="store_true", help="hand over Vim's position rows in "
+                "the released code's order, which gives half of the patches a neighbour's")
         if stage == "finetune":
-            add("--layer-decay", type=training.number(float, 0.01, 1.01), help="factor of the learning rate per step "
-                "away from the head (default 0.65, L and H 0.75)")
-            add("--decay-blocks", type=train_imagenet.WHOLE, default=2, help="a step every so many blocks (default 2)")
-        add = train_imagenet.add_image_arguments(parser)
+            add("--layer-decay", type=runs.number(float, 0.01, 1.01), help="factor of the learning "
+                "rate per step away from the head (default 0.65, L and H 0.75)")
+            add("--decay-blocks", type=runs.WHOLE, help="a step every so many blocks")
+        classification.add_model_arguments(parser)
+        add = classification.add_image_arguments(parser)
         if stage != "pretrain":
-            train_imagenet.add_label_arguments(add)
-        training.add_training_arguments(parser, lr=recipe["recipe_lr"], recipe_batch=recipe["recipe_batch"],
-                                        out="runs/mae" + f"_{stage}" * (stage != "pretrain"))
-        parser.set_defaults(**recipe, probe=stage == "linear")
-    first, _ = top.parse_known_args(argv)
-    parser, paints = parsers[first.stage], first.stage == "pretrain" and first.reconstruct
-    if not (first.data or paints):
-        parser.set_defaults(**DIGITS[first.stage])
-    args = top.parse_args(argv)
-    if args.stage != "pretrain":
-        train_imagenet.check_pairs(args, parser)
-    if paints and not args.init:
-        out, digits = args.out, DIGITS["pretrain"]["out"]
-        if out == parser.get_default("out") and not pathlib.Path(out, "last.pt").is_file():
-            out = digits                                                    # where it is without --data
-        args.init = f"{out}/last.pt"
-    if args.stage != "pretrain" and args.scratch:
-        if args.init:
-            parser.error("--scratch starts from random weights, --init from a checkpoint: choose one")
-    elif args.stage != "pretrain":
-        args.init = args.init or ("runs/mae" if args.data else DIGITS["pretrain"]["out"]) + "/last.pt"
-    if args.init and not pathlib.Path(args.init).is_file() and (paints or not training.checkpoint_to_resume(args)):
-        raise FileNotFoundError(f"no checkpoint at {args.init}: run `python train_mae.py pretrain` first, or name one "
-                                "with --init" + ", or --scratch for none" * (args.stage != "pretrain"))
-    if args.model and args.model not in fastvim.list_models():
-        raise ValueError(f"--model {args.model} is none of ours: {', '.join(fastvim.list_models())}")
-    start = (fastvim.read_checkpoint(args.init), True) if paints else train_imagenet.starting_point(
-        args, classifier=args.stage != "pretrain")
-    if args.stage == "finetune" and args.data:                              # now the size is known
-        if train_imagenet.model_name(args).endswith(("_large", "_huge")):
-            parser.set_defaults(**FINETUNE_LARGE)
-        if (args.img_size or 0) >= 448:
-            parser.set_defaults(**FINETUNE_448)
-    found, args = args, top.parse_args(argv)
-    args.init, args.pool_scale, crop_pct = found.init, found.pool_scale, args.crop_pct or found.crop_pct
-    masking = MASKING if args.stage == "pretrain" else {}
-    train_imagenet.adopt(args, start[0], (*train_imagenet.MODEL_FLAGS, *masking))
-    args.crop_pct = crop_pct
-    for defaults in ({} if args.data or start[0] else DIGITS_MODEL, masking):
-        vars(args).update({k: v for k, v in defaults.items() if vars(args).get(k, v) is None})
-    return args, parser, start
+            classification.add_label_arguments(add)
+        runs.add_training_arguments(parser, RECIPES[stage])
+    return top, parsers
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pretraining
+def add_pretraining_arguments(add: Callable) -> None:
+    add("--reconstruct", metavar="IMAGE", nargs="+", help="only paint these images by --init "
+        "(default: OUT/last.pt), into OUT/reconstruct.png")
+    add("--mask-ratio", type=float, help="share of the patches that is removed")
+    add("--mask-divisor", choices=["axis", "count"],
+        help="what divides a row's sum: its length, or how many tokens it kept")
+    add("--decoder-depth", type=runs.WHOLE, help="Vim blocks")
+    add("--decoder-dim", type=runs.WHOLE, help="their width")
+    add("--pixel-loss", action="store_true", help="paint the pixels, not normalised by patch")
 
 
-def build_autoencoder(args):
-    """The MaskedAutoencoder that args ask for."""
-    return train_imagenet.build_model(
-        args, 0, autoencoder=True, mask_ratio=args.mask_ratio, mask_divisor=args.mask_divisor,
-        released_masking=args.released_masking, decoder_depth=args.decoder_depth, decoder_embed_dim=args.decoder_dim,
-        norm_pix_loss=not args.pixel_loss)
+def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
+    """The command line -> the options, and the checkpoint that the stage starts from.
+
+    FileNotFoundError, ValueError: there is none, or a model that is not ours."""
+    top, parsers = make_parsers()
+    typed = vars(top.parse_args(argv))
+    stage = typed["stage"]
+    parser = parsers[stage]
+    if "scratch" in typed and "init" in typed:
+        parser.error("--scratch starts from random weights, --init from a checkpoint: choose one")
+    on_digits = not typed.keys() & {"data", "reconstruct"}
+    toy = DIGITS[stage] if on_digits else {}
+    chosen = {**runs.defaults(parser), **RECIPES[stage], **toy, **typed}
+    if stage != "pretrain":
+        classification.check_pairs(chosen, parser)
+    start = find_start(stage, chosen)
+    if on_digits and not start.content:
+        toy = {**toy, **DIGITS_MODEL}
+    if stage == "pretrain":
+        known = start.model_options()
+        known |= {name: start.options[name] for name in MASKING if name in start.options}
+    else:
+        known = runs.encoder_options(start, typed)
+    known |= classification.crop_of(start, typed)
+    recipe = {**runs.defaults(parser), **RECIPES[stage]}
+    found = {**recipe, **known, **typed}
+    if stage == "finetune" and not on_digits:
+        if found["model"].endswith(("_large", "_huge")):
+            recipe |= FINETUNE_LARGE
+        if found["img_size"] >= 448:
+            recipe |= FINETUNE_448
+    if not classification.is_ours(found["model"]):
+        raise ValueError(f"--model {found['model']} is none of ours: "
+                         f"{', '.join(fastvim.list_models())}")
+    return runs.Options({**recipe, **toy, **known, **typed}), start
 
 
-def pretrain(args, ctx, start):
-    train_set, val_set = train_imagenet.build_data(args, True), None
-    if args.data is None or (pathlib.Path(args.data) / "val").is_dir():
-        val_set = train_imagenet.build_data(args, False)
-    loader = train_imagenet.loader_of(args, ctx, train_set, True)
+def find_start(stage: str, options: dict) -> runs.Saved:
+    """What the stage starts from: its own run, --init, or the last pretraining; or nothing."""
+    paints = stage == "pretrain" and options["reconstruct"]
+    path = options["init"]
+    advice = "run `python train_mae.py pretrain` first, or name one with --init"
+    if stage != "pretrain":
+        advice += ", or --scratch for none"
+        if path is None and not options["scratch"]:
+            path = f"{PRETRAIN['out'] if options['data'] else DIGITS['pretrain']['out']}/last.pt"
+    elif paints and path is None:
+        path = f"{options['out']}/last.pt"
+        if options["out"] == PRETRAIN["out"] and not pathlib.Path(path).is_file():
+            path = f"{DIGITS['pretrain']['out']}/last.pt"  # where it is without --data
+    try:
+        return runs.read(path) if paints else runs.starting_point(options, path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}: {advice}") from error
+
+
+# ---- The model -----------------------------------------------------------------------------------
+
+class MAEOutput(NamedTuple):
+    loss: Tensor  # scalar float32, mean square error per pixel of the removed patches
+    pred: Tensor  # (b l p*p*c) what the decoder paints into each patch, see patchify
+    mask: Tensor  # (b l) float32, 1 where the patch was removed
+
+
+class MaskedAutoencoder(fastvim.FastVim):
+    """Section 4.3; He et al., Masked Autoencoders Are Scalable Vision Learners: the encoder, a
+    FastVim (then called FastMaskVim) or a Vim, sees a random quarter of the patches; a shallow Vim
+    paints the others.
+
+    norm_pix_loss: the target is each patch, less its mean, over its standard deviation. fields: of
+    fastvim.Config. Raises ValueError on a mask ratio that keeps or removes nothing, a width that is
+    no multiple of 4."""
+
+    def __init__(self, mask_ratio: float = 0.75, decoder_embed_dim: int = 512,
+                 decoder_depth: int = 2, norm_pix_loss: bool = True, **fields):
+        if fields.setdefault("num_classes", 0) or fields.get("out_indices") is not None:
+            raise ValueError("a masked autoencoder has neither classes nor taps: leave num_classes "
+                             "and out_indices out")
+        super().__init__(**fields)
+        cfg = self.cfg
+        d = decoder_embed_dim
+        if cfg.per_channel:
+            raise ValueError("a masked autoencoder removes whole patches: "
+                             f"schedule={cfg.schedule!r} has a token per channel")
+        for name, width in {"embed_dim": cfg.embed_dim, "decoder_embed_dim": d}.items():
+            if type(width) is not int or width < 4 or width % 4:
+                raise ValueError(f"{name}={width!r} must be a multiple of 4, for sin-cos position "
+                                 "embeddings")
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
+        patches = math.prod(self.grid_size)
+        self.kept_patches(patches)  # raises early
+        self.mask_token = nn.Parameter(torch.empty(1, 1, d))
+        self.decoder_embed = nn.Linear(cfg.embed_dim, d)
+        self.decoder_pos_embed = nn.Parameter(torch.empty(1, patches + cfg.class_token, d))
+        decoder = fastvim.Config(schedule="vim", embed_dim=d, depth=decoder_depth,
+                                 d_state=cfg.d_state)
+        self.decoder_blocks = nn.ModuleList(fastvim.Block(decoder) for _ in range(decoder_depth))
+        self.decoder_norm = fastvim.NORMS["rmsnorm"](d, eps=1e-5)
+        self.decoder_pred = nn.Linear(d, cfg.patch_size ** 2 * cfg.in_chans)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """As the encoder's, but Xavier uniform patches; sines and cosines, fixed, for positions."""
+        patches = self.patch_embed.proj
+        nn.init.trunc_normal_(patches.weight)  # not used, but what a seed gives lies behind it
+        nn.init.xavier_uniform_(patches.weight.flatten(1))
+        self.patch_embed.proj = nn.Identity()
+        fastvim.init_weights(self)
+        self.patch_embed.proj = patches
+        for pos in (self.pos_embed, self.decoder_pos_embed):
+            pos.copy_(sincos_pos_embed(*self.grid_size, pos.shape[2], self.cfg.class_token))
+            pos.requires_grad_(False)
+
+    def _class_row(self):
+        return 0 if self.cfg.class_token else None  # the released order; checkpoints.load knows
+
+    def kept_patches(self, patches: int) -> int:
+        """How many of them the encoder is shown. Raises ValueError if all or none."""
+        ratio = self.mask_ratio
+        kept = 0
+        if isinstance(ratio, (int, float)) and 0 < ratio < 1:
+            kept = int(patches * (1 - ratio) + 1e-6)
+        if not 1 <= kept < patches:
+            raise ValueError(f"mask_ratio={ratio!r} must be between 0 and 1, keep at least one of "
+                             f"the image's {patches} patches and remove at least one")
+        return kept
+
+    def patchify(self, x: Tensor) -> Tensor:
+        """Images (b c H W) -> patches (b l p*p*c): pixels by row, column, channel."""
+        p = self.cfg.patch_size
+        if not isinstance(x, Tensor) or x.ndim != 4 or min(x.shape[2:]) < p or any(
+                length % p for length in x.shape[2:]):
+            raise ValueError(f"images must be (b c H W), of whole patches of {p} x {p} pixels, not "
+                             f"{getattr(x, 'shape', type(x).__name__)}")
+        return rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+
+    def unpatchify(self, patches: Tensor, h: int) -> Tensor:
+        """The inverse, for a grid of h rows: patches (b l p*p*c) -> images (b c H W)."""
+        p = self.cfg.patch_size
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=p, q=p)
+
+    def target(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What to paint -> (b l p*p*c); each patch's mean and standard deviation (b l 1)."""
+        patches = self.patchify(x)
+        fastvim.check("images", x, None, self.cfg)
+        patches = fastvim.at_least_float32(patches)
+        mean = patches.mean(-1, keepdim=True)
+        std = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+        if self.norm_pix_loss:
+            patches = (patches - mean) / std
+        return patches, mean, std
+
+    def random_masking(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """noise (b l): the patches of the smallest are kept -> keep (b s) their ids, ascending so
+        that the scan follows the image, and mask (b l) float32, 1 for the removed ones."""
+        kept = self.kept_patches(noise.shape[1])
+        keep = noise.argsort(1)[:, :kept].sort(1).values
+        return keep, torch.ones(noise.shape, device=noise.device).scatter(1, keep, 0.0)
+
+    def decode(self, tokens: Tensor, keep: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The tokens (b s d) of patches keep (b s) of a grid (h, w) -> the image (b l p*p*c)."""
+        length = math.prod(grid)
+        pos, class_pos = fastvim.resize_pos_embed(self.decoder_pos_embed, self.grid_size, grid,
+                                                  self._class_row())
+        tokens = self.decoder_embed(tokens)  # (b s d)
+        own = tokens[:, :0]
+        if self.cfg.class_token:  # from the middle of the kept tokens to the end of all
+            at = keep.shape[1] // 2
+            own = tokens[:, at:at + 1] + class_pos
+            tokens = torch.cat([tokens[:, :at], tokens[:, at + 1:]], 1)
+        x = self.mask_token.to(tokens).expand(len(keep), length, -1)
+        x = x.scatter(1, keep[..., None].expand(tokens.shape), tokens) + pos  # (b l d)
+        x = torch.cat([x, own], 1)
+        sequence = fastvim.Grid(sizes=(("l", x.shape[1]),))
+        backend = fastvim.pick_backend(x.device)
+        recompute = self.grad_checkpointing and self.training
+        rates = [0.0] * len(self.decoder_blocks)
+        for hidden, residual in fastvim.run_blocks(self.decoder_blocks, x, [sequence], backend,
+                                                   rates, recompute):
+            pass
+        x, _ = backend.add_norm(hidden, residual, self.decoder_norm)
+        return self.decoder_pred(x[:, :length])
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> MAEOutput:
+        """Images (b c H W), of whole patches. noise (b l) decides what is removed; default
+        uniform."""
+        target, _, _ = self.target(x)  # (b l p*p*c)
+        h, w = (length // self.cfg.patch_size for length in x.shape[2:])
+        if noise is None:
+            noise = torch.rand(len(x), h * w, device=x.device)
+        if noise.shape != target.shape[:2]:
+            raise ValueError(f"noise must be a number per patch, {tuple(target.shape[:2])}, not "
+                             f"{tuple(noise.shape)}")
+        keep, mask = self.random_masking(noise)  # (b s) (b l)
+        tokens, _ = self._encode(x, keep, None, checked=True)  # (b s d)
+        pred = self.decode(tokens, keep, (h, w))  # (b l p*p*c)
+        error = (fastvim.at_least_float32(pred) - target).square().mean(-1)  # (b l)
+        return MAEOutput((error * mask).sum() / mask.sum(), pred, mask)
+
+
+def sincos_pos_embed(h: int, w: int, dim: int, class_token: bool = False) -> Tensor:
+    """Fixed 2-D position embeddings (1 h*w dim): sines and cosines of the column in the first half,
+    of the row in the second, of wavelengths from 2 pi to 10,000 times that; before them a row of
+    zeros for a class token."""
+    quarter = dim // 4
+    frequency = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    row = torch.arange(h, dtype=torch.float64).repeat_interleave(w)[:, None] * frequency
+    column = torch.arange(w, dtype=torch.float64).repeat(h)[:, None] * frequency  # (h*w dim/4)
+    table = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1)  # (h*w dim)
+    return F.pad(table, (0, 0, int(class_token), 0))[None].float()
+
+
+def build_autoencoder(args: runs.Options) -> MaskedAutoencoder:
+    """The one that args ask for."""
+    fields = {**fastvim.model_fields(args.model), "num_classes": 0, **runs.model_fields(args)}
+    model = MaskedAutoencoder(args.mask_ratio, args.decoder_dim, args.decoder_depth,
+                              not args.pixel_loss, **fields)
+    model.grad_checkpointing = args.grad_checkpointing
+    return model
+
+
+# ---- Pretraining ---------------------------------------------------------------------------------
+
+def pretrain(args: runs.Options, ctx: training.Context, start: runs.Saved) -> list[dict]:
+    """One run; returns training.fit's log."""
+    train_set = classification.open_images(args, True)
+    loader = classification.loader_of(args, ctx, train_set, True)
+    val_set = None
+    if args.data is None or pathlib.Path(args.data, "val").is_dir():
+        val_set = classification.open_images(args, False)
+        val_loader = classification.loader_of(args, ctx, val_set, False)
     model = build_autoencoder(args)
-    if start[1]:
-        ctx.print(f"{args.init}: {fastvim.load_checkpoint(model, start[0])}")
+    if start.gives_weights:
+        ctx.print(f"{start.path}: {checkpoints.load(model, start.content)}")
     model = model.to(ctx.device)
-    kept, val_loader = model.kept_patches(math.prod(model.grid_size)), None
-    if val_set is not None:
-        val_loader = train_imagenet.loader_of(args, ctx, val_set, False)
-    ctx.print(f"autoencoder of {train_imagenet.model_name(args)}: {sum(p.numel() for p in model.parameters()):,} "
-              f"parameters, {kept} of {math.prod(model.grid_size)} patches kept, {len(train_set):,} images")
+    patches = math.prod(model.grid_size)
+    ctx.print(f"autoencoder of {args.model}: {sum(p.numel() for p in model.parameters()):,} "
+              f"parameters, {model.kept_patches(patches)} of {patches} patches kept, "
+              f"{len(train_set):,} images")
 
     def evaluate(model, epoch):
         if val_set is None:
             return {}
         if ctx.is_main:
-            shown = [item[0] for i in range(0, len(val_set), max(1, len(val_set) // 8)) if (item := val_set[i])][:8]
-            paint(model, torch.stack(shown).to(ctx.device), f"{args.out}/reconstruction-{epoch:04}.png",
-                  args.data is None)
+            paint_some(model, val_set, args, f"{args.out}/reconstruction-{epoch:04}.png")
         return masked_loss(model, val_loader, ctx, args.amp)
 
-    optimizer = torch.optim.AdamW(training.parameter_groups(model, args.weight_decay, lambda name, param: False),
-                                  lr=args.lr, betas=(0.9, 0.95))
+    peak = training.peak_lr(args, ctx)
+    groups = training.parameter_groups(model, args.weight_decay, lambda name, param: False)
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95))
     total, per_epoch = training.run_length(args, loader)
-    training.fit(args, ctx, model, loader, lambda model, batch: model(batch[0]).loss, optimizer, evaluate=evaluate,
-                 metric="loss", lower_is_better=True, harmless=("data", "init", "reconstruct", "grad_checkpointing"),
-                 lr=lambda step: training.cosine(step, total, args.lr, warmup=round(args.warmup * per_epoch)))
+    warmup = round(args.warmup * per_epoch)
+    return training.fit(
+        args, ctx, model, loader, lambda model, batch: model(batch[0]).loss, optimizer,
+        lambda step: training.cosine(step, total, peak, warmup=warmup), evaluate=evaluate,
+        metric="loss", lower_is_better=True,
+        harmless=("data", "init", "reconstruct", "grad_checkpointing"),
+        about={"built": {"name": args.model, "fields": runs.model_fields(args)}})
 
 
-def masked_loss(model, loader, ctx, amp=False):
-    """-> {"loss": over all images, always under the same masks, "patch_mean": the loss of painting each patch evenly in
-    its own mean, "images": how many}"""
-    generator, sums = torch.Generator().manual_seed(ctx.rank), torch.zeros(3, dtype=torch.float64, device=ctx.device)
+def masked_loss(model: MaskedAutoencoder, loader, ctx: training.Context, amp=False) -> dict:
+    """-> {"loss": over all images, always under the same masks, "patch_mean": the loss of painting
+    each patch evenly in its own mean, "images": how many}"""
+    generator = torch.Generator().manual_seed(ctx.rank)
+    sums = torch.zeros(3, dtype=torch.float64, device=ctx.device)
     for images, _ in filter(None, loader):
         images = images.to(ctx.device, non_blocking=True)
-        target, mean, _ = model.target(images)                                               # (B L p*p*C) (B L 1)
+        target, mean, _ = model.target(images)  # (b l p*p*c) (b l 1)
         noise = torch.rand(target.shape[:2], generator=generator).to(ctx.device)
         with torch.autocast(ctx.device.type, torch.bfloat16, enabled=amp):
             loss, _, mask = model(images, noise)
-        even = (target - (0 if model.norm_pix_loss else mean)).square().mean(-1)             # (B L)
-        sums += len(images) * torch.stack([loss, (even * mask).sum() / mask.sum(), torch.ones_like(loss)]).double()
+        if not model.norm_pix_loss:
+            target = target - mean
+        even = target.square().mean(-1)  # (b l)
+        even = (even * mask).sum() / mask.sum()
+        sums += len(images) * torch.stack([loss, even, torch.ones_like(loss)]).double()
     loss, even, count = ctx.sum(sums).tolist()
     return {"loss": loss / count, "patch_mean": even / count, "images": count}
 
 
+# ---- Pictures ------------------------------------------------------------------------------------
+
+def paint_some(model: MaskedAutoencoder, dataset, args: runs.Options, path: str) -> None:
+    """paint() for up to eight images, from all over the data set."""
+    items = [dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 8))]
+    images = torch.stack([item[0] for item in items if item][:8])
+    paint(model, images.to(model.pos_embed.device), path, args.data is None)
+
+
 @torch.no_grad()
-def paint(model, images, path, digits, required=False):
-    """A PNG, a row for each of the normalised images (B 3 H W): the image, what the model sees of it, the removed
-    patches painted evenly in their mean, and by the model. With norm_pix_loss it predicts neither a patch's mean nor
-    its contrast: both are then the true ones, so that the third column is what to compare the fourth with."""
+def paint(model: MaskedAutoencoder, images: Tensor, path: str, digits: bool,
+          required: bool = False) -> None:
+    """A PNG, a row for each of the normalised images (b 3 H W): the image, what the model sees of
+    it, the removed patches painted evenly in their mean, and by the model.
+
+    With norm_pix_loss it predicts neither a patch's mean nor its contrast: both are then the true
+    ones, so that the third column is what to compare the fourth with."""
     h = images.shape[2] // model.cfg.patch_size
-    patches, (target, mean, std) = model.patchify(images), model.target(images)              # (B L p*p*C)
-    noise = torch.rand(target.shape[:2], generator=torch.Generator().manual_seed(0)).to(images.device)
-    _, pred, mask = model(images, noise)
-    pred, removed = pred.float() * std + mean if model.norm_pix_loss else pred.float(), mask[..., None] > 0
-    columns = [("original", patches)] + [(name, torch.where(removed, v, patches)) for name, v in (
-        ("visible", torch.zeros_like(mean)), ("patch means", mean), ("reconstruction", pred))]
-    shift, scale = (data.DIGITS_MEAN, data.DIGITS_STD) if digits else (
-        torch.tensor(v, device=images.device)[:, None, None] for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
-    pixels = torch.stack([model.unpatchify(v.expand_as(patches), h) for _, v in columns])    # (4 B 3 H W)
-    pixels = ((pixels * scale + shift).clamp(0, 1) * 255).round().byte().cpu().numpy()
-    zoom, gap, head = max(1, 128 // pixels.shape[-1]), 4, 16
-    H, W = (zoom * n for n in pixels.shape[-2:])
-    sheet = Image.new("RGB", (4 * (W + gap) - gap, head + len(images) * (H + gap)), "white")
-    for i, (name, _) in enumerate(columns):
-        ImageDraw.Draw(sheet).text((i * (W + gap), 2), name, fill="black")
-        for j, image in enumerate(pixels[i].transpose(0, 2, 3, 1)):
-            tile = Image.fromarray(image).resize((W, H), Image.Resampling.NEAREST)
-            sheet.paste(tile, (i * (W + gap), head + j * (H + gap)))
-    training.write_whole(pathlib.Path(path), lambda file: sheet.save(file, format="png"), required)
+    patches = model.patchify(images)  # (b l p*p*c)
+    target, mean, std = model.target(images)
+    noise = torch.rand(target.shape[:2], generator=torch.Generator().manual_seed(0))
+    _, pred, mask = model(images, noise.to(images.device))
+    pred = pred.float()
+    if model.norm_pix_loss:
+        pred = pred * std + mean
+    removed = mask[..., None] > 0
+    columns = {"original": patches,
+               "visible": torch.where(removed, torch.zeros_like(mean), patches),
+               "patch means": torch.where(removed, mean, patches),
+               "reconstruction": torch.where(removed, pred, patches)}
+    pixels = torch.stack([model.unpatchify(column, h) for column in columns.values()])
+    shift, scale = data.DIGITS_MEAN, data.DIGITS_STD
+    if not digits:
+        shift = images.new_tensor(data.IMAGENET_MEAN)[:, None, None]
+        scale = images.new_tensor(data.IMAGENET_STD)[:, None, None]
+    pixels = ((pixels * scale + shift).clamp(0, 1) * 255).round().byte()
+    zoom = max(1, 128 // pixels.shape[4])
+    tiles = repeat(pixels, "column b c h w -> (b column) c (h x) (w y)", x=zoom, y=zoom)
+    sheet = to_pil_image(make_grid(tiles, nrow=len(columns), padding=4, pad_value=255))
+    sheet = sheet.crop((4, -12, sheet.width - 4, sheet.height))  # a line for the columns' names
+    pen = ImageDraw.Draw(sheet)
+    pen.rectangle((0, 0, sheet.width, 15), "white")
+    for i, name in enumerate(columns):
+        pen.text((i * (tiles.shape[3] + 4), 2), name, fill="black")
+    safety.write_whole(pathlib.Path(path), lambda file: sheet.save(file, format="png"), required)
 
 
-def reconstruct(args, ctx, content):
-    """Paints the files of --reconstruct; returns the number of those that cannot be."""
-    saved = train_imagenet.adopt(args, content)
+def reconstruct(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
+    """Paints the files of --reconstruct. SystemExit(1), at the end, if some cannot be."""
     model = build_autoencoder(args).to(ctx.device).eval()
-    ctx.print(f"{args.init}: {fastvim.load_checkpoint(model, content)}")
-    digits, size, images, bad = saved and saved["data"] is None, args.img_size or train_imagenet.IMG_SIZE, [], 0
-    transform = data.digit_transform(size) if digits else data.image_transform(
-        size, False, crop_pct=args.crop_pct or train_imagenet.CROP_PCT)
-    for file in args.reconstruct:
-        try:
-            image = data.load_rgb(file)
-            if min(image.size) < model.cfg.patch_size and not digits:
-                raise ValueError(f"{image.width} x {image.height} pixels are less than one patch of "
-                                 f"{model.cfg.patch_size}")
-            images.append(transform(image))
-        except Exception as error:                                          # a damaged file can fail in any way
-            print(f"{file}: cannot be read ({type(error).__name__}: {error})")
-            bad += 1
-    if images:
-        out = pathlib.Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        paint(model, torch.stack(images).to(ctx.device), out / "reconstruct.png", digits, required=True)
-        print(f"{out / 'reconstruct.png'}: {len(images)} images")
-    return bad
+    ctx.print(f"{start.path}: {checkpoints.load(model, start.content)}")
+    digits = classification.saw_digits(start)
+    transform = classification.view_of(args, start)
+
+    def load(path):
+        image = data.load_rgb(path)
+        if min(image.size) < model.cfg.patch_size and not digits:
+            raise ValueError(f"{image.width} x {image.height} pixels are less than one patch of "
+                             f"{model.cfg.patch_size}")
+        return transform(image)
+
+    images = []
+    out = pathlib.Path(args.out)
+    try:
+        for _, image in data.each_readable(args.reconstruct, load):
+            images.append(image)
+    finally:
+        if images:
+            out.mkdir(parents=True, exist_ok=True)
+            images = torch.stack(images).to(ctx.device)
+            paint(model, images, out / "reconstruct.png", digits, required=True)
+            print(f"{out / 'reconstruct.png'}: {len(images)} images")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Classification
+# ---- Classification ------------------------------------------------------------------------------
 
-
-def layer_scale(name, depth, decay, blocks=2):
-    """A parameter's share of the learning rate: decay, once for every `blocks` blocks between it and the head. MAE's
-    code has blocks=1; a Mamba has twice as many blocks as a ViT of its size (section 8, key detail 1)."""
-    layer = depth + 1                                                       # head and final norm
+def layer_scale(name: str, depth: int, decay: float, blocks: int = 2) -> float:
+    """A parameter's share of the learning rate: decay, once for every `blocks` blocks between it
+    and the head. MAE's code has blocks=1; a Mamba has twice as many blocks as a ViT of its size."""
+    layer = depth + 1  # head and final norm
     if name.startswith(("patch_embed.", "pos_embed", "cls_token")):
         layer = 0
     elif name.startswith("layers."):
@@ -275,35 +498,45 @@ def layer_scale(name, depth, decay, blocks=2):
     return decay ** math.ceil((depth + 1 - layer) / blocks)
 
 
-def no_decay(name, param):
-    return param.ndim <= 1 or name in ("pos_embed", "cls_token")
+def no_decay(name: str, param: Tensor) -> bool:
+    return training.bias_or_1d(name, param) or name in ("pos_embed", "cls_token")
 
 
-def classify(args, ctx, start):
-    def optimizer_of(model, args):
-        if args.stage == "linear":
-            return torch.optim.SGD(training.parameter_groups(model, args.weight_decay), lr=args.lr, momentum=0.9)
-        return torch.optim.AdamW(training.parameter_groups(
-            model, args.weight_decay, no_decay,
-            lambda name, param: layer_scale(name, model.cfg.depth, args.layer_decay, args.decay_blocks)), lr=args.lr)
+def finetune(args: runs.Options, ctx: training.Context, start: runs.Saved) -> list[dict]:
+    def optimizer_of(model, args, lr):
+        def lr_scale(name, param):
+            return layer_scale(name, model.cfg.depth, args.layer_decay, args.decay_blocks)
 
-    train_imagenet.train(args, ctx, start, optimizer_of, 0.0, FINETUNE_END if args.stage == "finetune" else 0.0,
-                         args.released_pos_rows)
+        groups = training.parameter_groups(model, args.weight_decay, no_decay, lr_scale)
+        return torch.optim.AdamW(groups, lr=lr)
+
+    return classification.train(args, ctx, start, classification.build_model, optimizer_of,
+                                lr_end=FINETUNE_END, released_pos_rows=args.released_pos_rows)
 
 
-def main():
-    with training.plain_errors("train_mae.py", None):
-        args, parser, start = get_args()
-    with training.plain_errors(parser.prog, args, data.BadDataError, OSError):
-        only_paint = args.stage == "pretrain" and args.reconstruct
-        ctx = training.setup(args, training=not only_paint)
-        if only_paint:
-            if reconstruct(args, ctx, start[0]):
-                raise SystemExit(1)
-        elif args.stage == "pretrain":
-            pretrain(args, ctx, start)
+def linear(args: runs.Options, ctx: training.Context, start: runs.Saved) -> list[dict]:
+    def build(args, num_classes):
+        model = classification.build_model(args, num_classes)
+        return classification.linear_probe(model, num_classes)
+
+    def optimizer_of(model, args, lr):
+        groups = training.parameter_groups(model, args.weight_decay)
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+
+    return classification.train(args, ctx, start, build, optimizer_of,
+                                released_pos_rows=args.released_pos_rows)
+
+
+def main() -> None:
+    with runs.plain_errors("train_mae.py", data.BadDataError, OSError):
+        args, start = get_args()
+        paints = args.stage == "pretrain" and args.reconstruct
+        ctx = training.setup(args, training=not paints)
+        if paints:
+            reconstruct(args, ctx, start)
         else:
-            classify(args, ctx, start)
+            {"pretrain": pretrain, "finetune": finetune, "linear": linear}[args.stage](
+                args, ctx, start)
         ctx.close()
 
 

@@ -1,4 +1,4 @@
-# ruff: noqa: F401  what the experiments use of the modules below
+# ruff: noqa: F401, I001  what the experiments use of the modules below
 """
 The data of the experiments: readers of data sets, built-in data without downloads, the loader.
 
@@ -24,5 +24,3 @@ from .dense import (ADE20K, IGNORE_INDEX, Coco, DetectionTransform, Segmentation
 from .images import (IMAGENET_MEAN, IMAGENET_STD, ImageFolder, each_readable, image_transform,
                      load_rgb)
 from .loading import BadDataError, Files, Seeded, extra, first_few, make_loader
-
-some = first_few        # its old name, until no script uses it

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,17 +17,15 @@ from .loading import Files, extra
 
 DIGITS_MEAN = 0.305     # of the training digits' pixels in [0, 1]
 DIGITS_STD = 0.376
-# Largest rotation, shear (radians), log zoom and shifts (one of the 8 source pixels is 0.25). No
-# flips: a mirrored 2 is no digit.
+# Largest rotation, shear (radians), log zoom and shifts (a source pixel is 0.25). No flips: a
+# mirrored 2 is no digit.
 DIGITS_AFFINE = torch.tensor([0.26, 0.15, 0.15, 0.25, 0.25])
 
 
 class Digits(Dataset):
     """scikit-learn's 1,797 scans of handwritten digits, 8 x 8 pixels: always the same 360 held out.
 
-    Item i is ((3 img_size img_size) float32, label): bicubic, normalised; train: under a random
-    affine map drawn from torch's global generator.
-    .classes: '0'..'9'; .labels: list of the items' labels.
+    Item i is ((3 img_size img_size) float32, label): bicubic, normalised; train: moved at random.
     """
 
     def __init__(self, train: bool, img_size: int = 32):
@@ -55,8 +54,7 @@ class Digits(Dataset):
 def enlarge(scan: torch.Tensor, img_size: int, draw: torch.Tensor) -> torch.Tensor:
     """A scan (1 1 8 8) in [0, 1] -> (3 img_size img_size), moved and normalised.
 
-    draw: (5) in [-1, 1], shares of DIGITS_AFFINE. Enlarging and moving in one resampling of the
-    8 x 8 scan is cheaper, and blurs once. Outside the scan is paper: zeros.
+    draw: (5) in [-1, 1], shares of DIGITS_AFFINE. Outside the scan is paper: zeros.
     """
     turn, shear, log_zoom, dx, dy = (DIGITS_AFFINE * draw).tolist()
     cos = math.cos(turn)
@@ -85,18 +83,17 @@ def digit_transform(img_size: int) -> Callable:
 class Cells(Files):
     """Drawn cells in 8 channels, of 8 classes that differ only in which channels show the same.
 
-    A cell holds organelles of two kinds, spots that lie at random, and each channel stains one
-    kind: channel i of class k the first kind if k & i has an even number of bits, else the second
-    (the rows of a Hadamard matrix). Both kinds are drawn alike, so no channel by itself says
-    anything of the class, two tell its half, three its quarter; what counts is which channels
-    agree. How brightly a channel is stained varies up to 64-fold from cell to cell.
+    A cell holds spots of two kinds, and each channel stains one: channel i of class k the first if
+    k & i has an even number of bits, else the second (a Hadamard matrix). Both kinds are drawn
+    alike, so no channel by itself says anything of the class; what counts is which channels agree.
+    How brightly a channel is stained varies up to 64-fold from cell to cell.
 
     Item i, a function of (split, i) alone, is (transform(array (8 img_size img_size) float32),
     label). .classes: which kind each channel shows, such as "ABABABAB".
     """
 
     code = np.array([[(k & i).bit_count() % 2 for i in range(8)] for k in range(8)])
-    sizes = {"train": 2000, "val": 500, "test": 500}
+    sizes: ClassVar = {"train": 2000, "val": 500, "test": 500}
 
     def __init__(self, split: str, transform: Callable, img_size: int = 32):
         self.split = split
@@ -136,19 +133,19 @@ class Cells(Files):
 class Scenes(DenseFiles):
     """Drawn scenes: up to four shapes, one over the other, on a meadow or on water, behind lines.
 
-    A shape has any place, size, colour and texture, so that only its outline tells its class; it is
-    tilted a bit, and of what lies below, the visible part counts. A meadow is green with blots,
-    water blue with waves. The lines mean nothing.
+    Only the outline of a shape tells its class; of what lies below another, the visible part
+    counts. The lines mean nothing.
 
     objects=False: as DenseFiles of (pixels (3 S S) uint8, labels (S S) uint8), ground and shapes;
     True: of (pixels, objects as for DetectionTransform), shapes only. Item i is a function of
     (split, i) alone. .coco, .category_ids: as in Coco.
     """
 
-    sizes = {"train": 4000, "val": 100}
-    grounds = {"meadow": ((0.1, 0.4, 0.1), (0.5, 0.7, 0.3)),    # darkest, brightest colour
-               "water": ((0.1, 0.1, 0.1), (0.3, 0.5, 0.9))}
-    shapes = {  # of positions u, v, in units of the shape's radius
+    sizes: ClassVar = {"train": 4000, "val": 100}
+    grounds: ClassVar = {   # darkest, brightest colour
+        "meadow": ((0.1, 0.4, 0.1), (0.5, 0.7, 0.3)),
+        "water": ((0.1, 0.1, 0.1), (0.3, 0.5, 0.9))}
+    shapes: ClassVar = {    # of positions u, v, in units of the shape's radius
         "disc": lambda u, v: np.hypot(u, v) < 0.9,
         "square": lambda u, v: np.maximum(abs(u), abs(v)) < 0.8,
         "triangle": lambda u, v: (v < 0.6) & (abs(u) < 0.55 * (v + 1)),

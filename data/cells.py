@@ -1,12 +1,11 @@
-"""Multi-channel microscopy images: files, object stores, JUMP-CP's tables, and augmentation."""
+"""Multi-channel microscopy images: files, augmentation, the JUMP-CP benchmark."""
 
 import collections
-import csv
 import functools
 import io
 import math
 import os
-import time
+import statistics
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -17,7 +16,7 @@ from PIL import Image, ImageSequence
 from tqdm import tqdm
 
 from .images import ImageFolder
-from .loading import Files, extra, first_few
+from .loading import Files, extra, fetch, first_few, read_table
 
 CELL_EXTENSIONS = (".npy", ".tif", ".tiff")
 JUMP_CHANNELS = (*(f"fluorescence{i}" for i in range(1, 6)),
@@ -25,34 +24,9 @@ JUMP_CHANNELS = (*(f"fluorescence{i}" for i in range(1, 6)),
 # Of plate BR00116991.
 JUMP_MEAN = (4.0317, 1.5659, 3.7737, 3.4605, 4.1723, 6.7805, 6.7874, 6.7781)
 JUMP_STD = (17.3184, 12.0159, 16.9661, 15.0648, 17.9641, 21.6388, 21.6706, 21.6395)
-UNKNOWN_TO_PILLOW = {(32, 1): np.uint32, (8, 2): np.int8}      # it takes them for the other kind
 
 
 # ---- Files ---------------------------------------------------------------------------------------
-
-def fetch(path: str) -> bytes:
-    """The bytes at `path`: a local path, or a URL that fsspec knows (s3://, https://, memory://).
-
-    Object stores fail now and then: a URL is tried five times, then OSError. At once what trying
-    again would not change: FileNotFoundError, PermissionError, ImportError (no library for this
-    store), ValueError (no such kind of store).
-    """
-    if "://" not in path:
-        with open(path, "rb") as file:
-            return file.read()
-    fsspec = extra("fsspec")
-    for pause in (0.5, 1, 2, 4, None):              # seconds
-        try:
-            store, name = fsspec.url_to_fs(path)    # in each process: connections survive no fork
-            return store.cat_file(name)
-        except (FileNotFoundError, PermissionError, ImportError, ValueError):
-            raise
-        except Exception as error:                  # every store's library has its own
-            if pause is None:
-                raise OSError(f"{path}: failed 5 times, at last {type(error).__name__}: {error}"
-                              ) from error
-            time.sleep(pause)
-
 
 def load_cells(path: str) -> np.ndarray:
     """The multi-channel image at `path` (as for fetch): (channels h w), numbers as they are stored.
@@ -61,8 +35,11 @@ def load_cells(path: str) -> np.ndarray:
     ValueError: a pickle, another shape, no numbers, NaN or infinite pixels; or what NumPy and
     Pillow raise.
     """
-    content = fetch(path)
-    image = parse_npy(content) if path.lower().endswith(".npy") else parse_tiff(content)
+    content = io.BytesIO(fetch(path))
+    if path.lower().endswith(".npy"):
+        image = np.lib.format.read_array(content, allow_pickle=False)   # a pickle could run code
+    else:
+        image = read_tiff(content)
     if image.ndim != 3 or 0 in image.shape or image.dtype.kind not in "buif":
         raise ValueError("expected real numbers of shape (channels, height, width), got "
                          f"{image.dtype} of shape {image.shape}")
@@ -72,34 +49,10 @@ def load_cells(path: str) -> np.ndarray:
     return image
 
 
-def parse_npy(content: bytes) -> np.ndarray:
-    if not content.startswith(b"\x93NUMPY"):
-        raise ValueError("no .npy file, which begins with \\x93NUMPY")
-    try:
-        return np.load(io.BytesIO(content), allow_pickle=False)
-    except ValueError as error:
-        if "allow_pickle" not in str(error):
-            raise
-        raise ValueError(
-            "an array of Python objects is a pickle, which can run any code when it is read. If "
-            "you trust the file, convert it once: numpy.save(path, numpy.stack(list(numpy.load("
-            "path, allow_pickle=True))).astype('float32'))") from None
-
-
-def parse_tiff(content: bytes) -> np.ndarray:
+def read_tiff(file: io.BytesIO) -> np.ndarray:
     """(pages h w); of a single page in colour (3 h w)."""
-    try:
-        tiff = Image.open(io.BytesIO(content), formats=["TIFF"])
-    except Image.UnidentifiedImageError:
-        raise ValueError("no TIFF, or one of a kind that Pillow does not know: save it as .npy"
-                         ) from None
-    with tiff:
-        pages = []
-        for page in ImageSequence.Iterator(tiff):
-            pixels = np.asarray(page)
-            bits = page.tag_v2.get(258, (1,))[0]    # BitsPerSample
-            kind = page.tag_v2.get(339, (1,))[0]    # SampleFormat: 1 is unsigned, 2 signed
-            pages.append(pixels.view(UNKNOWN_TO_PILLOW.get((bits, kind), pixels.dtype)))
+    with Image.open(file, formats=["TIFF"]) as tiff:
+        pages = [np.asarray(page) for page in ImageSequence.Iterator(tiff)]
     if len(pages) == 1 and pages[0].ndim == 3:
         return pages[0].transpose(2, 0, 1)
     return np.stack(pages)
@@ -118,16 +71,16 @@ def take_channels(load: Callable, count: int, channels: list[int], path: str) ->
 
 def channel_count(files: Files) -> int:
     """How many channels most of the first ten images have. ValueError: none of them can be read."""
-    counts = collections.Counter()
+    counts = []
     for path, _ in files.samples[:10]:
         try:
-            counts[len(files.load(path))] += 1
+            counts.append(len(files.load(path)))
         except Exception as error:
             last = error
     if not counts:
         raise ValueError(f"the first images of {files.where} cannot be read. {path}: {last}"
                          ) from last
-    return counts.most_common(1)[0][0]
+    return statistics.mode(counts)
 
 
 def channel_statistics(files: Files, count: int, limit: int | None = None
@@ -141,14 +94,10 @@ def channel_statistics(files: Files, count: int, limit: int | None = None
     chosen = np.linspace(0, len(files) - 1, min(limit or len(files), len(files))).astype(int)
     images = Files([files.samples[i] for i in chosen], files.classes, load, sums_of_pixels,
                    files.where)
-    total = np.zeros((3, count))
-    for i in tqdm(range(len(images)), "mean and deviation", disable=None):
-        item = images[i]
-        if item:
-            total += item[0]
-    pixels, first, second = total                           # (count) each
-    if not pixels.all():
+    sums = [item[0] for item in tqdm(images, "mean and deviation", disable=None) if item]
+    if not sums:
         raise ValueError(f"none of {len(images)} images in {files.where} can be read")
+    pixels, first, second = sum(sums)                       # (count) each
     mean = first / pixels
     variance = np.maximum(second / pixels - mean ** 2, 0)
     return mean.tolist(), np.sqrt(variance).tolist()
@@ -165,11 +114,10 @@ def sums_of_pixels(image: np.ndarray) -> np.ndarray:
 class CellTransform:
     """Array (channels h w) -> (channels img_size img_size) float32: (x - mean) / std by channel.
 
-    mean, std: a number for each channel, in the units of the files; masked: channels set to zero.
-    Images of another size are cropped, or padded with zeros, in the centre. augment: the recipe of
-    the paper's microscopy experiments, given for 224 px and scaled to img_size: padded to 256, a
-    random crop; then, each with probability 0.5, a flip, another flip or a rotation; defocus of
-    radius 1, 2 or 3; up to ten holes of 10 x 10.
+    masked: channels set to zero. Images of another size are cropped, or padded with zeros, in the
+    centre. augment: the recipe of the paper's microscopy experiments, given for 224 px and scaled
+    to img_size: padded to 256, a random crop; then, each with probability 0.5, a flip, another flip
+    or a rotation; defocus of radius 1, 2 or 3; up to ten holes of 10 x 10.
     """
 
     def __init__(self, img_size: int, mean: list[float], std: list[float], augment: bool,
@@ -189,33 +137,30 @@ class CellTransform:
         return x
 
     def window(self, image: np.ndarray) -> torch.Tensor:
-        """Copies out of the image, and of the dark around it: one pass, also to float32."""
-        rows, to_rows = self.overlap(image.shape[1])
-        columns, to_columns = self.overlap(image.shape[2])
-        x = np.zeros((len(image), self.img_size, self.img_size), np.float32)
-        x[:, to_rows, to_columns] = image[:, rows, columns]
-        return torch.from_numpy(x)
+        """What is seen of the image and of the dark around it, in float32."""
+        above, below = self.margins(image.shape[1])
+        left, right = self.margins(image.shape[2])
+        x = torch.from_numpy(image.astype(np.float32))
+        return F.pad(x, (left, right, above, below))
 
-    def overlap(self, length: int) -> tuple[slice, slice]:
-        """Place the window along an axis -> what it shows of the image, where in the window."""
+    def margins(self, length: int) -> tuple[int, int]:
+        """Where the window lies along an axis: the dark before and after; below 0, what is cut."""
         size = self.img_size
-        start = (length - size) // 2                        # below 0: in the padding
+        before = (size - length + 1) // 2
         if self.augment:
             room = max(length, round(size * 256 / 224))
-            start = int(torch.randint(room - size + 1, ())) - (room - length) // 2
-        first = max(start, 0)
-        last = min(start + size, length)
-        return slice(first, last), slice(first - start, last - start)
+            before = (room - length) // 2 - int(torch.randint(room - size + 1, ()))
+        return before, size - length - before
 
     def augmented(self, x: torch.Tensor) -> torch.Tensor:
         unit = self.img_size / 224
         turn, blur, holes = (torch.rand(3) < 0.5).tolist()
         if turn:
             kind = int(torch.randint(3, ()))
-            if kind < 2:
-                x = x.flip(2 - kind)
+            if kind == 2:
+                x = rotate(x, 360 * torch.rand(()).item())
             else:
-                x = self.rotate(x, 360 * torch.rand(()).item())
+                x = x.flip(2 - kind)
         radius = unit * int(torch.randint(1, 4, ()))
         if blur and radius > 0.5:                           # else the disc is one pixel
             x = defocus(x, radius)
@@ -227,10 +172,10 @@ class CellTransform:
                 x[:, top:top + side, left:left + side] = 0
         return x
 
-    @staticmethod
-    def rotate(x: torch.Tensor, degrees: float) -> torch.Tensor:
-        v2 = extra("torchvision.transforms.v2")
-        return v2.functional.rotate(x, degrees, v2.InterpolationMode.BILINEAR)
+
+def rotate(x: torch.Tensor, degrees: float) -> torch.Tensor:
+    v2 = extra("torchvision.transforms.v2")
+    return v2.functional.rotate(x, degrees, v2.InterpolationMode.BILINEAR)
 
 
 def defocus(x: torch.Tensor, radius: float) -> torch.Tensor:
@@ -246,7 +191,7 @@ def defocus(x: torch.Tensor, radius: float) -> torch.Tensor:
 # ---- Data sets -----------------------------------------------------------------------------------
 
 def split_of(n: int, split: str) -> np.ndarray:
-    """Indices of a split of n samples, as JUMP-CP's: 60% "train", 20% "val", 20% "test"."""
+    """Indices of a split of n samples, as JUMP-CP's: "train" 60%, "val" 20%, "test" 20%."""
     first, last = {"train": (0, 6), "val": (6, 8), "test": (8, 10)}[split]
     return np.sort(np.random.RandomState(0).permutation(n)[n * first // 10:n * last // 10])
 
@@ -274,42 +219,6 @@ def cell_folder(root: str, split: str, transform: Callable, classes: list[str] |
     return Files(samples, files.classes, load_cells, transform, f"{root} ({split})")
 
 
-# What pyarrow and pandas take for nothing in a text table.
-NOTHING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND",
-           "1.#QNAN", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null"}
-
-
-def read_table(path: str, *wanted: str) -> list[list[str | None]]:
-    """The columns `wanted` of the table at `path` (as for fetch): Parquet, or text (tabs, commas).
-
-    "a|b" means a if the table has it, else b. None where there is nothing, or NaN.
-    ValueError: a column is missing, or no table.
-    """
-    content = fetch(path)
-    try:
-        if content.startswith(b"PAR1"):         # the released benchmark has some named .tsv
-            table = extra("pyarrow.parquet").read_table(io.BytesIO(content)).to_pydict()
-        else:
-            table = parse_text_table(content.decode("utf-8-sig"))
-    except (ValueError, OSError, NotImplementedError, csv.Error) as error:
-        raise ValueError(f"{path}: neither a Parquet nor a text table ({error})") from error
-    columns = []
-    for names in wanted:
-        name = next((name for name in names.split("|") if name in table), None)
-        if name is None:
-            raise ValueError(f"{path}: no column {names.replace('|', ' or ')}; it has "
-                             f"{', '.join(table)}")
-        columns.append([str(v) if v == v and v is not None else None for v in table[name]])
-    return columns
-
-
-def parse_text_table(text: str) -> dict[str, list[str | None]]:
-    delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-    rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
-    return {name: [None if v in NOTHING else v for v in values]
-            for name, *values in zip(*rows, strict=True)}
-
-
 class JumpCP(Files):
     """The JUMP-CP benchmark: tables of images with their wells, and of what was in the wells.
 
@@ -318,9 +227,9 @@ class JumpCP(Files):
         every path: for a copy of the files.
     platemap: table of well_position and broad_sample; metadata: of broad_sample and target, or
         gene (CRISPR and ORF).
-    As Files, of arrays (channels h w). .classes: control and the targets.
-    A well's label: see labels_of_wells. Images in wells without a label are left out, and counted
-    by a warning. ValueError: no image has a label, an empty split, or as read_table.
+    As Files, of arrays (channels h w). Images in wells without a label (see labels_of_wells) are
+    left out, and a warning counts them. ValueError: no image has a label, an empty split, or as
+    read_table.
     """
 
     def __init__(self, index: str | list[str], platemap: str, metadata: str, split: str,
@@ -328,38 +237,30 @@ class JumpCP(Files):
         label_of, classes = labels_of_wells(platemap, metadata)
         tables = [index] if isinstance(index, str) else list(index)
         where = f"{first_few(tables)} ({split})"
-        rows = []
+        rows = []                                               # (path, label or None)
+        lost = []                                               # wells without a label
         for table in tables:
             for path, well in zip(*read_table(table, "path", "well_loc")):
-                rows.append((self.locate(path, table, images), well))
-        repeated = len(rows) - len({path for path, _ in rows})
-        if repeated:
-            warnings.warn(f"{repeated} of {len(rows)} rows of {where} repeat a path: splits will "
-                          "share these images")
-        labelled = [path is not None and well in label_of for path, well in rows]
-        if not all(labelled):
-            lost = {str(well) for (_, well), known in zip(rows, labelled) if not known}
+                rows.append((self.locate(path or "", table, images), label_of.get(well)))
+                if well not in label_of:
+                    lost.append(str(well))
+        if lost:
             message = (
-                f"{labelled.count(False)} of {len(rows)} images have no label: their wells "
-                f"({first_few(sorted(lost))}) are not in {platemap} joined with {metadata}, which "
-                f"names {first_few(sorted(map(str, label_of))) or 'no wells'}")
-            if not any(labelled):
+                f"{len(lost)} of {len(rows)} images have no label: their wells "
+                f"({first_few(sorted(set(lost)))}) are not in {platemap} joined with {metadata}, "
+                f"which names {first_few(list(label_of)) or 'no wells'}")
+            if len(lost) == len(rows):
                 raise ValueError(f"{where}: {message}")
             warnings.warn(f"{message}. They are left out.")
-        samples = []
-        for i in split_of(len(rows), split):
-            if labelled[i]:
-                path, well = rows[i]
-                samples.append((path, label_of[well]))
+        chosen = [rows[i] for i in split_of(len(rows), split)]
+        samples = [(path, label) for path, label in chosen if label is not None]
         if not samples:
             raise ValueError(f"{where}: no images in this split of {len(rows)}")
         super().__init__(samples, classes, load_cells, transform, where)
 
     @staticmethod
-    def locate(path: str | None, index: str, images: str) -> str | None:
+    def locate(path: str, index: str, images: str) -> str:
         """Where the image is that the table `index` calls `path`."""
-        if path is None:
-            return None
         old, equals, new = images.partition("=")
         if equals and path.startswith(old):
             return new + path[len(old):]
@@ -370,11 +271,10 @@ class JumpCP(Files):
 
 
 def labels_of_wells(platemap: str, metadata: str) -> tuple[dict, list[str]]:
-    """{well: label}, class names.
+    """{well: label}, class names: 0, "control", of what has no target, then the targets.
 
-    The label is 0, "control", if what is in the well has no target, else 1 + the number of its
-    target in the order in which targets appear when metadata is joined with platemap; of
-    duplicate wells the last one holds.
+    They are numbered as they come when metadata is joined with platemap; of duplicate wells the
+    last one holds.
     """
     wells_of = collections.defaultdict(list)    # None: untreated wells, and their row of metadata
     for sample, well in zip(*read_table(platemap, "broad_sample", "well_position")):

@@ -1,6 +1,5 @@
 """Dense tasks, a label for each pixel or objects with boxes and masks: ADE20K, COCO, transforms."""
 
-import collections
 import contextlib
 import functools
 import json
@@ -15,20 +14,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .images import EXTENSIONS, IMAGENET_MEAN, IMAGENET_STD, find_images, load_rgb
-from .loading import Files, extra
+from .images import IMAGENET_MEAN, IMAGENET_STD, find_images, load_rgb
+from .loading import Files, extra, read_table
 
 IGNORE_INDEX = 255      # label of the pixels that nobody labelled
 PAD_VALUE = 114         # gray beside the images of detection
 
 
 class DenseFiles(Files):
-    """Files with more than one label: item i is transform(*load(*samples[i])), None when bad.
+    """Files with more than one label: item i is transform(*load(*samples[i])), None when bad."""
 
-    .coco: pycocotools' COCO of the objects to measure by, None if there are none.
-    """
-
-    coco = None
+    coco = None         # pycocotools' COCO of the objects to measure by
 
     def read(self, sample: tuple):
         return self.load(*sample)
@@ -54,8 +50,7 @@ def random_window(shape: tuple[int, int], ratio: float, size: int) -> tuple[tupl
     """Enlarge an image (height, width) by `ratio`, then crop at random to at most size x size.
 
     -> (top, left, height, width) of what that takes of the image, [height, width] of the result.
-    Cropping first and resizing only what is needed gives the same up to rounding: at ratio 2 in a
-    quarter of the time.
+    Resizing only this gives the same up to rounding, in less time.
     """
     taken = [min(length, math.ceil(size / ratio - 1e-6)) for length in shape]
     starts = [int(torch.randint(length - part + 1, ())) for length, part in zip(shape, taken)]
@@ -65,11 +60,8 @@ def random_window(shape: tuple[int, int], ratio: float, size: int) -> tuple[tupl
 
 def resized_crop(pixels: torch.Tensor, window: tuple, new: list[int], nearest: bool = False
                  ) -> torch.Tensor:
-    """The window of (c h w), resized. Bilinear: unsmoothed, as OpenCV, for the published numbers.
-
-    Nearest: exact, since torch's (and OpenCV's) other one moves the labels half a pixel away from
-    the image.
-    """
+    """The window of (c h w), resized: bilinear unsmoothed, as OpenCV, for the published numbers;
+    nearest exactly, as torch's (and OpenCV's) other kind moves labels by half a pixel."""
     v2 = extra("torchvision.transforms.v2")
     mode = v2.InterpolationMode.NEAREST_EXACT if nearest else v2.InterpolationMode.BILINEAR
     return v2.functional.resized_crop(pixels, *window, new, mode, antialias=False)
@@ -79,10 +71,7 @@ def crop_and_flip(pixels: torch.Tensor, masks: torch.Tensor, window: tuple, new:
                   train: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The window of (3 h w) and its masks (m h w), resized; train: mirrored half of the time."""
     pixels = resized_crop(pixels, window, new)
-    if len(masks):
-        masks = resized_crop(masks, window, new, nearest=True)
-    else:
-        masks = masks.new_zeros(0, *new)
+    masks = resized_crop(masks, window, new, nearest=True)
     if train and torch.rand(()) < 0.5:
         return pixels.flip(2), masks.flip(2)
     return pixels, masks
@@ -101,9 +90,7 @@ def uniform(low: float, high: float) -> float:
 def distorted(pixels: torch.Tensor) -> torch.Tensor:
     """Photometric distortion (Liu et al. 2016, SSD, section 3.6): (3 h w) uint8 -> the same.
 
-    Each with probability 0.5: +-32 levels of brightness, 0.5 to 1.5 times the contrast, the
-    saturation, and a tenth of the circle of hues; contrast before or after the last two.
-    (torchvision's brightness multiplies, its contrast keeps the mean: dark images would stay dark.)
+    Unlike torchvision's, brightness adds and contrast multiplies: else dark images stay dark.
     """
     functional = extra("torchvision.transforms.v2").functional
     steps = [lambda x: (x + uniform(-32, 32) / 255).clamp(0, 1),
@@ -195,9 +182,9 @@ def merge_detections(samples: list[tuple]) -> tuple:
 class ADE20K(DenseFiles):
     """ROOT/images/{training,validation}/*.jpg with ROOT/annotations/{training,validation}/*.png.
 
-    As DenseFiles, of what load_labels gives. An image without its map, or a map without its image,
-    is a bad file. .classes: the last column of ROOT/objectInfo150.txt, which comes with the data
-    set; without it numbers, 150. FileNotFoundError: a folder is missing.
+    As DenseFiles, of what load_labels gives; an image without its map is a bad file. .classes: from
+    ROOT/objectInfo150.txt, which comes with the data set; without it numbers, 150.
+    FileNotFoundError: a folder is missing. ValueError: no images, or as names_of_classes.
     """
 
     def __init__(self, root: str, split: str, transform: Callable):
@@ -207,13 +194,14 @@ class ADE20K(DenseFiles):
         require(image_folder, label_folder,
                 hint=f"no such folder. Expected {root}/images/{{training,validation}}/*.jpg and "
                      f"{root}/annotations/{{training,validation}}/*.png")
+        classes = numbers(150)
         table = os.path.join(root, "objectInfo150.txt")
-        classes = names_of_classes(table) if os.path.exists(table) else numbers(150)
-        images = paths_by_stem(image_folder, EXTENSIONS)
-        labels = paths_by_stem(label_folder, (".png",))
-        samples = [(images.get(stem, os.path.join(image_folder, f"{stem}.jpg")),
-                    labels.get(stem, os.path.join(label_folder, f"{stem}.png")))
-                   for stem in sorted({*images, *labels})]
+        if os.path.exists(table):
+            classes = names_of_classes(table)
+        samples = []
+        for path in find_images(image_folder):
+            name = os.path.splitext(os.path.relpath(path, image_folder))[0]
+            samples.append((path, os.path.join(label_folder, f"{name}.png")))
         if not samples:
             raise ValueError(f"{image_folder}: no images")
         load = functools.partial(load_labels, len(classes))
@@ -242,31 +230,16 @@ def load_labels(classes: int, path: str, label_path: str) -> tuple[torch.Tensor,
     return pixels, torch.from_numpy(labels.astype(np.uint8) - np.uint8(1))      # 0 becomes 255
 
 
-def paths_by_stem(folder: str, extensions: tuple[str, ...]) -> dict[str, str]:
-    """{path in `folder` without the extension: whole path}. ValueError: two files share a stem."""
-    paths = {}
-    for path in find_images(folder, extensions):
-        stem = os.path.splitext(os.path.relpath(path, folder))[0]
-        if stem in paths:
-            raise ValueError(f"{paths[stem]} and {path}: which of them is it? Remove one")
-        paths[stem] = path
-    return paths
-
-
 def names_of_classes(path: str) -> list[str]:
-    """The names in a table like ADE20K's objectInfo150.txt: number, more columns, "name, synonyms".
+    """The names in a table like ADE20K's objectInfo150.txt: a line "wall, brick" is a wall.
 
-    ValueError: the numbers are not 1, 2, 3 ...
+    ValueError: its column Idx does not number the classes 1, 2, 3 ...
     """
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        rows = [line.strip().split("\t") for line in file]
-    rows = sorted((int(row[0]), row[-1]) for row in rows if row[0].isdecimal())     # no header
-    known = [number for number, _ in rows]
-    if not 0 < len(rows) <= IGNORE_INDEX or known != list(range(1, len(rows) + 1)):
-        raise ValueError(
-            f"{path}: the first column should number the classes from 1 to at most {IGNORE_INDEX}, "
-            f"once each, between tabulators; {len(rows)} numbers were found")
-    return [names.split(",")[0].strip() for _, names in rows]
+    known, names = read_table(path, "Idx", "Name")
+    if known != numbers(len(known)) or not 0 < len(known) <= IGNORE_INDEX:
+        raise ValueError(f"{path}: the column Idx should number the classes, in order, from 1 to "
+                         f"at most {IGNORE_INDEX}")
+    return [name.split(",")[0].strip() for name in names]
 
 
 def numbers(count: int) -> list[str]:
@@ -285,12 +258,12 @@ def require(*paths: str, hint: str) -> None:
 class Coco(DenseFiles):
     """ROOT/{train,val}2017/*.jpg with ROOT/annotations/instances_{train,val}2017.json.
 
-    As DenseFiles, of what load_objects gives. .classes: the categories' names in the order of their
-    ids, .category_ids: those ids. val: .coco has crowds too. train leaves out crowds, objects
-    smaller than a pixel, images without any object. Objects that cannot be drawn are left out of
-    both. A warning counts them all.
+    As DenseFiles, of (pixels, objects as for DetectionTransform). Crowds, objects smaller than a
+    pixel and those that cannot be drawn are left out, in train also images without any object.
+    .classes: the categories' names in the order of their ids, .category_ids: those ids. val: .coco
+    has all that can be drawn. An image of another size than noted is a bad file.
     FileNotFoundError: the folder or the annotations are missing. ValueError: no annotations of this
-    layout, an object of an unknown category or image, an id that comes twice, no objects at all.
+    layout, an object of an unknown category or image, no objects at all.
     """
 
     def __init__(self, root: str, split: str, transform: Callable):
@@ -301,81 +274,98 @@ class Coco(DenseFiles):
         try:
             with open(path, encoding="utf-8-sig") as file:
                 content = json.load(file)
-            categories = by_id(sorted(content["categories"], key=lambda c: c["id"]), "categories")
-            images, truth, left_out = sort_objects(content, list(categories), split == "train")
-            classes = [category["name"] for category in categories.values()]
-            self.category_ids = list(categories)
+            names = {category["id"]: category["name"] for category in content["categories"]}
+            self.category_ids = sorted(names)
+            images = self.sort_objects(content, path)
             if split == "val":
-                self.coco = as_coco(content | dict(annotations=truth))
+                self.coco = as_coco(content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: no annotations of COCO's layout "
                              f"({type(error).__name__}: {error})") from error
-        if left_out:
-            warnings.warn(f"{path}: left out {left_out}")
+        if split == "train":
+            images = [image for image in images if image["labels"]]
         samples = [(os.path.join(folder, image["file"]), i) for i, image in enumerate(images)]
-        # As one array of text: a loading process that only looks at 860,000 lists copies them all,
+        # One array of text: a loading process that only looks at 860,000 lists copies them all,
         # because looking counts references.
-        texts = [json.dumps(image).encode() for image in images]
-        self.text = np.frombuffer(b"".join(texts), np.uint8)
-        self.ends = np.cumsum([0, *map(len, texts)])
+        self.texts = extra("pyarrow").array([json.dumps(image) for image in images])
+        classes = [names[number] for number in self.category_ids]
         super().__init__(samples, classes, self.load_one, transform, folder)
 
+    def sort_objects(self, content: dict, path: str) -> list[dict]:
+        """An annotation file's content -> its images, dict(id, file, size, labels, masks).
+
+        Of the content's annotations those stay that can be drawn, with what pycocotools needs."""
+        label_of = {number: label for label, number in enumerate(self.category_ids)}
+        images = {
+            image["id"]: dict(id=image["id"], file=image["file_name"], labels=[], masks=[],
+                              size=[image["height"], image["width"]])
+            for image in content["images"]}
+        drawable = []
+        for item in content["annotations"]:
+            if item["category_id"] not in label_of or item["image_id"] not in images:
+                raise ValueError(f"an object is of category {item['category_id']} in image "
+                                 f"{item['image_id']}, and there is no such category or image")
+            image = images[item["image_id"]]
+            if not is_drawable(item, *image["size"]):
+                continue
+            drawable.append(item)
+            width, height = item["bbox"][2:]
+            item["id"] = len(drawable)          # to pycocotools id 0 is no object
+            item["iscrowd"] = int(bool(item.get("iscrowd")))
+            item["area"] = item.get("area") or width * height
+            if not item["iscrowd"] and min(width, height) >= 1:
+                image["labels"].append(label_of[item["category_id"]])
+                image["masks"].append(item["segmentation"])
+        flawed = len(content["annotations"]) - len(drawable)
+        if flawed:
+            warnings.warn(f"{path}: left out {flawed:,} objects without a proper box, a polygon of "
+                          "three points, or run lengths that fill their image")
+        if not any(image["labels"] for image in images.values()):
+            raise ValueError("no object that can be used")
+        content["annotations"] = drawable
+        return list(images.values())
+
     def load_one(self, path: str, i: int) -> tuple[torch.Tensor, dict]:
-        return load_objects(path, self.text[self.ends[i]:self.ends[i + 1]].tobytes())
+        known = json.loads(self.texts[i].as_py())
+        pixels = to_pixels(load_rgb(path, upright=False))
+        height, width = pixels.shape[1:]
+        if [height, width] != known["size"]:
+            raise ValueError(f"the image has {height} x {width} pixels, its annotation says "
+                             f"{' x '.join(map(str, known['size']))}")
+        rle = extra("pycocotools.mask")
+        masks = np.zeros((len(known["masks"]), height, width), np.uint8)
+        for mask, outline in zip(masks, known["masks"]):
+            runs = rle.frPyObjects(outline, height, width)      # of each polygon, or of the whole
+            if isinstance(runs, list):
+                runs = rle.merge(runs)
+            mask[:] = rle.decode(runs)
+        labels = torch.tensor(known["labels"], dtype=torch.long)
+        return pixels, dict(labels=labels, id=known["id"], masks=torch.from_numpy(masks))
 
 
-def sort_objects(content: dict, category_ids: list, train: bool) -> tuple[list, list, str]:
-    """The content of an annotation file -> images to learn from, objects to measure by.
+def is_drawable(item: dict, height: int, width: int) -> bool:
+    """Whether an object of COCO's layout is sound. Takes flawed polygons out of it.
 
-    The images, [dict(id, file, size, labels, masks)], are without crowds and objects smaller than a
-    pixel; the objects as in the file, none in training. Neither has what cannot be drawn. The third
-    result counts what was left out. ValueError: see Coco.
+    pycocotools does not look: from others it crashes the process or draws what lies in the memory.
     """
-    label_of = {number: label for label, number in enumerate(category_ids)}
-    images = {}
-    truth = []
-    left_out = collections.Counter()
-    for number, image in by_id(content["images"], "images").items():
-        size = [image["height"], image["width"]]
-        images[number] = dict(id=number, file=image["file_name"], size=size, labels=[], masks=[])
-    for item in content["annotations"]:
-        if item["category_id"] not in label_of or item["image_id"] not in images:
-            raise ValueError(f"an object is of category {item['category_id']} in image "
-                             f"{item['image_id']}, and there is no such category or image")
-        image = images[item["image_id"]]
-        outline = item.get("segmentation")
-        flaw = flaw_of(item, *image["size"])
-        if flaw:
-            left_out[f"objects {flaw}"] += 1
-            continue
-        if len(item["segmentation"]) < len(outline):
-            left_out["objects' polygons, but not all of them"] += 1
-        width, height = item["bbox"][2:]
-        if not train:                           # numbered anew: to pycocotools id 0 is no object
-            truth.append(item | dict(id=len(truth) + 1, iscrowd=int(bool(item.get("iscrowd"))),
-                                     area=item.get("area") or width * height))
-        if not item.get("iscrowd") and min(width, height) >= 1:
-            image["labels"].append(label_of[item["category_id"]])
-            image["masks"].append(item["segmentation"])
-        elif train:
-            kind = "in a crowd" if item.get("iscrowd") else "smaller than a pixel"
-            left_out[f"objects {kind}"] += 1
-    with_objects = [image for image in images.values() if image["labels"]]
-    if train and 0 < len(with_objects) < len(images):
-        left_out[f"of {len(images):,} images without objects"] = len(images) - len(with_objects)
-    listed = ", ".join(f"{count:,} {what}" for what, count in sorted(left_out.items()))
-    if not with_objects:
-        raise ValueError(f"no object that can be used: {listed}".removesuffix(": "))
-    return with_objects if train else list(images.values()), truth, listed
+    box = item.get("bbox")
+    if not are_numbers(box) or len(box) != 4 or min(box[2:]) < 0:
+        return False
+    outline = item.get("segmentation")
+    if isinstance(outline, list):
+        item["segmentation"] = [polygon for polygon in outline if are_numbers(polygon)
+                                and len(polygon) >= 6 and len(polygon) % 2 == 0]
+        return bool(item["segmentation"])
+    if not isinstance(outline, dict) or outline.get("size") != [height, width]:
+        return False
+    runs = outline.get("counts")
+    return (isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs)
+            and sum(runs) == height * width)
 
 
-def by_id(items: list[dict], kind: str) -> dict:
-    """{id: item}. ValueError: an id comes twice."""
-    known = {}
-    for item in items:
-        if known.setdefault(item["id"], item) is not item:
-            raise ValueError(f"the id {item['id']} belongs to more than one of the {kind}")
-    return known
+def are_numbers(values) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(value, (int, float)) and abs(value) < 1e5 for value in values)
 
 
 def as_coco(content: dict):
@@ -385,86 +375,3 @@ def as_coco(content: dict):
     with contextlib.redirect_stdout(None):
         coco.createIndex()
     return coco
-
-
-def flaw_of(item: dict, height: int, width: int) -> str | None:
-    """What makes an object of COCO's layout unusable, or None. Takes flawed polygons out of it.
-
-    pycocotools does not look: from such objects it crashes the process or makes masks of what lies
-    in the memory.
-    """
-    box = item.get("bbox")
-    if not are_numbers(box) or len(box) != 4 or min(box[2:]) < 0:
-        return "without a proper box"
-    outline = item.get("segmentation")
-    if isinstance(outline, dict):
-        runs = outline.get("counts")
-        if isinstance(runs, str):
-            runs = run_lengths(runs)
-        if (outline.get("size") == [height, width] and isinstance(runs, list)
-                and all(isinstance(run, int) and run >= 0 for run in runs)
-                and sum(runs) == height * width):
-            return None
-        return "whose mask is not of their image's size"
-    if isinstance(outline, list):
-        item["segmentation"] = [polygon for polygon in outline if are_numbers(polygon)
-                                and len(polygon) >= 6 and len(polygon) % 2 == 0]
-        if item["segmentation"]:
-            return None
-    return "without a polygon of three points"
-
-
-def are_numbers(values) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(value, (int, float)) and -1e5 < value < 1e5 for value in values)
-
-
-def run_lengths(text: str) -> list[int]:
-    """COCO's packed runs; the last is -1 if it does not end.
-
-    Five bits in each character, a sixth says that more follow; from the fourth run on the
-    difference to the last but one.
-    """
-    runs = []
-    value = shift = 0
-    for character in text.encode():
-        bits = character - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            value -= (bits & 16) << shift - 4           # the sign
-            if len(runs) > 2:
-                value += runs[-2]
-            runs.append(value)
-            value = shift = 0
-    if shift:
-        runs.append(-1)
-    return runs
-
-
-def load_objects(path: str, text: bytes) -> tuple[torch.Tensor, dict]:
-    """An image, and its objects as Coco notes them -> pixels, objects as for DetectionTransform.
-
-    ValueError: the image is not of the noted size.
-    """
-    known = json.loads(text)
-    pixels = to_pixels(load_rgb(path, upright=False))
-    height, width = pixels.shape[1:]
-    if [height, width] != known["size"]:
-        raise ValueError(f"the image has {height} x {width} pixels, its annotation says "
-                         f"{' x '.join(map(str, known['size']))}")
-    masks = np.zeros((len(known["masks"]), height, width), np.uint8)
-    for mask, outline in zip(masks, known["masks"]):
-        mask[:] = object_mask(outline, height, width)
-    labels = torch.tensor(known["labels"], dtype=torch.long)
-    return pixels, dict(labels=labels, id=known["id"], masks=torch.from_numpy(masks))
-
-
-def object_mask(outline: list | dict, height: int, width: int) -> np.ndarray:
-    """COCO's polygons, or a run-length encoding, packed or not -> mask (height width) uint8."""
-    rle = extra("pycocotools.mask")
-    if isinstance(outline, list):
-        return rle.decode(rle.merge(rle.frPyObjects(outline, height, width)))
-    if isinstance(outline["counts"], list):
-        outline = rle.frPyObjects(outline, height, width)
-    return rle.decode(outline)

@@ -17,10 +17,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def load_rgb(path: str, upright: bool = True) -> Image.Image:
-    """Decode the image file at `path` completely: 8-bit RGB. Raises what Pillow raises.
+    """The image at `path` in 8-bit RGB. Raises what Pillow raises. upright: as the camera noted.
 
-    upright: turned as the camera noted. Transparency is dropped, not blended, as torchvision's
-    loader does: published accuracies are of such pixels.
+    Transparency is dropped, not blended, as in torchvision: so accuracies were published.
     """
     with Image.open(path) as image:
         image.load()                            # Pillow is lazy: a truncated file fails here
@@ -65,9 +64,8 @@ def find_images(folder: str, extensions: tuple[str, ...] = EXTENSIONS) -> list[s
 class ImageFolder(Files):
     """Images in ROOT/split/CLASS/ and below; split "": in ROOT/CLASS/. As Files, of PIL RGB images.
 
-    classes: the class names in the order of the labels, by default the sorted folder names. Give
-    the training split's `.classes` to the validation split, or a missing folder would shift the
-    meaning of its labels in silence.
+    classes: in the order of the labels, by default the sorted folder names. Give the training
+    split's to the validation split: a missing folder would shift its labels in silence.
     FileNotFoundError: ROOT or ROOT/split is missing. ValueError: no class folders, a class without
     images, folders other than `classes`.
     """
@@ -75,19 +73,20 @@ class ImageFolder(Files):
     def __init__(self, root: str, split: str, transform: Callable | None,
                  classes: list[str] | None = None, load: Callable = load_rgb,
                  extensions: tuple[str, ...] = EXTENSIONS):
-        folder = os.path.join(root, split) if split else root
+        folder = os.path.join(root, split)
         layout = (f"Expected {os.path.join('ROOT', split, 'CLASS')}/*{extensions[0]} "
                   f"(or {', '.join(extensions[1:])})")
         for needed in (root, folder):
             if not os.path.isdir(needed):
                 raise FileNotFoundError(
                     f"{needed}: no such folder. {layout}; check the path of the data set.")
-        entries = os.scandir(folder)
-        found = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        found = sorted(entry.name for entry in os.scandir(folder)
+                       if entry.is_dir() and not entry.name.startswith("."))
         if not found:
             raise ValueError(f"{folder}: no class folders. {layout}; sort the images into one "
                              "folder per class.")
-        classes = found if classes is None else list(classes)
+        if classes is None:
+            classes = found
         missing = sorted(set(classes) - set(found))
         unknown = sorted(set(found) - set(classes))
         if missing or unknown:
@@ -96,18 +95,13 @@ class ImageFolder(Files):
                 f"Missing: {first_few(missing) or 'none'}. "
                 f"Unknown: {first_few(unknown) or 'none'}. "
                 "Give both splits the same class folders.")
-        samples = []
-        empty = []
-        for label, name in enumerate(classes):
-            class_folder = os.path.join(folder, name)
-            paths = find_images(class_folder, extensions)
-            samples += [(path, label) for path in paths]
-            if not paths:
-                empty.append(class_folder)
+        paths = {name: find_images(os.path.join(folder, name), extensions) for name in classes}
+        empty = [os.path.join(folder, name) for name in classes if not paths[name]]
         if empty:
             raise ValueError(f"{first_few(empty)}: no images ({', '.join(extensions)}) in this "
                              "class folder. Fill it, or remove it from every split.")
-        super().__init__(samples, classes, load, transform, folder)
+        samples = [(path, label) for label, name in enumerate(classes) for path in paths[name]]
+        super().__init__(samples, list(classes), load, transform, folder)
 
 
 def image_transform(img_size: int, train: bool, *, auto_augment: str | None = None,
@@ -115,9 +109,8 @@ def image_transform(img_size: int, train: bool, *, auto_augment: str | None = No
                     hflip: float = 0.5, color_jitter: float | None = None) -> Callable:
     """PIL image -> (3 img_size img_size) float32: bicubic, ImageNet's mean and deviation.
 
-    train: random resized crop to an area share in `scale`, horizontal flip, `auto_augment` as
-    timm's string ("rand-m9-mstd0.5-inc1"), erasing to noise with probability `reprob`. timm ignores
-    color_jitter beside RandAugment.
+    train: random resized crop to an area share in `scale`, flip, timm's `auto_augment`, erasing to
+    noise with probability `reprob`. timm ignores color_jitter beside RandAugment.
     Else: short side to img_size / crop_pct (224 / 0.875 = 256), then the centre.
     """
     timm = extra("timm.data")

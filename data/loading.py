@@ -1,5 +1,4 @@
-"""
-From single samples to the batches of a run: order, randomness, bad files.
+"""From single samples to the batches of a run: order, randomness, bad files, tables.
 
 1. A sample is a pure function of (seed, epoch, index): the sampler sends (epoch, index), and
    `Seeded` sets the random generators from it. The number of workers and processes and the point
@@ -12,7 +11,9 @@ import atexit
 import functools
 import hashlib
 import importlib
+import io
 import multiprocessing
+import pathlib
 import random
 import signal
 import warnings
@@ -34,9 +35,7 @@ def make_loader(dataset: Dataset, batch_size: int, *, train: bool, seed: int = 0
     """A loader of (input, label) batches. train: shuffled, whole batches only; else in order, all.
 
     batch_size: per process; workers: loading processes, 0 to load in this one; merge([sample])
-    makes a batch of samples.
-    Call loader.batch_sampler.set_epoch(epoch, skip) before each epoch. It reaches workers that
-    live on from epoch to epoch, because the epoch travels with every index.
+    makes a batch. Call loader.batch_sampler.set_epoch(epoch, skip) before each epoch.
     """
     return DataLoader(
         Seeded(dataset, seed),
@@ -53,11 +52,10 @@ def make_loader(dataset: Dataset, batch_size: int, *, train: bool, seed: int = 0
 class BatchSampler(Sampler):
     """Yields this process's batches of one epoch, each a list of (epoch, index).
 
-    The global batch i is order[i * b * w : (i + 1) * b * w], and process `rank` of w takes every
-    w-th index of it: w processes with batch_size b see together what one process sees with
-    batch_size b * w. train: order is shuffled, an incomplete last batch dropped. Else every index
-    comes once over all processes: nothing is padded, so the last batch of a process may be
-    shorter or missing. Keep collective calls out of such a loop.
+    Process `rank` of w takes every w-th index of each global batch: w processes with batch_size b
+    see together what one sees with batch_size b * w. train: shuffled, an incomplete last batch
+    dropped. Else every index comes once over all processes: nothing is padded, so the last batch
+    of a process may be shorter or missing. Keep collective calls out of such a loop.
     len() counts this process's batches in the whole epoch, skipped or not.
     ValueError: train, and there is not one whole batch.
     """
@@ -100,9 +98,8 @@ class BatchSampler(Sampler):
 class Seeded(Dataset):
     """`dataset` indexed by (epoch, index): an item's random choices follow from that and `seed`.
 
-    Transforms draw from three global generators (timm from `random` and NumPy, torchvision from
-    torch): those are seeded. In the main process they belong to the training, and get their states
-    back afterwards.
+    They come from the global generators of Python, NumPy and torch. In the main process those
+    belong to the training, and get their states back afterwards.
     """
 
     def __init__(self, dataset: Dataset, seed: int):
@@ -140,8 +137,8 @@ def stable_hash(*key: int) -> int:
 def collate(samples: Sequence, refill: bool, merge: Callable = default_collate):
     """merge([sample]) of the good samples; bad ones are None.
 
-    refill: the good ones are repeated, so that the batch keeps the size of the recipe (and mixup
-    an even one). If none is good: BadDataError with refill, else None.
+    refill: the good ones are repeated, so that the batch keeps the size of the recipe.
+    If none is good: BadDataError with refill, else None.
     """
     good = [sample for sample in samples if sample is not None]
     if refill and not good:
@@ -160,11 +157,8 @@ def ignore_interrupt(worker: int) -> None:
 
 @atexit.register
 def end_workers() -> None:
-    """At exit multiprocessing asks the loading processes that are left to end, and waits.
-
-    It asks by SIGTERM, which they ignore. Some are left when an error's traceback still holds
-    their loader: without this the exit would wait for ever.
-    """
+    """At exit multiprocessing would send those that an error's traceback still holds a SIGTERM,
+    which they ignore, and wait for ever."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -179,8 +173,8 @@ class BadDataError(RuntimeError):
 class Files(Dataset):
     """Labelled files. Item i is (transform(load(path)), label), None when the file is bad.
 
-    samples: list of (path, label); load(path) may raise anything; where: what the data set is
-    called in messages. .bad: flags (n) uint8 of the files found bad so far, by all workers.
+    samples: list of (path, label); load(path) may raise anything; where: its name in messages.
+    .bad: flags (n) uint8 of the files found bad so far, by all workers.
     BadDataError, from an item: more than one file and more than 1% of the files are bad.
     """
 
@@ -212,7 +206,7 @@ class Files(Dataset):
         return self.transform(content), sample[1]
 
     def mark_bad(self, i: int, error: Exception) -> None:
-        """Note, name once and count the file of sample i. BadDataError: that was one too many."""
+        """Note the file of sample i, and name it once. BadDataError: that was one too many."""
         reason = f"{type(error).__name__}: {error}"
         if not self.bad[i]:                 # a later epoch tries the file again, in silence
             self.bad[i] = 1
@@ -223,6 +217,46 @@ class Files(Dataset):
                 f"{len(names)} of the {len(self)} images in {self.where} cannot be read, more than "
                 f"{MAX_BAD:.0%}: {first_few(names)}. Check the disk; replace or delete them. "
                 f"The last one: {reason}")
+
+
+def fetch(path: str) -> bytes:
+    """The bytes at `path`: a local path, or a URL that fsspec knows (s3://, https://, memory://)."""
+    if "://" not in path:
+        return pathlib.Path(path).read_bytes()
+    store, name = extra("fsspec").url_to_fs(path)   # in each process: connections survive no fork
+    return store.cat_file(name)
+
+
+def read_table(path: str, *wanted: str) -> list[list[str | None]]:
+    """The columns `wanted` of the table at `path` (as for fetch): Parquet, or text (tabs, commas).
+
+    "a|b" means a if the table has it, else b. None where there is nothing, or NaN.
+    ValueError: a column is missing, or no table.
+    """
+    content = fetch(path)
+    arrow = extra("pyarrow")
+    try:
+        if content.startswith(b"PAR1"):         # the released benchmark has some named .tsv
+            table = extra("pyarrow.parquet").read_table(io.BytesIO(content))
+        else:
+            delimiter = "\t" if b"\t" in content.partition(b"\n")[0] else ","
+            csv = extra("pyarrow.csv")
+            texts = dict.fromkeys("|".join(wanted).split("|"), arrow.string())     # no numbers
+            table = csv.read_csv(
+                io.BytesIO(content), parse_options=csv.ParseOptions(delimiter=delimiter),
+                convert_options=csv.ConvertOptions(column_types=texts, strings_can_be_null=True))
+        known = table.column_names
+    except (ValueError, OSError, NotImplementedError) as error:
+        raise ValueError(f"{path}: neither a Parquet nor a text table ({error})") from error
+    columns = []
+    for names in wanted:
+        name = next((name for name in names.split("|") if name in known), None)
+        if name is None:
+            raise ValueError(f"{path}: no column {names.replace('|', ' or ')}; it has "
+                             f"{', '.join(known)}")
+        values = table[name].cast(arrow.string()).to_pylist()
+        columns.append([None if value == "nan" else value for value in values])
+    return columns
 
 
 def first_few(names: Sequence[str]) -> str:

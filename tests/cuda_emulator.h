@@ -1,14 +1,19 @@
-// Just enough of CUDA to run the kernels of scan_cuda.cu on a CPU, under the sanitizers, without a GPU or its compiler:
-//     g++ -std=c++17 -fsanitize=address,undefined -DFASTVIM_EMULATE -include tests/cuda_emulator.h -x c++ scan_cuda.cu
+// Just enough of CUDA to run the kernels of scan_cuda.cu and dev/cuda on a CPU, under the
+// sanitizers, without a GPU or its compiler:
+//     g++ -std=c++17 -fsanitize=address,undefined -DFASTVIM_EMULATE
+//         -include tests/cuda_emulator.h -x c++ scan_cuda.cu
 //
-// Blocks run one after another. The threads of a block are fibers: each runs until a barrier or a shuffle, where it
-// waits for the others; a warp runs until all of it waits at a barrier, before the next warp does anything.
-// Shared and scratch memory begin full of NaN. What it finds:
-//     a barrier or shuffle that not all threads reach, or in different lines of the source    it stops
-//     accesses outside arrays, unaligned vectors, overflow of integers                        the sanitizers stop it
-//     a missing barrier                                                                       other results in other
-//         orders of the threads: compare the bits after emulator_order(0), (1) and (2)
-//     memory read before it is written                                                        NaN results
+// Blocks run one after another. The threads of a block are fibers: each runs until a barrier or a
+// shuffle, where it waits for the others; a warp runs until all of it waits at a barrier, before
+// the next warp does anything. Dynamic shared memory and scratch memory begin full of NaN. What it
+// finds:
+//     a barrier or shuffle that not all threads reach,
+//         or in different lines of the source                     it stops
+//     accesses outside arrays, unaligned vectors,
+//         overflow of integers                                    the sanitizers stop it
+//     a missing barrier                                           other results in other orders of
+//         the threads: compare the bits after emulator_order(0), (1) and (2)
+//     memory read before it is written                            NaN results
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -32,28 +37,61 @@ inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
 
 #define __global__ static
 #define __device__
+#define __host__
+#define __shared__ static                   // blocks run one after another, and share this one
 #define __launch_bounds__(...)
 
 struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-// may_alias: they are read and written in place of the numbers that they hold
-struct __attribute__((may_alias)) ushort1 { uint16_t x; };
-struct __attribute__((may_alias)) uint1 { uint32_t x; };
-struct __attribute__((may_alias, aligned(8))) uint2 { uint32_t x, y; };
-struct __attribute__((may_alias, aligned(16))) uint4 { uint32_t x, y, z, w; };
-
 using cudaStream_t = void*;
 enum cudaError_t {
-    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorInvalidConfiguration = 9
 };
-inline const char* cudaGetErrorString(cudaError_t error) { return error ? "an emulated CUDA error" : "no error"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+    return error ? "an emulated CUDA error" : "no error";
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaFreeAsync(void* p, cudaStream_t) { return free(p), cudaSuccess; }
+inline cudaError_t cudaFreeAsync(void* p, cudaStream_t) {
+    free(p);
+    return cudaSuccess;
+}
 inline cudaError_t cudaMallocAsync(void** p, size_t bytes, cudaStream_t) {
     *p = malloc(bytes);
-    return *p ? memset(*p, 0xff, bytes), cudaSuccess : cudaErrorMemoryAllocation;       // 0xffffffff is a NaN
+    if (!*p) return cudaErrorMemoryAllocation;
+    memset(*p, 0xff, bytes);                // 0xffffffff is a NaN
+    return cudaSuccess;
+}
+
+constexpr int64_t SMS = 4;                  // a small chip: small sizes are cut like large ones
+
+// ---- what only the ladders call: plain memory, and events that know no time
+
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+template <class X> cudaError_t cudaMalloc(X** p, size_t bytes) {
+    return cudaMallocAsync(reinterpret_cast<void**>(p), bytes, nullptr);
+}
+inline cudaError_t cudaFree(void* p) { return cudaFreeAsync(p, nullptr); }
+inline cudaError_t cudaMemset(void* p, int value, size_t bytes) {
+    memset(p, value, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+    memcpy(to, from, bytes);
+    return cudaSuccess;
+}
+struct cudaEvent_t {};
+inline cudaError_t cudaEventCreate(cudaEvent_t*) { return cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) {
+    *ms = 0;
+    return cudaSuccess;
 }
 
 // ---- numbers
@@ -64,7 +102,8 @@ inline float float_of(uint32_t b) { float x; return memcpy(&x, &b, 4), x; }
 // Rounds to the nearest, ties to even, where `drop` low bits of the mantissa go. NaN stays NaN.
 inline uint32_t round_bits(float x, int drop) {
     const uint32_t b = bits_of(x);
-    return std::isnan(x) ? (b | 0x400000u) >> drop : (b + (1u << (drop - 1)) - 1 + (b >> drop & 1)) >> drop;
+    if (std::isnan(x)) return (b | 0x400000u) >> drop;
+    return (b + (1u << (drop - 1)) - 1 + (b >> drop & 1)) >> drop;
 }
 
 struct __nv_bfloat16 { uint16_t bits; };
@@ -73,7 +112,8 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {uint16_t(round_bits(
 
 struct __half { uint16_t bits; };
 inline float __half2float(__half x) {
-    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
+    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
+    const uint32_t exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
     if (exponent == 0) return std::copysign(std::ldexp(float(mantissa), -24), float_of(sign));
     return float_of(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13);
 }
@@ -81,21 +121,23 @@ inline __half __float2half_rn(float x) {
     const uint32_t sign = bits_of(x) >> 16 & 0x8000;
     const float size = std::fabs(x);
     if (std::isnan(x)) return {uint16_t(sign | 0x7e00)};
-    if (size < 6.103515625e-5f) return {uint16_t(sign | uint32_t(std::nearbyint(std::ldexp(size, 24))))};
+    const uint32_t denormal = uint32_t(std::nearbyint(std::ldexp(std::fmin(size, 1), 24)));
+    if (size < 6.103515625e-5f) return {uint16_t(sign | denormal)};
     return {uint16_t(sign | std::min(round_bits(size, 13) - (112u << 10), 0x7c00u))};
 }
 
 using std::max;
 using std::min;
 template <class X> X __ldg(const X* p) { return *p; }
-inline void __stwb(unsigned short* p, unsigned short x) { *reinterpret_cast<ushort1*>(p) = {x}; }
-inline void __stwb(unsigned* p, unsigned x) { *reinterpret_cast<uint1*>(p) = {x}; }
-inline void __stwb(uint2* p, uint2 x) { *p = x; }
-inline void __stwb(uint4* p, uint4 x) { *p = x; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
-inline float __fdividef(float a, float b) { return std::fabs(b) > 8.507059e37f && !std::isinf(b) ? 0 * a : a / b; }
-inline float __tanhf(float x) { return float_of(round_bits(std::tanh(x), 13) << 13); }      // as coarse as a GPU's
+inline float __fdividef(float a, float b) {
+    const bool too_large = std::fabs(b) > 8.507059e37f && !std::isinf(b);
+    return too_large ? 0 * a : a / b;
+}
+inline float __tanhf(float x) {             // as coarse as a GPU's
+    return float_of(round_bits(std::tanh(x), 13) << 13);
+}
 
 // ---- threads
 
@@ -105,10 +147,11 @@ constexpr size_t STACK = 128 << 10;
 enum State { RUNNING, AT_BARRIER, AT_SHUFFLE, DONE };
 
 struct Fiber {
-    ucontext_t context;                     // begins a thread; setjmp and longjmp go on with it: no system call
+    ucontext_t context;                     // begins a thread; setjmp and longjmp go on with it
     void* here[5];
     bool begun;
-    char* stack = static_cast<char*>(mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    char* stack = static_cast<char*>(
+        mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     void* fake_stack;                       // the address sanitizer's
     dim3 thread;
     State state;
@@ -129,16 +172,18 @@ struct Machine {
     std::function<void()> kernel;
     int order = 0;                          // 0 forward, 1 reversed, 2 shuffled
     std::mt19937 random;
+    ~Machine() { for (Fiber* f : fibers) delete f; }
 };
 inline Machine machine;
 
 [[noreturn]] inline void fail(const char* what, const Fiber* f) {
-    fprintf(stderr, "cuda_emulator: %s: thread (%u, %u) of block %u, line %d\n", what, f->thread.x, f->thread.y,
-            machine.block.x, f->line);
+    fprintf(stderr, "cuda_emulator: %s: thread (%u, %u) of block %u, line %d\n", what, f->thread.x,
+            f->thread.y, machine.block.x, f->line);
     abort();
 }
 
-// The two halves of a switch. The sanitizer is told which stack comes next, and left out of the jump.
+// The two halves of a switch. The sanitizer is told which stack comes next, and left out of the
+// jump.
 #define SWITCHES __attribute__((noinline, no_sanitize("address", "undefined")))
 
 [[noreturn]] SWITCHES inline void jump(void** here) {       // alone: GCC forgets a setjmp beside it
@@ -158,7 +203,8 @@ SWITCHES inline void enter(Fiber* f) {      // from the scheduler into a thread
 
 SWITCHES inline void leave(State state, int line) {         // from a thread into the scheduler
     machine.now->state = state, machine.now->line = line;
-    __sanitizer_start_switch_fiber(state == DONE ? nullptr : &machine.now->fake_stack, machine.bottom, machine.size);
+    void** fake_stack = state == DONE ? nullptr : &machine.now->fake_stack;
+    __sanitizer_start_switch_fiber(fake_stack, machine.bottom, machine.size);
     if (__builtin_setjmp(machine.now->here) == 0) jump(machine.here);
     __sanitizer_finish_switch_fiber(machine.now->fake_stack, nullptr, nullptr);
 }
@@ -169,7 +215,8 @@ inline void main_of_thread() {
     leave(DONE, 0);
 }
 
-// All of first .. last-1 wait at the same place: they go on. None waits there: nothing to do. Otherwise it is an error.
+// All of first .. last-1 wait at the same place: they go on. None waits there: nothing to do.
+// Otherwise it is an error.
 inline void release(size_t first, size_t last, State state, const char* complaint) {
     auto& all = machine.fibers;
     const Fiber* waits = nullptr;
@@ -201,7 +248,9 @@ inline void run_block(size_t n) {
         f->state = RUNNING, f->begun = false, f->shuffles = 0, f->fake_stack = nullptr;
         ASAN_UNPOISON_MEMORY_REGION(f->stack, STACK);
         f->context = blank;
-        f->context.uc_stack.ss_sp = f->stack, f->context.uc_stack.ss_size = STACK, f->context.uc_link = nullptr;
+        f->context.uc_stack.ss_sp = f->stack;
+        f->context.uc_stack.ss_size = STACK;
+        f->context.uc_link = nullptr;
         makecontext(&f->context, main_of_thread, 0);
     }
     const std::vector<int64_t> warps = sequence((n + 31) / 32), lanes = sequence(32);
@@ -209,15 +258,20 @@ inline void run_block(size_t n) {
     for (size_t done = 0; done < n;) {
         for (size_t warp : warps) {             // one warp as far as it gets
             const size_t first = warp * 32, last = std::min(first + 32, n);
-            while (std::any_of(all.begin() + first, all.begin() + last, [](Fiber* f) { return f->state == RUNNING; })) {
-                for (size_t lane : lanes)
-                    if (first + lane < last && all[first + lane]->state == RUNNING) enter(all[first + lane]);
-                if (last - first < 32 && all[first]->state == AT_SHUFFLE) fail("a shuffle in half a warp", all[first]);
+            auto is_running = [](Fiber* f) { return f->state == RUNNING; };
+            while (std::any_of(all.begin() + first, all.begin() + last, is_running)) {
+                for (size_t lane : lanes) {
+                    const size_t i = first + lane;
+                    if (i < last && is_running(all[i])) enter(all[i]);
+                }
+                if (last - first < 32 && all[first]->state == AT_SHUFFLE)
+                    fail("a shuffle in half a warp", all[first]);
                 release(first, last, AT_SHUFFLE, "a shuffle with missing threads");
             }
         }
         release(0, n, AT_BARRIER, "a barrier that not all threads reach");
-        done = std::count_if(all.begin(), all.begin() + n, [](Fiber* f) { return f->state == DONE; });
+        auto is_done = [](Fiber* f) { return f->state == DONE; };
+        done = std::count_if(all.begin(), all.begin() + n, is_done);
     }
 }
 
@@ -247,14 +301,19 @@ extern "C" inline __attribute__((used)) void emulator_order(int order, unsigned 
     emulator::machine.order = order, emulator::machine.random.seed(seed);
 }
 
+// Of the ladders: a launch that does not work says so and stops, as <<< >>> does not.
+#define LAUNCH(kernel, blocks, threads, ...) \
+    if (launch(kernel, blocks, dim3(threads), 0, nullptr, __VA_ARGS__)) abort()
+
 template <class X> struct Same { using type = X; };
 
 template <class... P>
-int launch(void (*kernel)(P...), int64_t blocks, dim3 threads, int64_t shared_bytes, cudaStream_t,
+int launch(void (*kernel)(P...), int64_t blocks, dim3 threads, int64_t shared_bytes, void*,
            typename Same<P>::type... arguments) {
     const size_t n = size_t(threads.x) * threads.y * threads.z;
     if (blocks == 0) return cudaSuccess;
-    if (blocks > INT32_MAX || n == 0 || n > 1024 || shared_bytes > 48 << 10) return cudaErrorInvalidConfiguration;
+    if (blocks > INT32_MAX || n == 0 || n > 1024 || shared_bytes > 48 << 10)
+        return cudaErrorInvalidConfiguration;
     auto& m = emulator::machine;
     m.grid = dim3(unsigned(blocks)), m.threads = threads, m.kernel = [=] { kernel(arguments...); };
     for (int64_t i : emulator::sequence(blocks)) {

@@ -1,4 +1,7 @@
 """What several test files need: a tiny model without zeros and ones among its weights, its gradients, a script run."""
+import importlib
+import multiprocessing
+import os
 import sys
 
 import torch
@@ -60,3 +63,42 @@ def run_script(script, *argv):
         script.main()
     finally:
         sys.argv = old
+
+
+class Child:
+    """function(*arguments) in a process of its own, which leads a session, prints into the file `output` and ends as
+    the function does. It is forked from a server that has imported the heavy modules once for all of them."""
+
+    def __init__(self, function, *arguments, output, **environment):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["timm.utils", "matplotlib.figure", "sklearn.datasets", "train_imagenet"])
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)                # for the server
+        self.output = output
+        self.process = context.Process(target=in_child, args=(function, arguments, str(output), environment))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self):
+        """-> its exit status, as subprocess has it"""
+        self.process.join()
+        return self.process.exitcode
+
+    def said(self):
+        return self.output.read_text()
+
+
+def in_child(function, arguments, output, environment):
+    os.setsid()
+    os.environ.update(environment)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def run_named_script(name, *argv):
+    run_script(importlib.import_module(name), *argv)

@@ -12,10 +12,11 @@ pytest.importorskip("torchvision")
 pytest.importorskip("PIL")
 pytest.importorskip("pycocotools")
 
-import data
-import finetune_dense
 from PIL import Image
 from pycocotools import mask as rle
+
+import data
+import finetune_dense
 
 
 def plain(*found):
@@ -62,7 +63,6 @@ def test_ade20k(tmp_path):
     "fault, message",
     [
         ("no map", "No such file"),
-        ("no image", "No such file"),
         ("size", "10 x 32 and not one number for each of 24 x"),
         ("colour", "24 x 32 x 3 and not"),
         ("label", "label 151, there are 150"),
@@ -73,8 +73,6 @@ def test_bad_files_of_ade20k_are_counted_and_named(tmp_path, fault, message):
     path = make_ade(tmp_path)
     if fault == "no map":
         path.unlink()
-    elif fault == "no image":
-        (tmp_path / "images" / "training" / "ADE_1.jpg").unlink()
     elif fault == "damaged":
         path.write_bytes(b"no png")
     else:
@@ -88,25 +86,22 @@ def test_bad_files_of_ade20k_are_counted_and_named(tmp_path, fault, message):
         found.mark_bad(0, ValueError("another"))
 
 
-@pytest.mark.parametrize(
-    "table, expected",
-    [
-        ("Idx\tName\n2\tsky\n1\twall, brick\n\n", ["wall", "sky"]),
-        ("\ufeff1\twall\n2\tsky\n", ["wall", "sky"]),
-        ("Idx\tName\n", None),
-        ("1\twall\n3\tsky\n", None),
-        ("1\twall\n1\tsky\n2\ttree\n", None),
-    ],
-)
+@pytest.mark.parametrize("table, expected", [
+    ("Idx\tName\n1\twall, brick\n2\tsky\n\n", ["wall", "sky"]),
+    ("\ufeffIdx\tRatio\tName\n1\t0.5\twall\n2\t0.5\tsky\n", ["wall", "sky"]),
+    ("Idx\tName\n", "should number the classes"),
+    ("Idx\tName\n1\twall\n3\tsky\n", "should number the classes"),
+    ("Idx\tName\n1\twall\n1\tsky\n2\ttree\n", "should number the classes"),
+    ("1\twall\n2\tsky\n", "no column Idx"),
+])
 def test_table_of_ade20ks_classes(tmp_path, table, expected):
-    (tmp_path / "table.txt").write_text(table, encoding="utf-8")
-    if expected:
-        assert data.dense.names_of_classes(tmp_path / "table.txt") == expected
+    path = tmp_path / "table.txt"
+    path.write_text(table, encoding="utf-8")
+    if isinstance(expected, list):
+        assert data.dense.names_of_classes(str(path)) == expected
     else:
-        with pytest.raises(
-            ValueError, match="table.txt: the first column should number the classes"
-        ):
-            data.dense.names_of_classes(tmp_path / "table.txt")
+        with pytest.raises(ValueError, match=f"table.txt: .*{expected}"):
+            data.dense.names_of_classes(str(path))
 
 
 @pytest.mark.parametrize("depth", [2, 4])
@@ -148,9 +143,6 @@ def test_files_of_one_name_are_not_mixed_up(tmp_path):
     assert len(found) == 2 and found[1] is not None
     with pytest.warns(UserWarning, match="a/ADE_0.png"):
         assert found[0] is None
-    Image.new("RGB", (32, 24)).save(tmp_path / "images" / "training" / "a" / "ADE_0.png")
-    with pytest.raises(ValueError, match="ADE_0.png: which of them"):
-        data.ADE20K(str(tmp_path), "train", plain)
 
 
 def test_folders_of_ade20k_that_are_missing(tmp_path):
@@ -206,26 +198,26 @@ def square_mask(top, left, bottom, right):
     return mask
 
 
-def test_coco_polygons_and_both_run_lengths(tmp_path):
+def test_coco_polygons_and_run_lengths(tmp_path):
     mask = square_mask(5, 6, 9, 16)
-    packed = rle.encode(mask)
-    packed["counts"] = packed["counts"].decode()
     flat = mask.flatten(order="F")
     edges = np.flatnonzero(np.diff(flat)) + 1
     counts = np.diff([0, *edges, len(flat)]).tolist()
-    objects = [triangle(1), triangle(2, category=9, segmentation=packed), triangle(
-        3, segmentation=dict(size=[24, 32], counts=counts)), triangle(4, 2)]
+    two = [[2, 2, 12, 2, 2, 12], [20, 10, 28, 10, 28, 18, 20, 18]]
+    objects = [triangle(1, segmentation=two), triangle(
+        2, category=9, segmentation=dict(size=[24, 32], counts=counts)), triangle(3, 2)]
     found = data.Coco(make_coco(tmp_path, objects), "train", plain)
     pixels, target = found[0]
     assert found.classes == ["cat", "dog"] and len(found) == 2  # in the order of their ids
-    assert target["labels"].tolist() == [0, 1, 0] and target["id"] == 1
-    assert (target["masks"][1].numpy() == mask).all() and (target["masks"][2].numpy() == mask).all()
-    assert 40 <= target["masks"][0].sum() <= 60
+    assert target["labels"].tolist() == [0, 1] and target["id"] == 1
+    assert (target["masks"][1].numpy() == mask).all()
+    assert 40 <= target["masks"][0][:, :16].sum() <= 60
     assert target["masks"][0, 3, 3]
+    assert target["masks"][0, 12, 24]
     assert not target["masks"][0, 11, 11]
 
 
-def test_what_is_left_out_of_coco_is_counted(tmp_path):
+def test_what_is_left_out_of_coco(tmp_path):
     objects = [
         triangle(1),
         triangle(2, iscrowd=1, segmentation=dict(size=[24, 32], counts=[700, 68])),
@@ -234,53 +226,49 @@ def test_what_is_left_out_of_coco_is_counted(tmp_path):
         triangle(5, bbox=[3, 3, 1, 1], segmentation=[[3, 3, 4, 3, 4, 4, 3, 4]]),
     ]
     root = make_coco(tmp_path, objects)
-    with pytest.warns(
-        UserWarning,
-        match="1 objects in a crowd, 1 objects smaller than a pixel, 1 objects without a "
-        "polygon of three points, 1 of 2 images without objects",
-    ):
+    left_out = pytest.warns(UserWarning, match="left out 1 objects .* polygon of three points")
+    with left_out:
         found = data.Coco(root, "train", data.DetectionTransform(32, False))
     image, target, info = found[0]
     assert len(found) == 1 and info == dict(id=1, size=(24, 32), original=(24, 32))
     assert target["boxes"][1].tolist() == [3, 3, 4, 4] and target["labels"].tolist() == [0, 0]
-    with pytest.warns(UserWarning, match="left out 1 objects without a polygon of three points$"):
+    with left_out:
         val = data.Coco(root, "val", data.DetectionTransform(32, False))
     assert len(val) == 2 and len(val[1][1]["boxes"]) == 0 and val.category_ids == [7, 9]
     assert len(val.coco.anns) == 4 and val[1][1]["masks"].shape == (0, 32, 32)
 
 
 NAN, INFINITE = float("nan"), float("inf")
-SOUND = rle.encode(square_mask(2, 2, 9, 9))["counts"].decode()
+PACKED = rle.encode(square_mask(2, 2, 9, 9))["counts"].decode()
 
 
 @pytest.mark.parametrize(
-    "change, reason",
+    "change",
     [
-        (dict(segmentation=[[2, 2, 12, 2, 12]]), "polygon"),
-        (dict(segmentation=[]), "polygon"),
-        (dict(segmentation=None), "polygon"),
-        (dict(segmentation=[2, 2, 12, 2, 12, 12]), "polygon"),
-        (dict(segmentation=[[2, 2, 12, 2, 12, 12, 3]]), "polygon"),
-        (dict(segmentation=[[NAN, 2, 12, 2, 12, 12]]), "polygon"),
-        (dict(segmentation=[[1e9, 2, 12, 2, INFINITE, 12]]), "polygon"),
-        (dict(segmentation="none"), "polygon"),
-        (dict(segmentation=dict(size=[10, 32], counts=[320])), "mask"),
-        (dict(segmentation=dict(size=[24, 32], counts=[700, 30])), "mask"),
-        (dict(segmentation=dict(size=[24, 32], counts=[800, -32])), "mask"),
-        (dict(segmentation=dict(size=[24, 32], counts="~~~~~~")), "mask"),
-        (dict(segmentation=dict(size=[24, 32], counts=SOUND + "P")), "mask"),
-        (dict(segmentation=dict(counts=7)), "mask"),
-        (dict(bbox=[1, 2]), "box"),
-        (dict(bbox=None), "box"),
-        (dict(bbox=[2, 2, NAN, 9]), "box"),
-        (dict(bbox=[2, 2, -3, 9]), "box"),
+        dict(segmentation=[[2, 2, 12, 2, 12]]),
+        dict(segmentation=[]),
+        dict(segmentation=None),
+        dict(segmentation=[2, 2, 12, 2, 12, 12]),
+        dict(segmentation=[[2, 2, 12, 2, 12, 12, 3]]),
+        dict(segmentation=[[NAN, 2, 12, 2, 12, 12]]),
+        dict(segmentation=[[1e9, 2, 12, 2, INFINITE, 12]]),
+        dict(segmentation="none"),
+        dict(segmentation=dict(size=[10, 32], counts=[320])),
+        dict(segmentation=dict(size=[24, 32], counts=[700, 30])),
+        dict(segmentation=dict(size=[24, 32], counts=[800, -32])),
+        dict(segmentation=dict(size=[24, 32], counts=PACKED)),
+        dict(segmentation=dict(counts=7)),
+        dict(bbox=[1, 2]),
+        dict(bbox=None),
+        dict(bbox=[2, 2, NAN, 9]),
+        dict(bbox=[2, 2, -3, 9]),
     ],
 )
-def test_objects_that_cannot_be_drawn_never_reach_pycocotools(tmp_path, change, reason):
+def test_objects_that_cannot_be_drawn_never_reach_pycocotools(tmp_path, change):
     """Which would end the process, or draw what lies in the memory. The others are measured."""
     root = make_coco(tmp_path, [triangle(0), triangle(1) | change])
     for split in ("train", "val"):
-        with pytest.warns(UserWarning, match=f"left out 1 objects .*{reason}"):
+        with pytest.warns(UserWarning, match="left out 1 objects"):
             found = data.Coco(root, split, plain)
         assert found[0][1]["labels"].tolist() == [0]
     (result,) = results_of(found)
@@ -303,29 +291,6 @@ def test_annotations_need_no_ids_areas_or_crowds(tmp_path):
     val = data.Coco(make_coco(tmp_path, objects), "val", plain)
     metrics = finetune_dense.average_precision(val.coco, results_of(val), [1, 2])
     assert metrics["box_ap"] == metrics["mask_ap"] == pytest.approx(100)
-
-
-@pytest.mark.parametrize("kind", ["images", "categories"])
-def test_ids_that_come_twice(tmp_path, kind):
-    root = make_coco(tmp_path, [triangle(1)])
-    path = tmp_path / "annotations" / "instances_train2017.json"
-    content = json.loads(path.read_text())
-    content[kind].append(content[kind][0])
-    path.write_text(json.dumps(content))
-    with pytest.raises(
-        ValueError, match=f"the id {content[kind][0]['id']} belongs to more than one of the {kind}"
-    ):
-        data.Coco(root, "train", plain)
-
-
-def test_packed_runs():
-    rng = np.random.default_rng(0)
-    for density in (0.0, 0.001, 0.02, 0.5, 1.0):
-        mask = np.asfortranarray(rng.random((400, 300)) < density).astype(np.uint8)
-        packed = rle.encode(mask)
-        flat = mask.flatten(order="F")
-        expected = np.diff([0, *np.flatnonzero(np.diff(flat, prepend=0)), len(flat)]).tolist()
-        assert data.dense.run_lengths(packed["counts"].decode()) == expected
 
 
 def turned(path):
@@ -363,7 +328,7 @@ def test_labels_are_of_the_pixels_as_stored(tmp_path):
         ([triangle(1, category=8)], "category 8 in image 1"),
         ([triangle(1, image=5)], "image 5"),
         ([dict(id=1)], "KeyError"),
-        ([triangle(1, bbox=[1, 2])], "no object that can be used: 1 objects without a proper"),
+        ([triangle(1, bbox=[1, 2])], "no object that can be used"),
         ([], "no object that can be used"),
         ([3], "TypeError"),
     ],

@@ -13,11 +13,15 @@ import torch
 for module in ("timm", "torchvision", "sklearn", "PIL"):
     pytest.importorskip(module)
 
+from PIL import Image
+
+import baselines
+import classification
 import data
+import fastvim
 import train_imagenet
 import training
-from PIL import Image
-from helpers import run_script
+from helpers import Child, run_named_script, run_script
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = ["--depth", "1", "--threads", "1", "--save-minutes", "0"]          # a checkpoint after every step
@@ -27,8 +31,13 @@ def run(*argv):
     run_script(train_imagenet, *argv)
 
 
-def start(*argv, launcher=()):
+def start(output, *argv):
     """The script in a process of its own."""
+    return Child(run_named_script, "train_imagenet", *SMALL, *argv, output=output)
+
+
+def start_alone(*argv, launcher=()):
+    """The same as a user starts it."""
     return subprocess.Popen([sys.executable, *launcher, "train_imagenet.py", *SMALL, *map(str, argv)], cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
@@ -36,8 +45,9 @@ def start(*argv, launcher=()):
 
 def restore(path):
     """As --eval does, without saying which model it is."""
-    args = train_imagenet.get_args(["--device", "cpu", "--eval", str(path)])[0]
-    return train_imagenet.restore(args, training.setup(args, training=False), path)
+    args, saved = train_imagenet.get_args(["--device", "cpu", "--eval", str(path)])
+    ctx = training.setup(args, training=False)
+    return classification.restore(args, ctx, saved), saved.classes, classification.saw_digits(saved)
 
 
 def log(out):
@@ -62,7 +72,7 @@ def test_recipes():
                     auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25, crop_pct=None, recipe_lr=1e-3,
                     recipe_batch=1024)
     assert expected == {k: vars(args)[k] for k in expected} and not args.amp and args.clip == 0
-    model = train_imagenet.build_model(args, 1000)
+    model = classification.build_model(args, 1000)
     assert sum(p.numel() for p in model.parameters()) == 97_670_632
     assert model.cfg.img_size == (224, 224) and model.cfg.drop_path_rate == 0.4
     assert train_imagenet.get_args(["--size", "s"])[0].img_size == 32
@@ -127,8 +137,8 @@ def test_every_variant_trains_a_step_and_is_restored(flags, folder, tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--model", "vit_tiny_patch16_224", "--patch-size", 8]])
 def test_gradient_checkpointing_changes_nothing(flags, folder, tmp_path, monkeypatch):
-    runs, calls, checkpoint = [], [], torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **kw: calls.append(1) or checkpoint(*a, **kw))
+    runs, calls, checkpoint = [], [], fastvim.checkpoint
+    monkeypatch.setattr(fastvim, "checkpoint", lambda *a, **kw: calls.append(1) or checkpoint(*a, **kw))
     for name, more in (("a", []), ("b", ["--grad-checkpointing"])):
         run("--data", folder, *FOLDER, "--steps", 2, "--drop-path", 0.3, "--out", tmp_path / name, *flags, *more)
         runs.append(torch.load(tmp_path / name / "last.pt", weights_only=True)["model"])
@@ -142,12 +152,12 @@ def test_pooled_attention_gives_a_row_one_result():
     model = timm.create_model("vit_tiny_patch16_224", img_size=(32, 48), patch_size=16, depth=1)
     x = torch.randn(2, 1 + 2 * 3, 192)
     for odd in (0, 1):
-        attn = train_imagenet.PooledAttention(model.blocks[0].attn, 1, (2, 3), odd, conv=False)
+        attn = baselines.PooledAttention(model.blocks[0].attn, 1, (2, 3), odd, conv=False)
         grid = attn(x)[:, 1:].reshape(2, 2, 3, 192)
         spread = grid.std(2 - odd).max()
         assert spread < 1e-6 < grid.std(1 + odd).max()
     # rows of one token: plain attention
-    full = train_imagenet.PooledAttention(model.blocks[0].attn, 1, (2, 1), 0, conv=False)
+    full = baselines.PooledAttention(model.blocks[0].attn, 1, (2, 1), 0, conv=False)
     torch.testing.assert_close(full(x[:, :3]), model.blocks[0].attn(x[:, :3]))
 
 
@@ -179,25 +189,25 @@ def test_unknown_policy(folder, tmp_path):
 
 def test_checkpoint_of_another_model_names_the_keys(digits_run):
     content = torch.load(digits_run / "best.pt", weights_only=True)
-    del content["args"]                                                     # as a released file, which names no model
+    del content["args"], content["built"]                                   # as a released file, which names no model
     torch.save(content, digits_run / "anonymous.pt")
     with pytest.raises(SystemExit, match=r"missing in the file: layers\.10"):
         run("--eval", digits_run / "anonymous.pt", "--device", "cpu")
 
 
-def test_killed_in_mid_epoch_and_resumed_ends_in_the_same_bits(tmp_path):
+def test_killed_in_mid_epoch_and_resumed_ends_in_the_same_bits(folder, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = ["--steps", 24, "--drop-path", 0.3, "--mixup", 0.8]
-    reference = start(*flags, "--out", whole)
-    victim = start(*flags, "--out", killed)
+    flags = ["--data", folder, *FOLDER, "--ema", 0.9, "--steps", 24, "--eval-every", 100, "--drop-path", 0.3]
+    reference = start(tmp_path / "a", *flags, "--out", whole)
+    victim = start(tmp_path / "b", *flags, "--out", killed)
     while not (killed / "last.pt").exists() and victim.poll() is None:
-        time.sleep(0.05)
-    victim.send_signal(signal.SIGKILL)
-    assert victim.wait() == -signal.SIGKILL and reference.wait() == 0, reference.stdout.read()
+        time.sleep(0.01)
+    os.kill(victim.pid, signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL and reference.wait() == 0, reference.said()
     step = torch.load(killed / "last.pt", weights_only=True)["step"]
     assert 0 < step < 24
-    resumed = start(*flags, "--out", killed, "--resume")
-    assert resumed.wait() == 0 and f"at step {step} of 24" in resumed.stdout.read()
+    resumed = start(tmp_path / "c", *flags, "--out", killed, "--resume")
+    assert resumed.wait() == 0 and f"at step {step} of 24" in resumed.said(), resumed.said()
     a, b = (torch.load(out / "last.pt", weights_only=True) for out in (whole, killed))
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
@@ -207,7 +217,7 @@ def test_killed_in_mid_epoch_and_resumed_ends_in_the_same_bits(tmp_path):
 
 def test_sigterm_to_the_whole_group_saves_in_spite_of_loading_workers(folder, tmp_path):
     """As torchrun and schedulers send it: the data-loading processes receive it too."""
-    process = start("--data", folder, *FOLDER, "--workers", 1, "--epochs", 1000, "--save-minutes", 60,
+    process = start_alone("--data", folder, *FOLDER, "--workers", 1, "--epochs", 1000, "--save-minutes", 60,
                     "--out", tmp_path)
     while not (tmp_path / "log.jsonl").exists() and process.poll() is None:
         time.sleep(0.05)
@@ -232,7 +242,7 @@ def test_a_checkpoint_is_evaluated_at_another_size_and_refuses_other_classes(fol
     content = torch.load(best, weights_only=True)
     released = {"state_dict": {f"backbone.{k}": v for k, v in content["model"].items()}}   # no model, no classes
     torch.save(released, tmp_path / "released.ckpt")
-    flags = "--img-size 32 --patch-size 8 --depth 1 --device cpu --workers 0 --eval".split()
+    flags = ["--img-size", "32", "--patch-size", "8", "--depth", "1", "--device", "cpu", "--workers", "0", "--eval"]
     run("--data", folder, *flags, tmp_path / "released.ckpt")
     assert capsys.readouterr().out.splitlines()[-1] == results[0][1]
     run("--predict", folder / "val" / "light" / "0.png", *flags, tmp_path / "released.ckpt")
@@ -247,11 +257,12 @@ def test_a_checkpoint_is_evaluated_at_another_size_and_refuses_other_classes(fol
 
 def test_two_processes_match_one_with_the_same_effective_batch(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    runs = [start("--epochs", 1, "--batch-size", 64, "--lr", 1e-3, "--out", one),
-            start("--epochs", 1, "--batch-size", 32, "--lr", 1e-3, "--out", two,
-                  launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))]
-    for process in runs:
-        assert process.wait() == 0, process.stdout.read()
+    flags = ["--epochs", 0.3, "--lr", 1e-3, "--save-minutes", 10]
+    first = start(tmp_path / "said", *flags, "--batch-size", 64, "--out", one)
+    second = start_alone(*flags, "--batch-size", 32, "--out", two, launcher=(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
+    assert second.wait() == 0, second.stdout.read()
+    assert first.wait() == 0, first.said()
     a, b = log(one)[-1], log(two)[-1]
     assert abs(a["loss"] - b["loss"]) < 1e-4 and abs(a["metrics"]["loss"] - b["metrics"]["loss"]) < 1e-4
     a, b = (torch.load(out / "last.pt", weights_only=True)["model"] for out in (one, two))

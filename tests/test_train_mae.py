@@ -13,12 +13,14 @@ import torch
 for module in ("timm", "torchvision", "sklearn", "PIL"):
     pytest.importorskip(module)
 
+from PIL import Image
+
+import classification
 import data
 import fastvim
 import train_imagenet
 import train_mae
 import training
-from PIL import Image
 from helpers import run_script
 
 SMALL = ["--depth", "4", "--device", "cpu", "--threads", "1"]
@@ -60,17 +62,17 @@ def recipe(*argv, **expected):
 def test_recipes_of_the_paper():
     """recipes.md, section 2. Learning rates are MAE's base rates x effective batch / 256."""
     recipe("pretrain", "--size", "b", recipe_lr=2.4e-3, recipe_batch=4096, epochs=1600, warmup=40, weight_decay=0.05,
-           drop_path=0, crop_scale=0.2, reprob=0, mask_ratio=0.75, decoder_depth=2, decoder_dim=512, clip=0, ema=0,
-           mask_divisor="axis", released_masking=False, pixel_loss=False, pool_scale=None)
+           drop_path_rate=0, crop_scale=0.2, reprob=0, mask_ratio=0.75, decoder_depth=2, decoder_dim=512, clip=0, ema=0,
+           mask_divisor="axis", pixel_loss=False, pool_scale=None)
     recipe("finetune", "--size", "b", recipe_lr=2e-3, recipe_batch=1024, epochs=100, warmup=5, weight_decay=0.05,
-           drop_path=0.3, layer_decay=0.65, decay_blocks=2, mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, clip=0,
+           drop_path_rate=0.3, layer_decay=0.65, decay_blocks=2, mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, clip=0,
            crop_pct=None, crop_scale=0.08, ema=0)
     for size in (["--size", "l"], ["--size", "h"], ["--model", "vim_large"]):
-        recipe("finetune", *size, recipe_lr=4e-3, epochs=50, layer_decay=0.75, warmup=5, drop_path=0.3)
+        recipe("finetune", *size, recipe_lr=4e-3, epochs=50, layer_decay=0.75, warmup=5, drop_path_rate=0.3)
     recipe("finetune", "--size", "h", "--img-size", "448", clip=3.0, crop_pct=1.0, epochs=50)
     recipe("finetune", "--size", "h", "--img-size", "448", "--clip", "1", clip=1.0, crop_pct=1.0)
-    recipe("linear", "--size", "l", recipe_lr=1.6, recipe_batch=4096, epochs=90, warmup=10, weight_decay=0, drop_path=0,
-           mixup=0, cutmix=0, smoothing=0, reprob=0, crop_scale=0.08)
+    recipe("linear", "--size", "l", recipe_lr=1.6, recipe_batch=4096, epochs=90, warmup=10, weight_decay=0,
+           drop_path_rate=0, mixup=0, cutmix=0, smoothing=0, reprob=0, crop_scale=0.08)
     for stage, policy in dict(pretrain="none", linear="none", finetune="rand-m9-mstd0.5-inc1").items():
         assert recipe(stage).auto_augment == policy
     assert recipe("pretrain", "--size", "h").patch_size is None and fastvim.SIZES["huge"]["patch_size"] == 14
@@ -85,7 +87,8 @@ def test_the_recipe_follows_the_size_of_the_checkpoint(tmp_path):
     torch.save({"args": saved, "model": {"mask_token": torch.zeros(1, 1, 4)}}, tmp_path / "l.pt")
     start = ["finetune", "--data", "x", "--init", str(tmp_path / "l.pt"), "--out", str(tmp_path)]
     args = train_mae.get_args(start)[0]
-    assert (args.size, args.epochs, args.layer_decay, args.recipe_lr, args.clip) == ("l", 50, 0.75, 4e-3, 0)
+    assert (args.model, args.epochs, args.layer_decay, args.recipe_lr, args.clip) == (
+        "fastvim_large", 50, 0.75, 4e-3, 0)
     assert args.pool_scale == 0.4
     args = train_mae.get_args([*start, "--epochs", "7", "--img-size", "448", "--pool-scale", "1"])[0]
     assert (args.epochs, args.layer_decay, args.clip, args.crop_pct, args.pool_scale) == (7, 0.75, 3.0, 1.0, 1.0)
@@ -107,8 +110,8 @@ def test_layer_decay_against_a_list_written_by_hand():
 def test_groups_of_the_optimizers(pretrained, tmp_path, monkeypatch):
     """What fit() is given: learning-rate shares, weight decay, betas, what is trained at all."""
     seen = []
-    monkeypatch.setattr(training, "fit", lambda args, ctx, model, loader, loss, optimizer, **kw: seen.append(
-        (args, model, optimizer, kw)))
+    monkeypatch.setattr(training, "fit", lambda args, ctx, model, loader, loss, optimizer, lr, **kw:
+                        seen.append((args, model, optimizer, {"lr": lr, **kw})))
 
     def groups():
         args, model, optimizer, more = seen.pop()
@@ -126,18 +129,19 @@ def test_groups_of_the_optimizers(pretrained, tmp_path, monkeypatch):
 
     run("finetune", "--init", pretrained / "last.pt", "--out", tmp_path, "--layer-decay", 0.5, "--device", "cpu")
     args, model, optimizer, more, found = groups()
+    lr = optimizer.param_groups[0]["lr"]
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.999) and args.pool_scale == 0.25 == model.cfg.pool_scale
     assert found["pos_embed"] == (0.125, 0.0) and found["head.weight"] == (1.0, 0.05) and found["head.bias"] == (1.0, 0)
     assert found["layers.0.mixer.A_log"] == (0.25, 0.05) and found["layers.3.mixer.D"] == (0.5, 0.0)
     assert found.keys() == {k for k, _ in model.named_parameters()}
     total = round(args.epochs * 44)
-    assert more["lr"](0) == 0 and more["lr"](22) == args.lr and more["lr"](total) == pytest.approx(1e-5)
+    assert more["lr"](0) == 0 and more["lr"](22) == lr == 1e-3 and more["lr"](total) == pytest.approx(1e-5)
 
     run("linear", "--init", pretrained / "last.pt", "--out", tmp_path, "--device", "cpu")
     args, model, optimizer, more, found = groups()
     assert isinstance(optimizer, torch.optim.SGD) and optimizer.param_groups[0]["momentum"] == 0.9
     assert found.keys() == {"head.1.weight", "head.1.bias"} and {v for v in found.values()} == {(1.0, 0.0)}
-    assert more["lr"](22) == args.lr and more["lr"](10 * 22) == pytest.approx(0)
+    assert more["lr"](22) == optimizer.param_groups[0]["lr"] == 0.025 and more["lr"](10 * 22) == pytest.approx(0)
     run("linear", "--init", pretrained / "last.pt", "--out", tmp_path, "--device", "cpu", "--weight-decay", 0.5)
     assert set(groups()[4].values()) == {(1.0, 0.0), (1.0, 0.5)}            # the bias has none
     assert isinstance(model.head[0], torch.nn.BatchNorm1d) and not model.head[0].affine and model.head[0].eps == 1e-6
@@ -150,9 +154,9 @@ def test_groups_of_the_optimizers(pretrained, tmp_path, monkeypatch):
 def test_the_scale_follows_from_the_pretraining(flags, scale, tmp_path):
     run(*PRETRAIN[:-4], "--steps", 1, *flags, "--out", tmp_path / "mae")
     run("finetune", "--init", tmp_path / "mae/last.pt", "--steps", 1, "--out", tmp_path / "a", "--device", "cpu")
-    args = train_imagenet.get_args(["--device", "cpu", "--eval", str(tmp_path / "a/last.pt")])[0]
+    args, saved = train_imagenet.get_args(["--device", "cpu", "--eval", str(tmp_path / "a/last.pt")])
     ctx = training.setup(args, training=False)
-    assert train_imagenet.restore(args, ctx, args.eval)[0].cfg.pool_scale == scale
+    assert classification.restore(args, ctx, saved).cfg.pool_scale == scale
     if scale != 1:
         run("finetune", "--init", tmp_path / "mae/last.pt", "--steps", 1, "--out", tmp_path / "b", "--device", "cpu",
             "--pool-scale", 1)
@@ -176,11 +180,11 @@ def test_pretraining_writes_losses_pictures_and_its_decoder(pretrained):
 
 def test_the_picture_shows_what_its_columns_say(tmp_path):
     """A model whose prediction is known: patches, visible or removed, in their places."""
-    class Known(fastvim.MaskedAutoencoder):
+    class Known(train_mae.MaskedAutoencoder):
         def forward(self, x, noise):
             target = self.target(x)[0]
             mask = self.random_masking(noise)[1]
-            return fastvim.MAEOutput(None, target if self.perfect else torch.zeros_like(target), mask)
+            return train_mae.MAEOutput(None, target if self.perfect else torch.zeros_like(target), mask)
 
     model = Known(img_size=32, patch_size=8, embed_dim=16, depth=1, decoder_embed_dim=16)
     x = torch.stack([data.Digits(False, 32)[i][0] for i in range(2)])
@@ -200,7 +204,7 @@ def test_the_picture_shows_what_its_columns_say(tmp_path):
     assert (visible[shown] == original[shown]).all() and (means[shown] == original[shown]).all()
 
 
-@pytest.mark.parametrize("flags", ["--model vim_tiny", "--mask-divisor count", "--released-masking", "--pixel-loss",
+@pytest.mark.parametrize("flags", ["--model vim_tiny", "--mask-divisor count", "--pixel-loss",
                                    "--amp --clip 1 --accum 2 --grad-checkpointing",
                                    "--schedule pool_col --class-token", "--pool max"])
 def test_every_variant_pretrains_and_hands_over(flags, folder, tmp_path):
@@ -231,7 +235,7 @@ def test_stages_on_the_digits_keep_what_they_should(pretrained, tmp_path, capsys
     run("finetune", "--init", tmp_path / "fl/last.pt", "--steps", 1, "--out", tmp_path / "flf", "--device", "cpu")
     assert "5 dropped (head)" in capsys.readouterr().out and "head.weight" in weights(tmp_path / "flf/last.pt")
     moved = weights(tmp_path / "flf/last.pt")                               # not frozen any more
-    assert torch.load(tmp_path / "flf/last.pt", weights_only=True)["args"]["pool_scale"] == 0.25
+    assert torch.load(tmp_path / "flf/last.pt", weights_only=True)["built"]["fields"]["pool_scale"] == 0.25
     optimizer = torch.load(tmp_path / "flf/last.pt", weights_only=True)["optimizer"]
     assert sum(len(group["params"]) for group in optimizer["param_groups"]) == len(moved)
     run("--init", pretrained / "last.pt", "--steps", 1, "--out", tmp_path / "i", "--device", "cpu",
@@ -283,7 +287,7 @@ def test_448_pixels_and_patch_14(folder, tmp_path):
 def test_crops_of_each_stage_and_of_the_evaluation(folder, pretrained, tmp_path):
     def crops(*argv, script=train_mae):
         args = script.get_args([*map(str, argv), "--data", str(folder), "--out", str(tmp_path / "none")])[0]
-        sets = [train_imagenet.build_data(args, train).transform.transforms for train in (True, False)]
+        sets = [classification.open_images(args, train).transform.transforms for train in (True, False)]
         return sets[0][0].scale[0], round(args.img_size / sets[1][0].size[0] if isinstance(
             sets[1][0].size, (tuple, list)) else args.img_size / sets[1][0].size, 3)
     size = ["--img-size", 224]
@@ -292,14 +296,13 @@ def test_crops_of_each_stage_and_of_the_evaluation(folder, pretrained, tmp_path)
     assert crops("finetune", "--scratch", "--img-size", 448) == (0.08, 1.0)
     # a checkpoint keeps its crop for train_imagenet.py --eval and --predict
     content = torch.load(pretrained / "last.pt", weights_only=True)
-    args = train_imagenet.get_args(["--data", "x"])[0]
-    train_imagenet.adopt(args, {"args": {**content["args"], "crop_pct": 1.0}})
-    assert args.crop_pct == 1.0
+    torch.save({**content, "args": {**content["args"], "crop_pct": 1.0}}, tmp_path / "cropped.pt")
+    assert train_imagenet.get_args(["--data", "x", "--eval", str(tmp_path / "cropped.pt")])[0].crop_pct == 1.0
 
 
 def test_the_validation_loss_has_the_same_masks_every_time():
     torch.manual_seed(0)
-    model = fastvim.MaskedAutoencoder(img_size=32, patch_size=8, embed_dim=16, depth=1, decoder_embed_dim=16,
+    model = train_mae.MaskedAutoencoder(img_size=32, patch_size=8, embed_dim=16, depth=1, decoder_embed_dim=16,
                                       norm_pix_loss=False).eval()
     ctx = training.Context(0, 1, torch.device("cpu"))
     x = torch.stack([data.Digits(False, 32)[i][0] for i in range(8)])
@@ -327,8 +330,9 @@ def test_pretraining_killed_and_resumed_or_continued(tmp_path, capsys):
     options = ["--mask-ratio", 0.5, "--mask-divisor", "count", "--pixel-loss", "--decoder-dim", 12]
     run("pretrain", *SMALL, *options, "--decoder-depth", 1, "--steps", 1, "--out", tmp_path / "own")
     run("pretrain", "--device", "cpu", "--init", tmp_path / "own/last.pt", "--steps", 1, "--out", tmp_path / "on")
-    own, on = (torch.load(tmp_path / name / "last.pt", weights_only=True)["args"] for name in ("own", "on"))
-    assert all(own[k] == on[k] for k in (*train_mae.MASKING, "depth", "patch_size", "pool_scale"))
+    own, on = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("own", "on"))
+    assert all(own["args"][k] == on["args"][k] for k in (*train_mae.MASKING, "depth", "patch_size", "pool_scale"))
+    assert own["built"] == on["built"] and own["built"]["fields"]["mask_divisor"] == "count"
     run("pretrain", "--device", "cpu", "--init", tmp_path / "own/last.pt", "--steps", 1, "--out", tmp_path / "larger",
         "--img-size", 48)
     assert weights(tmp_path / "larger/last.pt")["decoder_pos_embed"].shape == (1, 144, 12)
@@ -407,22 +411,19 @@ def test_flags_that_cannot_be_are_named(flags, message, capsys):
 def test_what_the_command_line_says_is_not_taken_from_the_checkpoint(pretrained, tmp_path):
     with pytest.raises(SystemExit, match="mask_ratio=0.0"):
         run("pretrain", "--init", pretrained / "last.pt", "--mask-ratio", 0, "--out", tmp_path, "--device", "cpu")
-    args, saved = train_imagenet.get_args(["--no-class-token"])[0], dict(size="t", model=None, data=None)
-    train_imagenet.adopt(args, {"args": {**saved, "class_token": True, "no_conv": True, "pool": "max"}})
-    assert args.class_token is False and args.no_conv is True and args.pool == "max"
+    saved = dict(size="t", model=None, data=None)
+
+    def options(script, *argv, **more):
+        """Those of a run that starts from a checkpoint of the first edition, which has no `built`."""
+        torch.save({"args": {**saved, **more}, "model": {"x": torch.zeros(1)}}, tmp_path / "old.pt")
+        return script.get_args([*argv, "--init", str(tmp_path / "old.pt"), "--out", str(tmp_path)])[0]
+    args = options(train_imagenet, "--no-class-token", class_token=True, no_conv=True, pool="max")
+    assert args.class_token is False and args.d_conv == 0 and args.pool == "max"
     for flags, name in (([], "vim_large"), (["--size", "b"], "fastvim_base"), (["--model", "vim_small"], "vim_small")):
-        args = train_imagenet.get_args(flags)[0]
-        train_imagenet.adopt(args, {"args": {**saved, "size": None, "model": "vim_large"}})
-        assert train_imagenet.model_name(args) == name
-    torch.save({"args": {**saved, "img_size": 448, "crop_pct": 1.0}, "model": {"x": torch.zeros(1)}},
-               tmp_path / "448.pt")
+        assert options(train_imagenet, *flags, size=None, model="vim_large").model == name
     for size, crop in (([], 1.0), (["--img-size", "448"], 1.0), (["--img-size", "224"], None)):
         for script, stage in ((train_mae, ["linear"]), (train_imagenet, [])):
-            args = script.get_args([*stage, "--data", "x", "--init", str(tmp_path / "448.pt"), *size, "--out",
-                                    str(tmp_path)])[0]
-            if script is train_imagenet:
-                train_imagenet.starting_point(args)
-            assert args.crop_pct == crop
+            assert options(script, *stage, "--data", "x", *size, img_size=448, crop_pct=1.0).crop_pct == crop
 
 
 def test_a_damaged_checkpoint_of_the_run_names_the_other(pretrained, tmp_path):

@@ -1,8 +1,7 @@
 """
 training.py: schedules, groups, exact resume, several processes, and everything that can stop a run.
 
-The toy experiment below is also a script, `python tests/test_training.py --out DIR ...`, which some tests run as a
-process of its own: to kill it, to send it signals, and with torchrun.
+Some tests run the toy experiment below in a process of its own: to kill it, to send it signals, and beside another one.
 """
 
 import argparse
@@ -13,9 +12,7 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
+import socket
 
 import numpy as np
 import pytest
@@ -23,12 +20,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import training  # noqa: E402
-from training import (NonFiniteError, add_training_arguments, cosine, evaluate_classifier, fit,  # noqa: E402
-                      parameter_groups, polynomial, run_length, setup, step_decay)
+import runs
+import safety
+import training
+from helpers import Child
+from runs import evaluate_classifier
+from safety import NonFiniteError
+from training import (
+    cosine,
+    fit,
+    parameter_groups,
+    peak_lr,
+    polynomial,
+    run_length,
+    setup,
+    step_decay,
+)
 
 PER_EPOCH = 6                                             # batches
+RECIPE = {**runs.TRAINING, "recipe_lr": 0.02, "recipe_batch": 8, "batch_size": 8, "epochs": 3, "workers": 0,
+          "threads": 1, "ema": 0.9, "weight_decay": 0.05, "data": "here", "kill_with": signal.SIGKILL, "out": "out"}
 INPUTS = torch.randn(48, 5, generator=torch.Generator().manual_seed(1))
 LABELS = INPUTS[:, :3].argmax(1)
 
@@ -92,19 +103,20 @@ def cross_entropy(model, batch):
 
 
 def toy(*argv, loss_fn=cross_entropy, on_step=lambda step: None, on_evaluate=lambda step: None,
-        lr_scale=None, **options):
+        groups=None, **options):
     """The toy experiment with these command line arguments -> (model, log)."""
-    parser = argparse.ArgumentParser()
+    parser = runs.Parser()
     parser.add_argument("--plain", action="store_true", help="no dropout, no noise, no batch norm")
-    parser.add_argument("--data", default="here")
-    parser.add_argument("--kill-at", type=int)
-    parser.add_argument("--kill-with", type=int, default=signal.SIGKILL)
-    add_training_arguments(parser, lr=0.02, recipe_batch=8, batch_size=8, epochs=3, workers=0, threads=1, ema=0.9,
-                           weight_decay=0.05)
-    args = parser.parse_args([str(arg) for arg in argv])
+    parser.add_argument("--data", help="a path")
+    parser.add_argument("--kill-at", type=int, help="in which micro-step to send a signal")
+    parser.add_argument("--kill-with", type=int, help="which one")
+    runs.add_training_arguments(parser, RECIPE)
+    typed = vars(parser.parse_args([str(arg) for arg in argv]))
+    args = runs.Options({**runs.defaults(parser), **RECIPE, **typed})
     ctx = setup(args)
     model = toy_model(not args.plain).to(ctx.device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, lr_scale=lr_scale), lr=args.lr)
+    lr = peak_lr(args, ctx)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, **(groups or {})), lr=lr)
     loader = Loader(args.batch_size, ctx.rank, ctx.world_size)
     total, per_epoch = run_length(args, loader)
     seen = []
@@ -123,16 +135,28 @@ def toy(*argv, loss_fn=cross_entropy, on_step=lambda step: None, on_evaluate=lam
 
     options = {"weight_decay": lambda step: cosine(step, total, 0.04, end=0.4), "evaluate": evaluate,
                "metric": "top1", "harmless": ("data", "kill_at", "kill_with"), **options}
-    log = fit(args, ctx, model, loader, counted_loss, optimizer, lambda step: cosine(step, total, args.lr, warmup=4),
+    log = fit(args, ctx, model, loader, counted_loss, optimizer, lambda step: cosine(step, total, lr, warmup=4),
               **options)
     ctx.close()
     return model, log
 
 
-def script(*argv, launcher=()):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, __file__, *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+def process(output, *argv, **environment):
+    """The toy experiment in a process of its own."""
+    return Child(toy, *map(str, argv), output=output, **environment)
+
+
+def two_processes(folder, function, *argv):
+    """function(*argv) in two processes that know of each other, as torchrun starts them -> (exit status, output) x 2"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [Child(function, *argv, output=folder / f"said{rank}", RANK=str(rank), LOCAL_RANK=str(rank),
+                     WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in (0, 1)]
+    ended = [(child.wait(), child.said()) for child in started]
+    for child in started:
+        child.output.unlink()
+    return ended
 
 
 def load(path):
@@ -218,17 +242,27 @@ def test_two_dimensional_bias_is_not_decayed():
     (["--batch-size", 4, "--lr", 0.5], 0.5, "not scaled"),
 ])
 def test_learning_rate_rule(argv, lr, words, capsys):
-    parser = argparse.ArgumentParser()
-    add_training_arguments(parser, lr=0.02, recipe_batch=8)
-    args = parser.parse_args([str(arg) for arg in argv])
-    setup(args)
+    parser = runs.Parser()
+    runs.add_training_arguments(parser, RECIPE)
+    args = runs.Options({**runs.defaults(parser), **RECIPE, **vars(parser.parse_args([str(arg) for arg in argv]))})
+    ctx = setup(args)
     said = capsys.readouterr().out
-    assert args.lr == pytest.approx(lr) and words in said and f"effective batch {4 * args.accum} " in said
+    assert peak_lr(args, ctx) == pytest.approx(lr) and words in said
+    assert f"effective batch {4 * args.accum} " in said and f"learning rate {lr:g} " in said
 
 
-def test_unknown_default_is_refused():
-    with pytest.raises(TypeError, match="epoch_s"):
-        add_training_arguments(argparse.ArgumentParser(), lr=1, recipe_batch=1, epoch_s=3)
+def test_options_cannot_be_changed_and_help_shows_the_recipe(capsys):
+    parser = runs.Parser()
+    runs.add_training_arguments(parser, RECIPE)
+    assert vars(parser.parse_args(["--seed", "3"])) == {"seed": 3}
+    args = runs.Options({**runs.defaults(parser), **RECIPE})
+    assert args.steps is None and args.resume_changed is False and args.ema == 0.9
+    with pytest.raises(AttributeError, match="steps=3"):
+        args.steps = 3
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(default 0.9)" in said and "(default 0.02 x batch / 8)" in said and "SUPPRESS" not in said
 
 
 def test_run_length():
@@ -293,7 +327,7 @@ def test_matches_a_hand_written_loop(tmp_path):
 
 
 def test_schedules_respect_the_groups_scales(tmp_path):
-    toy("--out", tmp_path, "--steps", 6, lr_scale=lambda name, param: 0.5 if name.startswith("0.") else 1.0)
+    toy("--out", tmp_path, "--steps", 6, groups=dict(lr_scale=lambda name, param: 0.5 if name.startswith("0.") else 1.0))
     groups = load(tmp_path / "last.pt")["optimizer"]["param_groups"]
     decay, rate = cosine(5, 6, 0.04, end=0.4), cosine(5, 6, 0.02, warmup=4)
     assert [(g["weight_decay"], g["lr"]) for g in groups] == [
@@ -341,8 +375,8 @@ def test_checkpoint_needs_no_pickle(whole):
 
 
 def test_kill_within_an_epoch_then_resume_is_exact(tmp_path, whole):
-    killed = script("--out", tmp_path, "--save-minutes", 0, "--kill-at", 9)
-    assert killed.returncode == -signal.SIGKILL and load(tmp_path / "last.pt")["step"] == 9
+    killed = process(tmp_path / "said", "--out", tmp_path, "--save-minutes", 0, "--kill-at", 9)
+    assert killed.wait() == -signal.SIGKILL and load(tmp_path / "last.pt")["step"] == 9
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
     toy("--out", tmp_path, "--resume")
     assert_same(load(tmp_path / "last.pt"), load(whole / "last.pt"))
@@ -379,8 +413,8 @@ def test_resume_between_micro_steps_skips_the_right_batches(tmp_path):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_saves_then_resume_is_exact(tmp_path, whole, number, status):
-    stopped = script("--out", tmp_path, "--kill-at", 7, "--kill-with", int(number))
-    assert stopped.returncode == status and "--resume" in stopped.stdout, stopped.stderr
+    stopped = process(tmp_path / "said", "--out", tmp_path, "--kill-at", 7, "--kill-with", int(number))
+    assert stopped.wait() == status and "with --resume continues" in stopped.said(), stopped.said()
     assert load(tmp_path / "last.pt")["step"] == 8        # the step at work was finished
     before = signal.getsignal(number)
     toy("--out", tmp_path, "--resume")
@@ -388,20 +422,23 @@ def test_signal_saves_then_resume_is_exact(tmp_path, whole, number, status):
     assert_same(load(tmp_path / "last.pt"), load(whole / "last.pt"))
 
 
-@pytest.mark.parametrize("torchrun", [False, True])
-def test_only_a_second_ctrl_c_ends_at_once(torchrun):
+def wish_to_stop_four_times():
+    with safety.stop_signals() as received:
+        for name in ("INT", "TERM", "TERM"):
+            os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
+        print(received, flush=True)
+        os.kill(os.getpid(), signal.SIGINT)
+        print("here", flush=True)
+
+
+@pytest.mark.parametrize("environment, status, last", [
+    ({}, -signal.SIGINT, "[2]"), ({"TORCHELASTIC_RUN_ID": "1"}, 0, "here")])
+def test_only_a_second_ctrl_c_ends_at_once(environment, status, last, tmp_path):
     """Schedulers repeat SIGTERM, and torchrun repeats whatever it receives: neither may cost the checkpoint."""
-    code = ("import os, signal, training\n"
-            "with training.stop_signals() as received:\n"
-            "    for name in 'INT TERM TERM'.split():\n"
-            "        os.kill(os.getpid(), getattr(signal, 'SIG' + name))\n"
-            "    print(received, flush=True)\n"
-            "    os.kill(os.getpid(), signal.SIGINT)\n"
-            "    print('here', flush=True)\n")
-    environment = {**os.environ, **({"TORCHELASTIC_RUN_ID": "1"} if torchrun else {})}
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment,
-                           cwd=Path(training.__file__).parent)
-    assert (ended.returncode, ended.stdout.split()) == ((0, ["[2]", "here"]) if torchrun else (-signal.SIGINT, ["[2]"]))
+    child = Child(wish_to_stop_four_times, output=tmp_path / "said", **environment)
+    assert child.wait() == status
+    lines = [line for line in child.said().splitlines() if line in ("[2]", "here")]
+    assert lines[0] == "[2]" and lines[-1] == last
 
 
 def test_signal_during_the_evaluation_ends_after_it(tmp_path, whole):
@@ -525,7 +562,7 @@ def test_failing_last_save_is_an_error(tmp_path, monkeypatch, name):
 
     with pytest.raises(OSError, match="No space left"):
         toy("--out", tmp_path, "--epochs", 1, "--save-minutes", 0,
-            on_step=lambda step: monkeypatch.setattr(training.os, name, fail) if step == 3 else None)
+            on_step=lambda step: monkeypatch.setattr(safety.os, name, fail) if step == 3 else None)
     assert load(tmp_path / "last.pt")["step"] == 3 and not list(tmp_path.glob("*.tmp"))
 
 
@@ -539,7 +576,7 @@ def test_nonfinite_loss_names_the_module_and_spares_the_weights(tmp_path, poison
         toy("--out", tmp_path, "--save-minutes", 0, on_step=on_step)
     assert (caught.value.step, caught.value.epoch) == (8, 2)
     state = load(tmp_path / "last.pt")
-    assert state["step"] == 8 and not training.not_finite(state["model"])
+    assert state["step"] == 8 and not safety.not_finite(state["model"])
 
 
 def test_nonfinite_loss_names_loss_input_or_parameter(tmp_path):
@@ -610,19 +647,17 @@ def test_other_errors_pass(tmp_path):
 
 # ---- Several processes -----------------------------------------------------------------------------------------------
 
-TWO = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
-
-
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     """Two micro-steps each, stopped by a signal to one of them and resumed on the way."""
     argv = "--plain", "--accum", 2
     toy("--out", tmp_path / "one", *argv, "--batch-size", 8)
-    argv += "--batch-size", 4
-    stopped = script("--out", tmp_path / "two", *argv, "--kill-at", 9, "--kill-with", 15, launcher=TWO)
-    assert stopped.returncode != 0 and "stopped after step 5 of 9" in stopped.stdout, stopped.stderr
-    done = script("--out", tmp_path / "two", *argv, "--resume", launcher=TWO)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 2/3") == 1            # only one process prints
+    argv = "--out", tmp_path / "two", *argv, "--batch-size", 4
+    ended = two_processes(tmp_path, toy, *argv, "--kill-at", 9, "--kill-with", 15)
+    assert [status for status, _ in ended] == 2 * [128 + signal.SIGTERM], ended
+    assert "stopped after step 5 of 9" in ended[0][1]
+    (first, said), (second, nothing) = two_processes(tmp_path, toy, *argv, "--resume")
+    assert first == second == 0, said + nothing
+    assert said.count("epoch 2/3") == 1 and "epoch 2/3" not in nothing      # only one process prints
     one, two = load(tmp_path / "one" / "last.pt"), load(tmp_path / "two" / "last.pt")
     for part in ("model", "ema"):
         for name in one[part]:
@@ -633,19 +668,14 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
 
 
 def test_nonfinite_loss_on_one_process_stops_both(tmp_path):
-    stopped = script("--out", tmp_path, "--poison-rank", 1, "--batch-size", 4, launcher=TWO)
     said = "NonFiniteError: the loss is nan at step 3, epoch 1. It begins in the output of 5.0 (Poison), process 1"
-    assert stopped.returncode != 0 and said in stopped.stderr
+    for status, printed in two_processes(tmp_path, poisoned, "--out", tmp_path, "--batch-size", 4):
+        assert status != 0 and said in printed
 
 
-if __name__ == "__main__":
-    if "--poison-rank" in sys.argv:                       # which process meets a nan in its step 3
-        at = sys.argv.index("--poison-rank")
-        _, rank = sys.argv.pop(at), sys.argv.pop(at)
+def poisoned(*argv):
+    """Process 1 meets a nan in its step 3."""
+    def poison_one(step):
+        Poison.active = step >= 3 and os.environ["RANK"] == "1"
 
-        def poison_one(step):
-            Poison.active = step >= 3 and os.environ["RANK"] == rank
-
-        toy(*sys.argv[1:], on_step=poison_one)
-    else:
-        toy(*sys.argv[1:])
+    toy(*argv, on_step=poison_one)

@@ -1,0 +1,279 @@
+"""What all scripts share: their options, and the checkpoints that they start from.
+
+One rule for every option: {**defaults, **RECIPE, **toy, **checkpoint, **typed}. The last one holds.
+
+    RECIPE = {**runs.TRAINING, "epochs": 300.0, "recipe_lr": 1e-3, "recipe_batch": 1024, ...}
+    parser = runs.Parser(description=...)                   # it keeps what was typed, nothing else
+    runs.add_training_arguments(parser, RECIPE)             # last: help texts get defaults
+    typed = vars(parser.parse_args(argv))
+    chosen = {**runs.defaults(parser), **RECIPE, **typed}
+    start = runs.starting_point(chosen, chosen["init"])     # the run's own, or --init, or none
+    args = runs.Options({**chosen, **start.model_options(), **typed})
+
+args does not change after that: what is computed from it has a name of its own. An option that
+makes the model is called like its field of fastvim.Config: a checkpoint's fields are options, too.
+"""
+import argparse
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+import checkpoints
+import data
+import fastvim
+import safety
+import training
+
+# ---- Options -------------------------------------------------------------------------------------
+
+SIZES = {size[0]: size for size in fastvim.SIZES}
+
+# What makes a model: fields of fastvim.Config, and two that train_imagenet.py gives to ViTs.
+MODEL_FIELDS = ("img_size", "patch_size", "depth", "schedule", "pool", "pool_scale", "class_token",
+                "block_norm", "ssm_norm", "d_conv", "skip_before_expand", "mask_divisor",
+                "drop_path_rate", "vit_pool", "vit_conv")
+
+# What a script's recipe leaves open of the options that every script has.
+TRAINING = dict(batch_size=128, accum=1, weight_decay=0.0, clip=0.0, ema=0.0, amp=False,
+                eval_every=1, save_minutes=10.0, seed=0, workers=min(4, os.cpu_count() or 1),
+                device="auto")
+
+
+class Options(argparse.Namespace):
+    """The options of a run as attributes, which cannot be changed."""
+
+    def __init__(self, options: dict):
+        vars(self).update(options)
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"options do not change: give {name}={value!r} a name of its own")
+
+
+class Parser(argparse.ArgumentParser):
+    """Keeps what was typed: any other option is absent from what it returns."""
+
+    def __init__(self, **settings):
+        super().__init__(argument_default=argparse.SUPPRESS, **settings)
+
+
+def defaults(parser: argparse.ArgumentParser) -> dict:
+    """What holds for the parser's options where nothing is said: a switch is off, else None."""
+    options = {action.dest: None for action in parser._actions if action.dest != "help"}
+    switches = [a for a in parser._actions if isinstance(a, argparse._StoreTrueAction)]
+    return options | {action.dest: False for action in switches}
+
+
+def number(kind: type, least: float, below: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: an int or float in [least, below)."""
+    limits = f"at least {least}"
+    if below < math.inf:
+        limits += f" and less than {below}"
+
+    def parse(text):
+        if not least <= kind(text) < below:
+            raise argparse.ArgumentTypeError(f"{text} must be {limits}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
+    return parse
+
+
+WHOLE = number(int, 1)
+POSITIVE = number(float, 0)
+SHARE = number(float, 0, 1)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, recipe: dict) -> None:
+    """Adds the options that every script has; then, to all help texts, the defaults of `recipe`."""
+    add = parser.add_argument_group("training").add_argument
+    for name, kind, text in (
+        ("batch-size", WHOLE, "samples per process and micro-step"),
+        ("accum", WHOLE, "micro-steps per optimizer step; their gradients are averaged"),
+        ("epochs", number(float, 1e-9), "passes over the training set, may be a fraction"),
+        ("steps", WHOLE, "optimizer steps; the run ends at --epochs or --steps, which is first"),
+        ("weight-decay", POSITIVE, "decoupled weight decay"),
+        ("clip", POSITIVE, "largest gradient norm, 0 for no clipping"),
+        ("ema", SHARE, "decay of the moving average of the weights, 0 for none"),
+        ("eval-every", WHOLE, "epochs between evaluations"),
+        ("save-minutes", POSITIVE, "time between checkpoints within an epoch; each ends with one"),
+        ("seed", number(int, 0), "the whole run follows from it"),
+        ("workers", number(int, 0), "data-loading processes per training process"),
+        ("threads", WHOLE, "CPU threads per process (default: PyTorch's choice)"),
+        ("device", str, "auto (a GPU if there is one), cpu, cuda or cuda:1"),
+        ("out", str, "folder of checkpoints, log and curve"),
+        ("lr", POSITIVE, "peak learning rate (default {recipe_lr:g} x batch / {recipe_batch})"),
+    ):
+        add(f"--{name}", type=kind, help=text.format(**recipe))
+    add("--amp", action=argparse.BooleanOptionalAction,
+        help="bfloat16 autocast; off: float32, as in the paper")
+    add("--resume", nargs="?", const="auto", metavar="FILE", help="continue, as if never stopped, "
+        "from FILE or else from OUT/last.pt if it exists")
+    add("--resume-changed", action="store_true", help="resume, though arguments changed")
+    for action in parser._actions:
+        value = recipe.get(action.dest)
+        if value is not None and value is not False and "default" not in action.help:
+            action.help += f" (default {value})"
+
+
+def model_fields(args: Options) -> dict:
+    """The fields that the options set, for fastvim.create_model."""
+    fields = {name: vars(args).get(name) for name in MODEL_FIELDS}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if fields.get("ssm_norm") == "none":
+        fields["ssm_norm"] = None
+    return fields
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A checkpoint, and what it says of itself: nothing if it is a released file, or no file."""
+    path: str = ""
+    content: dict = dataclasses.field(default_factory=dict)  # as checkpoints.read returns it
+    resumed: bool = False  # it is the run's own: training.fit takes its weights
+    options: dict = dataclasses.field(default_factory=dict)  # of the run that wrote it
+    name: str | None = None  # of the model
+    fields: dict = dataclasses.field(default_factory=dict)  # that the model was made with
+    classes: list | None = None  # their names
+
+    @property
+    def gives_weights(self) -> bool:
+        return bool(self.content) and not self.resumed
+
+    def model_options(self) -> dict:
+        """The options that make this encoder again: all but what a recipe decides."""
+        if self.name is None:
+            return {}
+        fields = {name: self.fields[name] for name in MODEL_FIELDS if name in self.fields}
+        fields.pop("drop_path_rate", None)
+        if "ssm_norm" in fields:
+            fields["ssm_norm"] = fields["ssm_norm"] or "none"
+        return {"model": self.name, **fields}
+
+
+def read(path: str, resumed: bool = False) -> Saved:
+    """The checkpoint at `path`. FileNotFoundError, ValueError: there is none, or it is damaged."""
+    content = checkpoints.read(path)
+    options = content.get("args")
+    if not isinstance(options, dict):  # a released file may have args of its own
+        return Saved(path, content, resumed)
+    built = content.get("built") or built_from_options(options)
+    classes = content.get("classes", options.get("classes"))
+    return Saved(path, content, resumed, options, built["name"], built["fields"], classes)
+
+
+def built_from_options(options: dict) -> dict:
+    """The entry "built" that checkpoints had not before version 0.2, from the run's options."""
+    name = options.get("model") or f"fastvim_{SIZES[options.get('size') or 't']}"
+    fields = {field: options.get(field) for field in MODEL_FIELDS}
+    fields["patch_size"] = options.get("patch_size") or options.get("patch")
+    if options.get("no_conv"):
+        fields["d_conv"] = 0
+    family = name.rpartition("_")[0]
+    if options.get("pool_dims") == 2:
+        fields["schedule"] = f"{family}_2d"
+    elif options.get("scan_order") == "spatial-first":
+        fields["schedule"] = f"{family}_spatial"
+    fields = {field: value for field, value in fields.items()
+              if value is not None and value is not False}
+    if fields.get("ssm_norm") == "none":
+        fields["ssm_norm"] = None
+    return {"name": name, "fields": fields}
+
+
+def starting_point(options: dict, path: str | None) -> Saved:
+    """What a run starts from: with --resume its own checkpoint, else that at `path`, else none."""
+    own = safety.checkpoint_to_resume(options["out"], options["resume"])
+    if own is None:
+        return read(path) if path else Saved()
+    try:
+        return read(own, resumed=True)
+    except ValueError as error:
+        raise ValueError(f"{error}. Try --resume {options['out']}/best.pt") from error
+
+
+def encoder_options(saved: Saved, typed: dict) -> dict:
+    """The options that make the encoder of `saved` again for whole images.
+
+    Where mean pooling saw masked ones, a row's sum had 1 - mask_ratio of its tokens and was divided
+    by all; so many fewer is the sum of a whole row to count (recipes: pool scale 0.25)."""
+    options = saved.model_options()
+    masked = saved.gives_weights and "mask_token" in checkpoints.model_weights(saved.content)[0]
+    known = {"model": "fastvim_tiny", **options, **typed}
+    family = fastvim.FAMILIES.get(known["model"].rpartition("_")[0], {})
+    schedule = known.get("schedule") or family.get("schedule", "vim")
+    pooled = any(axes for _, axes in fastvim.SCHEDULES[schedule])
+    by_axis = saved.options.get("mask_divisor") != "count"
+    if masked and pooled and by_axis and known.get("pool", "mean") == "mean":
+        kept = 1 - saved.options.get("mask_ratio", 0.75)
+        options["pool_scale"] = options.get("pool_scale", 1) * kept
+    return options
+
+
+# ---- Running -------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def plain_errors(prog: str, *kinds: type) -> Iterator[None]:
+    """For main(): what the user can put right, and `kinds`, ends in a line, not in a traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ImportError, safety.NonFiniteError, *kinds) as error:
+        text = str(error)
+        if "Original Traceback" in text:  # from a loading process: only the message is wanted
+            text = text.rpartition(f"{type(error).__name__}: ")[2].strip()
+        raise SystemExit(f"{prog}: {text}") from error
+    except RuntimeError as error:
+        if not safety.is_out_of_memory(error):
+            raise
+        raise SystemExit(f"{prog}: {error}\nOut of memory: try a smaller --batch-size, or --amp")
+
+
+def loader_of(args: Options, ctx: training.Context, dataset, train: bool = False, **more):
+    """The data.make_loader of this process. Built-in data needs no loading processes.
+
+    more: options of make_loader that are not as args say."""
+    settings = {"batch_size": args.batch_size, "workers": args.workers, **more}
+    return data.make_loader(dataset, train=train, seed=args.seed, rank=ctx.rank,
+                            world_size=ctx.world_size, **settings)
+
+
+def count_bad(ctx: training.Context, *datasets) -> int:
+    """How many files of these data.Files some process has found bad."""
+    found = [ctx.sum(files.bad.to(ctx.device, torch.float32)) > 0 for files in datasets]
+    return sum(int(bad.sum()) for bad in found)
+
+
+def evaluate_classifier(model, loader, ctx: training.Context, amp: bool = False) -> dict:
+    """-> {"top1", "top5": percent, "loss": mean cross-entropy, "images": how many}.
+
+    loader: batches (images, labels), None where no image could be read. All processes' sums and
+    counts are added up, so batches and processes of unequal size weigh as they should."""
+    sums = torch.zeros(4, dtype=torch.float64, device=ctx.device)  # loss, right first, in 5, images
+    with torch.no_grad():
+        for images, labels in filter(None, loader):
+            images = images.to(ctx.device, non_blocking=True)
+            labels = labels.to(ctx.device, non_blocking=True)
+            with torch.autocast(ctx.device.type, torch.bfloat16, enabled=amp):
+                logits = model(images).float()  # (b classes)
+            hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (b 5)
+            sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+            sums[1] += hits[:, 0].sum()
+            sums[2] += hits.sum()
+            sums[3] += len(labels)
+    loss, top1, top5, count = ctx.sum(sums).tolist()
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count,
+            "images": count}
+
+
+def print_likeliest(path: str, p: torch.Tensor, classes: list) -> None:
+    """p (classes): prints the five greatest with their names."""
+    print(path)
+    values, labels = p.topk(min(5, len(p)))
+    for value, label in zip(values.tolist(), labels.tolist()):
+        print(f"  {100 * value:5.1f} %  {classes[label]}")

@@ -1,0 +1,202 @@
+"""
+What keeps a run safe: whole files, signals that wait for a checkpoint, words for what fails.
+
+    with stop_signals() as signals: ...           the first Ctrl-C only goes into the list
+    write_whole(path, write)                      the old file or the new one, never half of it
+    nonfinite_source(model, forward, batches)     which module made the nan
+    checkpoint_to_resume(out, resume)             nothing is overwritten that could be continued
+"""
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+# ---- Numbers that are not finite -----------------------------------------------------------------
+
+
+def map_tensors(function: Callable, nested):
+    """`nested` with function(tensor) for each tensor in its dicts, lists and (named) tuples."""
+    if isinstance(nested, torch.Tensor):
+        return function(nested)
+    if isinstance(nested, dict):
+        return {key: map_tensors(function, value) for key, value in nested.items()}
+    if isinstance(nested, (list, tuple)):
+        values = [map_tensors(function, value) for value in nested]
+        if hasattr(nested, "_fields"):
+            return type(nested)(*values)
+        return type(nested)(values)
+    return nested
+
+
+def not_finite(nested) -> bool:
+    """Is there a nan or inf in any tensor of the nested value?"""
+    found = []
+    map_tensors(lambda tensor: found.append(not torch.isfinite(tensor).all()), nested)
+    return any(found)
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient is nan or inf; the optimizer has not moved. .step, .epoch (from 1)"""
+
+    def __init__(self, what: str, step: int, epoch: int, where: str):
+        super().__init__(
+            f"{what} at step {step}, epoch {epoch}. It begins in {where}. If that is no bug: a "
+            "lower --lr, a longer warmup, --clip 1 or no --amp, from the last checkpoint on with "
+            "--resume --resume-changed")
+        self.step = step
+        self.epoch = epoch
+
+
+def nonfinite_source(model, forward: Callable, batches: list) -> str | None:
+    """Where a loss went wrong, in words: calls forward(batch, micro) -> loss for all batches again.
+
+    None: this time it went well. All batches are repeated, whatever the first one shows: in another
+    process it may have been the second, and a SyncBatchNorm waits for all processes."""
+    names = {module: name or "the model" for name, module in model.named_modules()}
+    where = []
+
+    def suspect(value, what):
+        if not where and not_finite(value):
+            where.append(what)
+
+    def hook(module, inputs, output):  # inner modules finish, and are asked, before outer ones
+        suspect(output, f"the output of {names[module]} ({type(module).__name__})")
+
+    for name, param in model.named_parameters():
+        suspect(param, f"the parameter {name}")
+    handles = [module.register_forward_hook(hook) for module in model.modules()]
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled, it calls no hooks
+        for micro, batch in enumerate(batches):
+            suspect(batch, "the input batch")
+            suspect(forward(batch, micro), "the loss function (all modules' outputs are finite)")
+    for handle in handles:
+        handle.remove()
+    return next(iter(where), None)
+
+
+def nonfinite_gradients(model) -> str:
+    """Which parameters' gradients hold a nan or inf, in words."""
+    bad = [name for name, param in model.named_parameters()
+           if param.grad is not None and not_finite(param.grad)]
+    if not bad:
+        return "the norm: it overflows"
+    return f"the gradients of {bad[0]} to {bad[-1]} ({len(bad)} parameters)"
+
+
+# ---- Full memory, signals ------------------------------------------------------------------------
+
+def is_out_of_memory(error: Exception) -> bool:
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+
+
+def out_of_memory_advice(error: Exception, args) -> str:
+    advice = "a smaller model or image"
+    if args.batch_size > 1:
+        advice = (f"--batch-size {args.batch_size // 2} --accum {args.accum * 2} (the same "
+                  "effective batch)")
+    return (f"{error}\nOut of memory with --batch-size {args.batch_size} --accum {args.accum}: try "
+            f"{advice}, or --amp; a checkpoint goes on with it with --resume --resume-changed")
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list]:
+    """Yields a list of what came: SIGTERM, SIGINT. A second Ctrl-C ends the process at once."""
+    received = []
+    pid = os.getpid()
+    on_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+
+    def handle(signum, frame):
+        received.append(signum)
+        # Schedulers and torchrun send a wish to stop several times, and SIGKILL when they lose
+        # patience. A second Ctrl-C is meant: it gets the system's own action, which works even
+        # inside a hung kernel.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN if on_torchrun else signal.SIG_DFL)
+        if os.getpid() == pid:  # forked loading processes inherit the handler
+            os.write(2, b"\nstopping after this step; a second Ctrl-C: at once, without saving\n")
+
+    old = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+def write_whole(path: Path, write: Callable, required: bool = True) -> None:
+    """write(file) on a temporary file, which is then renamed: `path` is always an old or new whole.
+
+    Not required: failure is a warning. A disk full for an hour should not end the run of a week."""
+    temporary = path.with_name(path.name + ".tmp")  # same folder: renaming is atomic within a disk
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut can leave the new name on no data
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        expected = isinstance(error, (OSError, RuntimeError))  # the second: torch.save, full disk
+        if required or not expected:
+            raise
+        print(f"\nWARNING: cannot write {path}. The previous one is kept and training goes on.\n"
+              f"{error}\n", file=sys.stderr, flush=True)
+
+
+def git_revision() -> str:
+    """This folder's commit, "-dirty" if tracked files differ from it; "unknown" outside git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
+               "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def checkpoint_to_resume(out: str, resume: str | None) -> Path | None:
+    """What --out and --resume mean: the checkpoint to go on from, None for a fresh start.
+
+    SystemExit: no such file, or a fresh start would overwrite a checkpoint."""
+    last = Path(out, "last.pt")
+    best = Path(out, "best.pt")
+    path = Path(resume) if resume else None
+    if resume == "auto":
+        # best.pt alone: the disk was full when last.pt was due
+        path = best if best.exists() and not last.exists() else last
+    if path and not path.exists():
+        if resume != "auto":
+            raise SystemExit(f"--resume {path}: no such file")
+        path = None
+    for existing in (last, best):
+        if existing.exists() and (path is None or path.resolve().parent != Path(out).resolve()):
+            raise SystemExit(f"{existing} exists: continue that run with --resume, or choose "
+                             "another --out")
+    return path
+
+
+# A resumed run may change these; any other change is refused: the result would be of neither.
+HARMLESS = {"out", "resume", "resume_changed", "workers", "device", "threads", "save_minutes",
+            "built", "git", "torch"}
+
+
+def check_same_run(old: dict, new: dict, harmless) -> str:
+    """Names what differs between checkpoint and run. SystemExit if the result would change."""
+    changed = {key for key in old if key in new and old[key] != new[key]}
+    changed -= HARMLESS | {"args", *harmless}
+    text = ", ".join(f"{key} {new[key]!r} (checkpoint: {old[key]!r})" for key in sorted(changed))
+    if "steps_per_epoch" in changed:  # then the checkpoint's step is no position in the data
+        raise SystemExit(f"cannot resume: {text}. Keep the data and batch size x accum x processes")
+    if changed and not new["resume_changed"]:
+        raise SystemExit(f"cannot resume exactly, these differ: {text}. Give the checkpoint's "
+                         "values, or add --resume-changed to go on with the new ones")
+    return text
