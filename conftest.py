@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastvim
+import fastvim_build
 import fastvim_kernels
 from fastvim_kernels import KERNELS
 
@@ -26,8 +27,8 @@ def load_emulated():
     emulator = HERE / "tests" / "cuda_emulator.h"
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-DFASTVIM_EMULATE", "-include", emulator]
     depends = [source, emulator, HERE / "scan.h"]
-    name = fastvim_kernels.name_build("scan_emulated", depends, flags[:-1])
-    path = os.path.join(fastvim_kernels.cache_folder(), f"{name}.so")
+    name = fastvim_build.name_build("scan_emulated", depends, flags[:-1])
+    path = os.path.join(fastvim_build.cache_folder(), f"{name}.so")
     if not os.path.exists(path):
         own = f"{path}.{os.getpid()}"
         subprocess.run(["g++", *flags, "-x", "c++", source, "-o", own], check=True)

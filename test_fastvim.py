@@ -116,8 +116,8 @@ def with_gradients(scan, inputs, device="cpu", dtype=torch.float64):
     function = backend.selective_scan if backend else scan
     s = function(**inputs)
     if backend and is_compiled(scan):
-        arguments = {"D": None, "dt_bias": None, **inputs, "ds": weigh(s)}
-        grads = backend.kernels.selective_scan_backward(**arguments)
+        values = fastvim_kernels.scan_values(**inputs)
+        grads = backend.kernels.selective_scan_backward(values, weigh(s))
         return [s, *(grad for grad in grads if grad is not None)]
     loss = (s * weigh(s)).sum()
     return [s, *torch.autograd.grad(loss, list(inputs.values()), materialize_grads=True)]
@@ -148,11 +148,9 @@ def test_the_naive_scan_in_c(backend, length, record_error):
     kernels.structures["selective_scan_naive"] = kernels.structures["selective_scan"]
     for case in SCAN_CASES:
         inputs = {k: v.float() for k, v in scan_inputs(length, *case).items()}
-        inputs = {"D": None, "dt_bias": None, **inputs}
-        x = inputs["x"]
-        s = torch.empty_like(x)
-        sizes = fastvim_kernels.scan_sizes(x, inputs["A"], None)
-        kernels.run("selective_scan_naive", x.device, **sizes, **inputs, s=s)
+        s = torch.empty_like(inputs["x"])
+        values = fastvim_kernels.scan_values(**inputs)
+        kernels.run("selective_scan_naive", s.device, values, s=s)
         error = relative_error([s], scan_reference(length, *case)[:1])
         record_error("scan, by length", ("scan_cpu.cpp, naive",), length, error)
         assert error < SCAN_TOLERANCE[torch.float32]

@@ -586,8 +586,8 @@ def test_a_model_runs_by_the_chosen_backend(spy):
 # ---- the file alone ------------------------------------------------------------------------------
 
 
-def test_import_needs_little_and_builds_nothing():
-    """Only torch, numpy and einops; no compiler, no other program."""
+def test_import_needs_little_and_builds_nothing(tmp_path):
+    """Only torch, numpy and einops; no compiler, no other program, no file in the cache."""
     code = """
 import sys, torch, numpy, einops, subprocess
 REFUSED = ("timm", "torchvision", "sklearn", "matplotlib", "PIL", "safetensors", "tqdm", "ninja",
@@ -601,13 +601,16 @@ def no_program(*a, **k):
 sys.meta_path.insert(0, Refuse())
 subprocess.Popen = no_program
 import fastvim
+fastvim.create_model("fastvim_tiny", depth=1)
 assert not {"torch.utils.cpp_extension", "torch._dynamo"} & set(sys.modules)
 model = fastvim.FastVim(img_size=32, embed_dim=16, depth=1)
 with fastvim.use_backend("python"):
     print(model(torch.zeros(1, 3, 32, 32)).shape)
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    cache = tmp_path / "cache"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FASTVIM_CACHE": str(cache)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                             timeout=120, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
     assert "torch.Size([1, 1000])" in result.stdout
+    assert not cache.exists()

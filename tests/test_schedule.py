@@ -7,9 +7,8 @@ import torch
 from einops import rearrange
 
 import fastvim
-import fastvim_kernels
 from fastvim import CLASS, HOLE, Grid, GridWithHoles
-from helpers import assert_close, images, outputs_and_gradients, random_keep, tiny
+from helpers import assert_close, images, outputs_and_gradients, random_keep, tiny, walk_of
 from test_fastvim import make_mixer, naive_mixer, run_with_gradients
 
 PYTHON = fastvim.BACKENDS["python"]
@@ -59,7 +58,7 @@ def test_grid_tables_and_loops_agree(row, storage):
     ids = torch.arange(length)[None, :, None]
     assert grid.flatten(ids)[0, :, 0].equal(token)
     assert grid.expand(torch.arange(steps)[None, None, :, None])[0, 0, :, 0].equal(group)
-    walk = fastvim_kernels.walk_of(grid, torch.device("cpu"))
+    walk = walk_of(grid)
     assert walk.token[0].equal(token.int())
     assert walk.group[0].equal(group.int())
     mean = 0.5 / (length // steps) if row[1] else 1.0           # nothing pooled, nothing scaled
@@ -85,7 +84,7 @@ def test_flatten_has_an_inverse_and_masked_grids_walk_the_same_way(row, storage)
         assert grid.steps == full.steps
     s = torch.randn(2, 2, full.steps, 3)
     assert same_order.expand(s).equal(s[:, :, group])
-    walk = fastvim_kernels.walk_of(same_order, torch.device("cpu"))
+    walk = walk_of(same_order)
     assert walk.group.equal(group.int().expand(2, -1))
 
 
@@ -182,7 +181,7 @@ def test_count_divides_by_kept_tokens_and_axis_by_the_length():
     for by_count in (False, True):
         grid = with_holes(("h w", "w"), dict(h=3, w=3), keep, by_count=by_count)
         p = grid.pool(c)
-        walk = fastvim_kernels.walk_of(grid, torch.device("cpu"))
+        walk = walk_of(grid)
         for b, r in itertools.product(range(2), range(3)):
             here = (rows[b] == r) & (keep[b] >= 0)
             members = c[:, b, here]
@@ -369,7 +368,7 @@ def test_the_class_token_of_fastvim_takes_the_middle_step_unpooled(h, w):
         n = sizes[row[0][0]]
         grid = with_holes(row, sizes, ids, class_token=True)
         assert grid.steps == n + 1
-        walk = fastvim_kernels.walk_of(grid, torch.device("cpu"))
+        walk = walk_of(grid)
         assert walk.token.equal(grid.walk.int())
         at = ids[0, grid.walk[0]].tolist().index(CLASS)
         groups = walk.group[0].tolist()
