@@ -1,5 +1,5 @@
-"""Is FastVim right on this machine? Every backend's scan and mixer against slow, obvious references,
-outputs and gradients; a table of the errors at the end.
+"""Is FastVim right on this machine? Every backend's scan and mixer against slow, obvious
+references, outputs and gradients; a table of the errors at the end.
 
     python test_fastvim.py                  this file: a minute and a half, compiling included
     python test_fastvim.py --all            and the folder tests/
@@ -20,7 +20,6 @@ except ImportError:
                      "all that they use") from None
 import torch
 import torch.nn.functional as F
-from torch.autograd import gradcheck as full_gradcheck
 
 import fastvim
 import fastvim_kernels
@@ -30,19 +29,17 @@ SCAN_TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}            # see re
 MIXER_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
 
 
+def is_compiled(backend):
+    return backend in fastvim_kernels.KERNELS
+
+
 def list_runs():
     for backend in fastvim.BACKENDS.values():
-        dtypes = list(SCAN_TOLERANCE)
-        if is_compiled(backend.name):
-            dtypes = [torch.float32]
+        dtypes = [torch.float32] if is_compiled(backend.name) else SCAN_TOLERANCE
         devices = [d for d in DEVICES if not backend.devices or d in backend.devices]
         for device, dtype in itertools.product(devices, dtypes):
             name = f"{backend.name}-{device}-{str(dtype)[6:]}"
             yield pytest.param(backend.name, device, dtype, id=name)
-
-
-def is_compiled(backend):
-    return isinstance(fastvim.BACKENDS[backend], fastvim_kernels.CompiledBackend)
 
 
 RUNS = list(list_runs())
@@ -169,10 +166,11 @@ def test_scan_stays_finite_for_large_steps(backend, device, dtype):
 
 
 def naive_norm(y, norm):
-    if isinstance(norm, torch.nn.LayerNorm):
+    is_layernorm = isinstance(norm, torch.nn.LayerNorm)
+    if is_layernorm:
         y = y - y.mean()
-        return y / (y.square().mean() + 1e-5).sqrt() * norm.weight + norm.bias
-    return y / (y.square().mean() + 1e-5).sqrt() * norm.weight
+    y = y / (y.square().mean() + 1e-5).sqrt() * norm.weight
+    return y + norm.bias if is_layernorm else y
 
 
 def naive_pool(kind, c, score, divisor):
@@ -187,7 +185,7 @@ def naive_pool(kind, c, score, divisor):
 
 def naive_walk(row, storage, sizes, ids):
     """The places in ids in the order in which a layer walks them, and those that each step pools;
-    rows without tokens are steps, too. The class token stands before the row that it pushed back."""
+    rows without tokens are steps, too. The class token stands before the row that it pushes on."""
     order, pooled = (axes.split() for axes in row)
     cells = list(itertools.product(*(range(sizes[a]) for a in storage.split())))
     where = [dict(zip(storage.split(), cells[i])) if i >= 0 else None for i in ids]
@@ -284,13 +282,11 @@ def run_with_gradients(f, m, u):
 def mixer_reference(row, storage, sizes, scale, **fields):
     """-> an input u, and run_with_gradients of the naive mixer."""
     m = make_mixer(**fields)
-    generator = torch.Generator().manual_seed(1)
     length = math.prod(length for _, length in sizes)
-    u = torch.randn(2, length, 6, dtype=torch.float64, generator=generator)
-
-    def naive(u):
-        return naive_mixer(m, u, row, storage, dict(sizes), scale=scale)
-    return u, run_with_gradients(naive, m, u)
+    torch.manual_seed(1)
+    u = torch.randn(2, length, 6, dtype=torch.float64)
+    return u, run_with_gradients(
+        lambda u: naive_mixer(m, u, row, storage, dict(sizes), scale=scale), m, u)
 
 
 MIXERS = [dict(schedule=schedule, pool=pool) for schedule, rows in fastvim.SCHEDULES.items()
@@ -299,16 +295,10 @@ MIXERS += [dict(ssm_norm=None), dict(ssm_norm="rmsnorm"), dict(skip_before_expan
            dict(pool_scale=0.25), dict(expand=1), dict(d_state=1), dict(dt_rank=None),
            dict(skip_before_expand=True, pool="max"), dict(d_conv=0), dict(d_conv=1),
            dict(d_conv=2), dict(d_conv=9), dict(skip_before_expand=True, pool="max", d_conv=0)]
-
-
-def kernels_know(fields):
-    """Neither attention nor other convolutions, which plain PyTorch runs: its own rows."""
-    return fields.get("pool") != "attention" and "d_conv" not in fields
-
-
+# Kernels have neither attention nor other convolutions: plain PyTorch runs those, and is compared
+KNOWN = [f for f in MIXERS if f.get("pool") != "attention" and "d_conv" not in f]
 MIXER_RUNS = [pytest.param(*run.values, fields, id="-".join([run.id, *map(str, fields.values())]))
-              for run in RUNS for fields in MIXERS
-              if kernels_know(fields) or not is_compiled(run.values[0])]
+              for run in RUNS for fields in (KNOWN if is_compiled(run.values[0]) else MIXERS)]
 
 
 @pytest.mark.parametrize("backend, device, dtype, fields", MIXER_RUNS)
@@ -351,9 +341,6 @@ def test_a_model_learns():
 
 if __name__ == "__main__":
     here = pathlib.Path(__file__).resolve().parent
-    files = [str(here / "test_fastvim.py")]
-    arguments = sys.argv[1:]
-    if "--all" in arguments:
-        arguments.remove("--all")
-        files.append(str(here / "tests"))
-    sys.exit(pytest.main([*files, "-q", *arguments]))
+    files = ["test_fastvim.py", "tests"] if "--all" in sys.argv else ["test_fastvim.py"]
+    others = [argument for argument in sys.argv[1:] if argument != "--all"]
+    sys.exit(pytest.main([*(str(here / file) for file in files), "-q", *others]))

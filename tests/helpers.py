@@ -1,5 +1,5 @@
-"""What several test files need: a tiny model without zeros and ones among its weights, its gradients,
-a script run."""
+"""What several test files need: a tiny model without zeros and ones among its weights, its
+gradients, a script run."""
 import importlib
 import multiprocessing
 import os
@@ -12,7 +12,8 @@ import fastvim_kernels
 
 
 def tiny(dtype=torch.float64, **fields):
-    """A seeded model of 4 x 4 tokens in eval mode, every parameter random: at 0 or 1 mistakes hide."""
+    """A seeded model of 4 x 4 tokens in eval mode, every parameter random: at 0 or 1
+    mistakes hide."""
     torch.manual_seed(0)
     defaults = dict(img_size=32, patch_size=8, embed_dim=16, depth=3, d_state=4, num_classes=5)
     fields = {**defaults, **fields}
@@ -84,7 +85,8 @@ class Child:
             ["timm.utils", "matplotlib.figure", "sklearn.datasets", "train_imagenet"])
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)                # for the server
         self.output = output
-        self.process = context.Process(target=in_child, args=(function, arguments, str(output), environment))
+        arguments = (function, arguments, str(output), environment)
+        self.process = context.Process(target=in_child, args=arguments)
         self.process.start()
         self.pid = self.process.pid
 

@@ -1,5 +1,6 @@
 """Building the kernels: once, whoever asks at the same time; after a build was killed; without a
-compiler. The source here is a small one, whose operations do nothing: these tests are about builds."""
+compiler. The source here is a small one, whose operations do nothing: these tests are about
+builds."""
 import logging
 import os
 import pathlib
@@ -202,7 +203,7 @@ def test_copies_without_the_other_files_run(tmp_path):
     alone.mkdir()
     shutil.copy(ROOT / "fastvim.py", alone)
     names = ("fastvim_kernels", "fastvim_build", "checkpoints", "checks")
-    hide = f"import sys\nfor name in {names}: sys.modules[name] = None\n"   # it may be installed, too
+    hide = f"import sys\nfor name in {names}: sys.modules[name] = None\n"   # it may be installed
     glue = tmp_path / "glue"
     glue.mkdir()
     for name in ("fastvim", *names):

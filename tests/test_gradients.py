@@ -57,8 +57,8 @@ def test_pool(grid, kind):
 
 
 # The operations below read their weights from a mixer. gradcheck changes its inputs in place, so
-# that it is enough to name them: the functions do not use those arguments. (Four inner channels: the
-# LayerNorm of two is a sign, whose gradient is zero.)
+# that it is enough to name them: the functions do not use those arguments. (Four inner channels:
+# the LayerNorm of two is a sign, whose gradient is zero.)
 
 
 @pytest.mark.parametrize("fields", [
@@ -84,7 +84,7 @@ def test_ssm(grid, pool):
     """The whole composite, with respect to its input and every weight."""
     grid, length = GRIDS[grid]
     m = make_mixer(embed_dim=2, d_state=2, dt_rank=1, d_conv=2, pool=pool)
-    with torch.no_grad():                                       # the scan shall weigh as the skip does
+    with torch.no_grad():                                       # the scan shall weigh as the skip
         m.x_proj *= 10
         m.dt_bias += 1
     used = [p for name, p in m.named_parameters() if name not in ("in_proj.weight",

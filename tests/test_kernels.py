@@ -78,9 +78,10 @@ GRIDS = {                                       # name: (row, storage, lengths, 
 }
 
 
-def make_grid(name):
+def make_grid(name, pool):
     row, storage, sizes, ids = GRIDS[name]
-    grid = Grid(storage, *row, tuple(sizes.items()), 0.7)
+    scale = 0.7 if pool == "mean" else 1.0
+    grid = Grid(storage, *row, tuple(sizes.items()), scale)
     if ids is None:
         return grid
     return GridWithHoles(grid, torch.tensor(ids), class_token=name == "class token")
@@ -96,7 +97,8 @@ def make(name, e, n=16, pool="mean", batch=2, norm="layernorm", skip=False):
     length = math.prod(sizes.values())
     if ids is not None:
         length = len(ids[0])
-        batch = max(len(ids), batch)
+        if len(ids) > 1:                                        # else all images are masked alike
+            batch = len(ids)
     r = 3
     layernorm = None
     if norm is not None:
@@ -108,7 +110,7 @@ def make(name, e, n=16, pool="mean", batch=2, norm="layernorm", skip=False):
         x_proj=normal(2, r + 2 * n, e, scale=e ** -0.5), dt_proj=normal(2, e, r),
         dt_bias=normal(2, e) - 1, A_log=normal(2, e, n), D=normal(2, e), score_weight=None,
         score_bias=None, layernorm=layernorm, pool=pool, skip_before_expand=skip)
-    return make_grid(name), normal(batch, length, 2 * e), w
+    return make_grid(name, pool), normal(batch, length, 2 * e), w
 
 
 def leaves(w):
@@ -192,7 +194,7 @@ def test_options_and_sizes(backend, options):
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 14, 127, 128, 129, 1000, 4096])
 def test_lengths_of_vim(backend, length, monkeypatch):
     if backend.name == "cuda-emulated" and length > 1000:
-        length = 513                            # the emulator is slow: more chunks than one, at least
+        length = 513                            # the emulator is slow
     line = (("h w", ""), "h w", dict(h=1, w=length), None)
     monkeypatch.setitem(GRIDS, f"line {length}", line)
     compare(backend, torch.float32, f"line {length}", 9, n=4, batch=1)
@@ -211,11 +213,14 @@ def test_float16_where_the_backend_knows_it(backend):
 @pytest.mark.parametrize("rows, d", [(1, 1), (3, 7), (200, 192), (1, 300)])
 def test_add_norm(backend, rows, d, dtype, kind):
     torch.manual_seed(0)
-    hidden, residual, du, dout = torch.randn(4, 2, rows, d)
-    hidden, du = hidden.to(dtype), du.to(dtype)
+    hidden = torch.randn(2, rows, d).to(dtype)
+    residual = torch.randn(2, rows, d)
     norm = fastvim.NORMS[kind](d)
-    for p in norm.parameters():
-        p.data = torch.randn(d)
+    norm.weight.data = torch.randn(d)
+    du = torch.randn(2, rows, d).to(dtype)
+    dout = torch.randn(2, rows, d)
+    if kind == "layernorm":
+        norm.bias.data = torch.randn(d)
     exact = copy.deepcopy(norm).double()
     h = hidden.double().requires_grad_()
     u, out = fastvim.add_norm(h, residual.double(), exact)
@@ -274,9 +279,12 @@ def test_inputs_that_are_not_contiguous(backend):
     other_p = p.transpose(0, 3).contiguous().transpose(0, 3)
     assert backend.conv_pool(other_xz, w, grid)[1].equal(p)
     assert backend.expand_gate(other_xz, None, other_p, w, grid).equal(y)
-    values, expected = (by_kernels(backend, grid, v, w, torch.ones(2, 15, 6))
-                        for v in (other_xz, xz))
-    assert all(v.equal(e) for v, e in zip(values, expected))
+    results = []
+    for v in (xz, other_xz):
+        v.requires_grad_()
+        y = backend.ssm(v, w, grid)
+        results.append([y, *torch.autograd.grad(y.mT, [v, *leaves(w)], torch.ones_like(y.mT))])
+    assert all(a.equal(b) for a, b in zip(*results))
 
 
 @pytest.mark.parametrize("name", ["n first", "step first"])
@@ -288,9 +296,10 @@ def test_strides_of_axes_of_length_one_are_not_trusted(backend, name):
     torch.testing.assert_close(expected, fastvim.selective_scan(x, dt, A, B, C, D, dt_bias))
 
     def lie(t):
+        form = torch.contiguous_format
         if name == "n first":
-            return t.mT.clone(memory_format=torch.contiguous_format).mT     # from (k b n p)
-        return t.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)       # from (p k b n)
+            return t.mT.clone(memory_format=form).mT                        # from (k b n p)
+        return t.movedim(2, 0).clone(memory_format=form).movedim(0, 2)      # from (p k b n)
     B, C = lie(B), lie(C)
     assert B.is_contiguous()
     assert B.stride(2) != B.shape[3]
@@ -362,7 +371,7 @@ def test_argmax_of_ties_and_nan(backend):
     """Of equal maxima the first position wins; a NaN wins over everything."""
     grid, xz, w = make_float32("columns", 4, pool="max")
     walk = walk_of(grid)
-    w = weights_of(w)._replace(conv_weight=torch.zeros(2, 4, 4))            # c = silu(bias) all over
+    w = weights_of(w)._replace(conv_weight=torch.zeros(2, 4, 4))    # c = silu(bias)
     _, argmax = backend.kernels.conv_pool(ssm_values(xz, w, walk, False), "max")
     first = walk.start[0, :-1]
     assert argmax.equal(first[None, None, :, None].expand(argmax.shape))
@@ -400,7 +409,7 @@ def test_models(backend, fields, masked):
     with fastvim.use_backend("python"):
         plain = error(outputs_and_gradients(model, x, **arguments))
     assert error(outputs_and_gradients(model, x, **arguments)) < 2 * plain + 1e-5
-    with torch.no_grad():                                       # another way: without the dispatcher
+    with torch.no_grad():                                       # the way past the dispatcher
         y = model(x, **arguments)
     assert relative_error([y], [exact["y"]]) < 2 * plain + 1e-5
 
@@ -440,7 +449,7 @@ def test_what_a_block_keeps_for_the_way_back(backend):
         model.layers[0](hidden, residual, grid, backend)
     d = 16
     e = 32
-    assert sorted(saved.values()) == [d, d, e, 2 * e]           # residual, in_proj's, out_proj's, xz
+    assert sorted(saved.values()) == [d, d, e, 2 * e]           # residual, two projections', xz
 
 
 @pytest.mark.parametrize("kind", ["autocast", "bfloat16"])
@@ -805,7 +814,7 @@ def test_too_many_states(backend):
 def test_bad_activations(backend):
     grid, x, w = make_float32("rows", 6)
     for bad, error, match in (
-            (x.double(), (TypeError, ValueError), "float64|not in list|xz"),
+            (x.double(), (TypeError, ValueError), "float64"),
             (x[:, :5], ValueError, r"\(2, 5, 12\) do not fit a walk of \(1, 15\) tokens"),
             (x[..., :10], ValueError, r"\(2, 15, 10\) do not fit weights")):
         with pytest.raises(error, match=match):
@@ -824,7 +833,8 @@ def test_steps_that_do_not_fit(backend, monkeypatch):
 
 
 def test_a_mixer_that_was_tampered_with(backend):
-    """Shapes that a model cannot have by itself end in an error, not in memory that is not there."""
+    """Shapes that a model cannot have by itself end in an error, not beyond a tensor's
+    memory."""
     model = tiny(torch.float32)
     model.layers[1].mixer.conv_weight = nn.Parameter(torch.zeros(2, 31, 4))
     with pytest.raises(ValueError, match="do not fit weights"):

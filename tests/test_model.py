@@ -206,7 +206,7 @@ def test_initialisation_follows_the_table():
         assert_close(m.A_log, torch.arange(1.0, 6).log().expand(2, e, 5), 1e-6, 1e-6)
         assert (m.D == 1).all()
         assert (m.score_bias == 0).all()
-        assert (m.dt_bias[1] == 0).all()                        # softplus gives 0.69: Vim's oversight
+        assert (m.dt_bias[1] == 0).all()                        # softplus gives 0.69: an oversight
         dt = F.softplus(m.dt_bias[0])
         assert 1e-3 * 0.999 < dt.min() < 1.2e-3
         assert 0.08 < dt.max() < 0.1 * 1.001
@@ -517,7 +517,7 @@ def test_choosing_a_backend(spy, registry, monkeypatch, caplog):
     def chosen(device="cpu"):
         return fastvim.pick_backend(device).name
     with caplog.at_level(logging.INFO, "fastvim"):
-        assert chosen() == chosen() == "spy"                    # the last one that serves the device
+        assert chosen() == chosen() == "spy"                    # the last that serves the device
         assert len(caplog.messages) == 1                        # said once, and why
         assert "spy" in caplog.text
         assert "notes" in caplog.text
@@ -547,9 +547,9 @@ def test_choosing_a_backend(spy, registry, monkeypatch, caplog):
     monkeypatch.setenv("FASTVIM_BACKEND", "abacus")
     with pytest.raises(ValueError, match="no backend 'abacus' for cpu; choose from python"):
         chosen()
-    with pytest.raises(ValueError, match="no backend 'abacus'; choose from python"):
-        with fastvim.use_backend("abacus"):
-            pass
+    with (pytest.raises(ValueError, match="no backend 'abacus'; choose from python"),
+          fastvim.use_backend("abacus")):
+        pass
     monkeypatch.delenv("FASTVIM_BACKEND")
     fastvim.register_backend(registry["python"])                # again: now it is the last one
     assert chosen() == "python"

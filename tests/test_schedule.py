@@ -1,6 +1,5 @@
-"""How a layer walks the token grid: full grids, masks, class tokens; what they do and do not mix."""
+"""How a layer walks the token grid: full grids, masks, class tokens; what they mix."""
 import itertools
-import math
 
 import pytest
 import torch
@@ -171,7 +170,7 @@ def test_a_row_without_tokens_pools_to_zero_and_takes_a_step():
     near = with_holes(("h w", "w"), sizes, [[0, 1, 2, 3]])      # rows 0 and 1
     u = torch.randn(1, 4, 6, dtype=torch.float64)
     change = m(u, grid, PYTHON) - m(u, near, PYTHON)
-    assert change.abs().max() > 1e-4                            # the state decays over steps between
+    assert change.abs().max() > 1e-4                            # the state decays in between
 
 
 def test_count_divides_by_kept_tokens_and_axis_by_the_length():
@@ -187,7 +186,7 @@ def test_count_divides_by_kept_tokens_and_axis_by_the_length():
             members = c[:, b, here]
             number = members.shape[1] if by_count else 3
             assert_close(p[:, b, r], members.sum(1) / max(number, 1), 1e-5, 1e-6)
-            assert (walk.group[b] == r).equal(here)             # the ids are sorted: walked as they lie
+            assert (walk.group[b] == r).equal(here)             # sorted ids: walked as they lie
             assert (walk.weight[b, here] == torch.tensor(1 / max(number, 1))).all()
         assert walk.group[1, 3] == -1
 
