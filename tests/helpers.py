@@ -1,4 +1,5 @@
-"""What several test files need: a tiny model without zeros and ones among its weights, its gradients, a script run."""
+"""What several test files need: a tiny model without zeros and ones among its weights, its
+gradients, a script run."""
 import importlib
 import multiprocessing
 import os
@@ -7,12 +8,15 @@ import sys
 import torch
 
 import fastvim
+import fastvim_kernels
 
 
 def tiny(dtype=torch.float64, **fields):
-    """A seeded model of 4 x 4 tokens in eval mode, every parameter random: at 0 or 1 mistakes hide."""
+    """A seeded model of 4 x 4 tokens in eval mode, every parameter random: at 0 or 1
+    mistakes hide."""
     torch.manual_seed(0)
-    fields = {**dict(img_size=32, patch_size=8, embed_dim=16, depth=3, d_state=4, num_classes=5), **fields}
+    defaults = dict(img_size=32, patch_size=8, embed_dim=16, depth=3, d_state=4, num_classes=5)
+    fields = {**defaults, **fields}
     model = fastvim.FastVim(**fields)
     with torch.no_grad():
         for p in model.parameters():
@@ -23,8 +27,9 @@ def tiny(dtype=torch.float64, **fields):
 def images(model, batch=2, size=None, channels=None, seed=1):
     """Random images of the model's size and type."""
     torch.manual_seed(seed)
-    H, W = size or model.cfg.img_size
-    return torch.randn(batch, channels or model.cfg.in_chans, H, W).to(next(model.parameters()).dtype)
+    size = size or model.cfg.img_size
+    x = torch.randn(batch, channels or model.cfg.in_chans, *size)
+    return x.to(next(model.parameters()).dtype)
 
 
 def random_keep(batch, tokens, kept, seed=2):
@@ -33,10 +38,14 @@ def random_keep(batch, tokens, kept, seed=2):
     return torch.stack([torch.randperm(tokens)[:kept] for _ in range(batch)])
 
 
-def outputs_and_gradients(model, x, **arguments):
-    """-> {"y": logits, "x": the images' gradient, parameter: its gradient}, for a loss that tells classes apart.
+def walk_of(grid):
+    """The tables by which kernels follow a Grid."""
+    return fastvim_kernels.unpack(torch.device("cpu"), *fastvim_kernels.pack(grid))
 
-    The loss of a batch is the sum of its images'."""
+
+def outputs_and_gradients(model, x, **arguments):
+    """-> {"y": logits, "x": the images' gradient, parameter: its gradient}, for a loss that tells
+    classes apart. The loss of a batch is the sum of its images'."""
     x = x.clone().requires_grad_()
     y = model(x, **arguments)
     weights = torch.cos(torch.arange(y.shape[1], dtype=torch.float64)).to(y)
@@ -66,15 +75,18 @@ def run_script(script, *argv):
 
 
 class Child:
-    """function(*arguments) in a process of its own, which leads a session, prints into the file `output` and ends as
-    the function does. It is forked from a server that has imported the heavy modules once for all of them."""
+    """function(*arguments) in a process of its own, which leads a session, prints into the file
+    `output` and ends as the function does. It is forked from a server that has imported the heavy
+    modules once for all of them."""
 
     def __init__(self, function, *arguments, output, **environment):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["timm.utils", "matplotlib.figure", "sklearn.datasets", "train_imagenet"])
+        context.set_forkserver_preload(
+            ["timm.utils", "matplotlib.figure", "sklearn.datasets", "train_imagenet"])
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)                # for the server
         self.output = output
-        self.process = context.Process(target=in_child, args=(function, arguments, str(output), environment))
+        arguments = (function, arguments, str(output), environment)
+        self.process = context.Process(target=in_child, args=arguments)
         self.process.start()
         self.pid = self.process.pid
 
