@@ -158,7 +158,7 @@ class Grid:
     order: str = "l"                        # the order in which the layer walks them
     pooled: str = ""                        # the axes that are pooled away before the scan
     sizes: tuple = ()                       # ((axis, length), ...) in storage order
-    scale: float = 1.0                      # factor of the means (Table 14)
+    scale: float = 1.0                      # factor of the means (Table 14); 1 for other kinds
 
     @property
     def kept(self) -> str:

@@ -71,12 +71,15 @@ def output_of(*command: str) -> str:
 
 
 def torch_openmp() -> list[str]:
-    """The OpenMP runtime that torch has loaded (Linux): two would fight for the cores."""
+    """The OpenMP runtime that torch has loaded (Linux), whatever others are: two would fight for
+    the cores, and torch.set_num_threads reaches its own."""
     if not os.path.exists("/proc/self/maps"):
         return []
     with open("/proc/self/maps") as file:
-        loaded = sorted({line.split(None, 5)[-1].strip() for line in file if "omp" in line})
-    return [path for path in loaded if re.search(r"lib(g|i)?omp[^/]*\.so", path)][:1]
+        loaded = {line.split(None, 5)[-1].strip() for line in file if "omp" in line}
+    runtimes = [path for path in sorted(loaded) if re.search(r"lib(g|i)?omp[^/]*\.so", path)]
+    runtimes.sort(key=lambda path: not path.startswith(os.path.dirname(torch.__file__)))
+    return runtimes[:1]
 
 
 def processor() -> str:

@@ -26,6 +26,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)     # kernels know them 
 MAX_STATES = 64
 EPS = 1e-5                                                  # of all norms
 PLAIN = (Tensor, nn.Parameter)              # not FakeTensor, DTensor and other subclasses
+MAY_BE_NULL = {"bias", "dbias", "dout", "dhidden", "argmax", "D", "dD", "dt_bias", "ddt_bias",
+               "norm_weight", "norm_bias", "dnorm_weight", "dnorm_bias"}        # as scan.h says
 
 # ---- 1. The boundary to C ------------------------------------------------------------------------
 #
@@ -57,7 +59,7 @@ def to_c(operation: str, fields: list, device: torch.device, values: dict) -> li
     numbers = []
     for name, kind in fields:
         value = values[name]
-        if value is None:
+        if value is None and name in MAY_BE_NULL:
             value = 0
         elif kind != "int64_t":
             right = type(value) in PLAIN and value.dtype == dtypes[kind] and value.device == device
@@ -269,6 +271,8 @@ def norm_values(residual, weight, dtype) -> dict:
 def ssm_values(xz, w: Weights, walk: Walk, skip: bool) -> dict:
     """What conv_pool, expand_gate and their backward passes share: xz (b l 2e), weights, walk and
     sizes. skip: the scan has D. Raises ValueError where the shapes do not fit together."""
+    if xz.dtype not in DTYPES:
+        raise TypeError(f"activations must be of {', '.join(map(str, DTYPES))}, not {xz.dtype}")
     b, l, width = xz.shape
     e = width // 2
     r = w.dt_proj.shape[-1]
@@ -292,8 +296,12 @@ def ssm_values(xz, w: Weights, walk: Walk, skip: bool) -> dict:
 def scan_values(x, dt, A, B, C, D=None, dt_bias=None, stride=None) -> dict:
     """What selective_scan takes. stride: B and C are columns of a table that is so wide; else
     contiguous. Raises ValueError unless the shapes are those of fastvim.selective_scan."""
+    if x.ndim != 4 or A.ndim != 3:
+        raise ValueError(
+            f"expected x (k b p e) and A (k e n), not {tuple(x.shape)} and {tuple(A.shape)}"
+        )
     k, b, p, e = x.shape
-    n = A.shape[-1]
+    n = A.shape[2]
     shapes = [(k, b, p, e), (k, b, p, e), (k, e, n), (k, b, p, n), (k, b, p, n), (k, e), (k, e)]
     for name, t, shape in zip(SCAN, (x, dt, A, B, C, D, dt_bias), shapes):
         if t is not None and t.shape != shape:
@@ -346,7 +354,10 @@ class CompiledBackend:
         return self.kernels.selective_scan(scan_values(*tensors))
 
     def expand_gate(self, xz, c, s, w, grid):
-        return self.kernels.expand_gate(self._values(xz, w, grid), s.contiguous())
+        v = self._values(xz, w, grid)
+        if s.shape != (2, v["b"], v["p"], v["e"]):
+            raise ValueError(f"s {tuple(s.shape)} does not fit {v['p']} steps of {tuple(xz.shape)}")
+        return self.kernels.expand_gate(v, s.contiguous())
 
     def _values(self, xz, w, grid):
         walk = unpack(xz.device, *pack(grid))
