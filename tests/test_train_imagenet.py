@@ -13,13 +13,14 @@ import torch
 for module in ("timm", "torchvision", "sklearn", "PIL"):
     pytest.importorskip(module)
 
+from PIL import Image
+
 import baselines
 import classification
 import data
 import fastvim
 import train_imagenet
 import training
-from PIL import Image
 from helpers import Child, run_named_script, run_script
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -241,7 +242,7 @@ def test_a_checkpoint_is_evaluated_at_another_size_and_refuses_other_classes(fol
     content = torch.load(best, weights_only=True)
     released = {"state_dict": {f"backbone.{k}": v for k, v in content["model"].items()}}   # no model, no classes
     torch.save(released, tmp_path / "released.ckpt")
-    flags = "--img-size 32 --patch-size 8 --depth 1 --device cpu --workers 0 --eval".split()
+    flags = ["--img-size", "32", "--patch-size", "8", "--depth", "1", "--device", "cpu", "--workers", "0", "--eval"]
     run("--data", folder, *flags, tmp_path / "released.ckpt")
     assert capsys.readouterr().out.splitlines()[-1] == results[0][1]
     run("--predict", folder / "val" / "light" / "0.png", *flags, tmp_path / "released.ckpt")
