@@ -161,8 +161,8 @@ def read(path: str, resumed: bool = False) -> Saved:
     """The checkpoint at `path`. FileNotFoundError, ValueError: there is none, or it is damaged."""
     content = checkpoints.read(path)
     options = content.get("args")
-    if not isinstance(options, dict):  # a released file may have args of its own
-        return Saved(path, content, resumed)
+    if not isinstance(options, dict) or not {"model", "data"} <= options.keys():
+        return Saved(path, content, resumed)  # a released file may have args of its own
     built = content.get("built") or built_from_options(options)
     classes = content.get("classes", options.get("classes"))
     return Saved(path, content, resumed, options, built["name"], built["fields"], classes)
