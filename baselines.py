@@ -106,6 +106,19 @@ class ChannelViT(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
+VIT_SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}         # width, heads
+CELL_VITS = [f"{family}_{size}" for family in ("vit", "channelvit") for size in VIT_SIZES]
+
+
+def create_vit(name: str, **options) -> nn.Module:
+    """One of CELL_VITS. options: of timm's VisionTransformer, in_chans among them."""
+    from timm.models import VisionTransformer
+    family, size = name.split("_")
+    width, heads = VIT_SIZES[size]
+    kind = ChannelViT if family == "channelvit" else VisionTransformer
+    return kind(embed_dim=width, num_heads=heads, **options)
+
+
 class DenseViT(nn.Module):
     """A ViT of timm as a backbone, with a LayerNorm for each tap as FastVim has it.
 

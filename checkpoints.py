@@ -4,7 +4,6 @@
                                                 # Lightning, MMEngine, Vim or MAE
     export(model, "fastvim.safetensors")        # under the released names
 """
-import collections
 import math
 import os
 import pickle
@@ -30,56 +29,43 @@ PAIRS = {
 DROPPED_AXIS = {"conv_weight": 2, "score_weight": 1, "score_bias": 1}       # the 1, after stacking
 
 
-def _mixers(weights, ours):
-    """Prefixes, such as backbone.layers.3.mixer., of the mixers that have our names, or do not."""
+def _pairs(weights):
+    """(our name, the two released ones, DROPPED_AXIS) of what each mixer in weights may have."""
     found = (re.match(r"(.*\.)?mixer\.", name) for name in weights)
-    prefixes = dict.fromkeys(match[0] for match in found if match)
-    return [prefix for prefix in prefixes if (prefix + "x_proj" in weights) == ours]
+    for prefix in dict.fromkeys(match[0] for match in found if match):
+        for own, (first, second) in PAIRS.items():
+            yield prefix + own, prefix + first, prefix + second, DROPPED_AXIS.get(own)
 
 
 def from_released(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights under the released names, after any prefix, -> under ours; those under ours stay.
 
-    Raises ValueError, naming them, for one without the other and for two of different shapes."""
+    So do halves without the other or of another shape, which loading strictly then names."""
     weights = dict(weights)
-    for prefix in _mixers(weights, ours=False):
-        for own, pair in PAIRS.items():
-            names = [prefix + name for name in pair]
-            halves = [weights.pop(name) for name in names if name in weights]
-            if not halves:
-                continue
-            shapes = [tuple(half.shape) for half in halves]
-            if len(set(shapes)) != 1 or len(halves) != 2:
-                raise ValueError(f"{' and '.join(names)} belong together, one shape each; the "
-                                 f"checkpoint has {len(halves)}: {' and '.join(map(str, shapes))}")
-            weights[prefix + own] = torch.stack(halves)
-            if own in DROPPED_AXIS:
-                weights[prefix + own] = weights[prefix + own].squeeze(DROPPED_AXIS[own])
+    for own, first, second, axis in _pairs(weights):
+        halves = [weights[name] for name in (first, second) if name in weights]
+        if len(halves) == 2 and halves[0].shape == halves[1].shape:
+            del weights[first], weights[second]
+            weights[own] = torch.stack(halves)
+            if axis is not None:
+                weights[own] = weights[own].squeeze(axis)
     return weights
 
 
 def to_released(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse: weights under our names -> under the released ones.
-
-    Raises ValueError, naming it, for a parameter that does not hold two directions."""
+    """The inverse: weights under our names -> under the released ones; those under these stay."""
     weights = dict(weights)
-    for prefix in _mixers(weights, ours=True):
-        for own, pair in PAIRS.items():
-            if prefix + own not in weights:
-                continue
-            both = weights.pop(prefix + own)
-            if both.shape[:1] != (2,):
-                raise ValueError(f"{prefix}{own} {tuple(both.shape)} does not hold two directions")
-            if own in DROPPED_AXIS:
-                both = both.unsqueeze(DROPPED_AXIS[own])
-            weights.update(zip([prefix + name for name in pair], both))
+    for own, first, second, axis in _pairs(weights):
+        if own in weights and second not in weights:
+            both = weights.pop(own)
+            if axis is not None:
+                both = both.unsqueeze(axis)
+            weights[first], weights[second] = both
     return weights
 
 
 def export(model: nn.Module, path: str | os.PathLike) -> None:
-    """Writes the weights under the released names, as .safetensors or, of any other name, by torch.
-
-    The names and shapes are those of the released checkpoints."""
+    """Writes the weights under the released names and shapes: as .safetensors, or by torch."""
     weights = {name: value.detach().cpu().clone().contiguous()
                for name, value in to_released(model.state_dict()).items()}
     if os.fspath(path).endswith(".safetensors"):
@@ -89,28 +75,28 @@ def export(model: nn.Module, path: str | os.PathLike) -> None:
         torch.save(weights, path)
 
 
+# ---- Reading -------------------------------------------------------------------------------------
+
 class _Inert:
-    """Stands for all objects of a file that are neither tensors nor plain values: does nothing."""
+    """Stands for whatever a file holds beside tensors and plain values, and does nothing."""
 
     def __init__(self, *args, **kwargs):
         pass
 
-    def _nothing(self, *args, **kwargs):
-        pass
-
-    __setstate__ = __setitem__ = __call__ = append = extend = add = _nothing
+    __setstate__ = __setitem__ = __call__ = append = extend = add = __init__
 
 
 class _TensorsOnly(pickle.Unpickler):
-    """Reads a checkpoint without running anything that it names. Released files hold NumPy arrays
-    and objects of Lightning and MMEngine, which the user need not have, and for which
-    weights_only=True refuses the whole file."""
-    allowed = {("collections", "OrderedDict"): collections.OrderedDict} | {
-        ("torch._utils", name): getattr(torch._utils, name)
-        for name in ("_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_tensor")}
+    """Released files hold objects of NumPy, Lightning and MMEngine, for which weights_only=True
+    refuses the whole file. Here nothing of them is imported, let alone run."""
+
+    allowed = ("collections.OrderedDict", "torch._utils._rebuild_tensor_v2",
+               "torch._utils._rebuild_tensor", "torch._utils._rebuild_parameter")
 
     def find_class(self, module, name):
-        return self.allowed.get((module, name), _Inert)
+        if f"{module}.{name}" in self.allowed:
+            return super().find_class(module, name)
+        return _Inert
 
 
 def read(path: str | os.PathLike) -> dict:
@@ -123,16 +109,13 @@ def read(path: str | os.PathLike) -> dict:
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
-            content = load_file(path)
-        else:
-            content = _read_pickle(path)
-    except ImportError:
-        raise
+            return load_file(path)
+        content = _read_pickle(path)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no dictionary of weights")
     except Exception as error:                          # a damaged file can fail in any way
-        problem = f"{path} is not a readable checkpoint ({type(error).__name__}: {error})"
-        raise ValueError(problem) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no dictionary of weights")
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}: {error})"
+                         ) from error
     return content
 
 
@@ -148,15 +131,12 @@ def _read_pickle(path):
 
 
 def stored_weights(content: dict) -> tuple[dict[str, Tensor], str]:
-    """What `read` returned -> (weights as stored, under which key). EMA weights if there are some.
-
-    They lie in state_dict_ema or state_dict of Lightning and MMEngine files, in ema or model of
-    ours, Vim's and MAE's, or the dictionary is them."""
+    """What `read` returned -> (weights as stored, under which key), the EMA's if there are."""
     source = ""
-    for key in ("model", "state_dict", "ema", "state_dict_ema"):
+    for key in ("model", "state_dict", "ema", "state_dict_ema"):    # the last one there is wins
         if isinstance(content.get(key), dict) and content[key]:
             source = key
-    stored = content[source] if source else content
+    stored = content.get(source, content)
     return {name: v for name, v in stored.items() if isinstance(v, Tensor)}, source
 
 
@@ -175,10 +155,12 @@ def _unwrapped(content):
 
 def model_weights(content: dict) -> tuple[dict[str, Tensor], str]:
     """What `read` returned -> (weights of the encoder or autoencoder under our names, where in the
-    file they lay). Raises ValueError if there are none, and as from_released."""
+    file they lay). Raises ValueError if there are none."""
     weights, source = _unwrapped(content)
     return from_released(weights), source
 
+
+# ---- Loading -------------------------------------------------------------------------------------
 
 def load(model: nn.Module, content: str | os.PathLike | dict, encoder_only: bool = False,
          released_pos_rows: bool = False) -> str:
@@ -187,86 +169,78 @@ def load(model: nn.Module, content: str | os.PathLike | dict, encoder_only: bool
     content: a file, or what `read` made of it. Positions of another, square grid are resized.
     encoder_only: the file's head, or its autoencoder's decoder, is dropped, and the model keeps its
         own head.
-    released_pos_rows: an autoencoder's pos_embed has the class token's row first, a classifier's
-        where the token lies. The released code hands the rows over as they are, so that half of a
-        Vim's patches get their neighbour's.
+    released_pos_rows: hand over an autoencoder's pos_embed, whose first row is the class token's,
+        as it is, as the released code did: half of a Vim's patches get their neighbour's row.
     Raises ValueError, listing the keys that differ, if the file belongs to another model, which is
     then left as it was; FileNotFoundError or ValueError as `read`."""
     if not isinstance(content, dict):
         content = read(content)
-    stored, source = _unwrapped(content)
-    weights = from_released(stored)
-    has_released_names = weights.keys() != stored.keys()
+    weights, source = _unwrapped(content)
+    own = model.state_dict()
+    if weights.keys() != from_released(weights).keys():
+        own = to_released(own)                          # differences bear the names of the file
     note = f"loaded {source}"
-    if hasattr(model, "resize_positions"):                                  # a FastVim
+    if hasattr(model, "resize_positions"):              # a FastVim
         if not any(name.startswith("layers.") for name in weights):
-            raise ValueError(f"the checkpoint holds no encoder: of its {len(stored)} weights none "
-                             f"is called layers.*; they are {_listed(sorted(stored), 4, ', ')}")
+            raise ValueError("the checkpoint holds no encoder: no weight is called layers.*, the "
+                             f"first of {len(weights)} are {', '.join(sorted(weights)[:4])}")
         note += _fit_positions(model, weights, released_pos_rows)
-    own = dict(model.state_dict())
     if encoder_only:
-        parts = collections.Counter(name.partition(".")[0] for name in weights
-                                    if name.startswith(("head.", "decoder_", "mask_token")))
-        weights = {k: v for k, v in weights.items() if k.partition(".")[0] not in parts}
-        head = {k: v for k, v in own.items() if k.startswith("head.")}
-        note += (f"; {len(weights)} weights of the encoder taken, {sum(parts.values())} dropped "
-                 f"({', '.join(parts) or 'none'}), {len(head)} of the head as initialised")
-        weights |= head
-    if has_released_names:
-        _refuse_differences(to_released(own), to_released(weights))
+        head = {name: value for name, value in own.items() if name.startswith("head.")}
+        dropped = [name for name in weights
+                   if name.startswith(("head.", "decoder_", "mask_token"))]
+        parts = dict.fromkeys(name.partition(".")[0] for name in dropped)
+        note += (f"; {len(weights) - len(dropped)} weights of the encoder taken, {len(dropped)} "
+                 f"dropped ({', '.join(parts) or 'none'}), {len(head)} of the head as initialised")
+        weights = {name: value for name, value in weights.items() if name not in dropped} | head
     _refuse_differences(own, weights)
-    model.load_state_dict(weights, strict=True)
+    model.load_state_dict(from_released(weights), strict=True)
     return note
-
-
-def _listed(names, most, separator):
-    if len(names) > most:
-        names = [*names[:most], "..."]
-    return separator.join(names)
 
 
 def _refuse_differences(own, weights):
     shapes = [f"{name} {tuple(weights[name].shape)}, in the model {tuple(value.shape)}"
               for name, value in own.items()
               if name in weights and weights[name].shape != value.shape]
-    differ = {"missing in the file": sorted(own.keys() - weights.keys()),
-              "unknown to the model": sorted(weights.keys() - own.keys()),
-              "of another shape": shapes}
-    lines = [f"\n  {len(names)} {what}: {_listed(names, 6, '; ')}"
-             for what, names in differ.items() if names]
+    differences = {"missing in the file": sorted(own.keys() - weights.keys()),
+                   "unknown to the model": sorted(weights.keys() - own.keys()),
+                   "of another shape": shapes}
+    lines = [f"\n  {len(names)} {what}: {'; '.join(names[:6])}"
+             for what, names in differences.items() if names]
     if lines:
         raise ValueError(f"the checkpoint belongs to another model:{''.join(lines)}")
 
 
 def _fit_positions(model, weights, released_pos_rows):
     """Moves and resizes weights["pos_embed"] to where the model expects it; says what was done."""
-    pos = weights.get("pos_embed")
-    if pos is None or pos.ndim != 3 or len(pos) != 1:
-        return ""
+    pos = weights.get("pos_embed", torch.empty(0))
+    new = model.grid_size
+    grid = " x ".join(map(str, new))
     same = pos.shape == model.pos_embed.shape
-    grid = " x ".join(map(str, model.grid_size))
     if hasattr(model, "mask_token"):                    # it has sines and cosines for its own grid
         if same:
             return ""
         weights.update(pos_embed=model.pos_embed, decoder_pos_embed=model.decoder_pos_embed)
         return f", position embeddings those of {grid} patches"
 
+    d = model.cfg.embed_dim
     row = model._class_row()                            # the class token's in the model, or None
-    has_row = row is not None
-    side = math.isqrt(max(0, pos.shape[1] - has_row))
-    old = model.grid_size if same else (side, side)
-    if 0 in old or math.prod(old) + has_row != pos.shape[1]:
+    has_class = row is not None
+    side = max(1, math.isqrt(max(0, pos.numel() // d - has_class)))
+    old = new if same else (side, side)
+    if pos.shape != (1, math.prod(old) + has_class, d):
         return ""                                       # no square grid: listed as of another shape
-    first = "mask_token" in weights and not released_pos_rows               # in an autoencoder
     note = ""
-    if first and row:
-        note += f", position row of the class token moved from 0 to {row}"
+    old_row = None
+    if has_class:
+        old_row = model._class_slot(*old)
+        if "mask_token" in weights and not released_pos_rows:
+            old_row = 0                                 # of an autoencoder
+            note += f", position row of the class token moved from 0 to {row}"
     if not same:
         note += f", position embeddings resized from {side} x {side} to {grid}"
-    if not has_row and not same:
-        weights["pos_embed"], _ = model.resize_positions(pos, old, model.grid_size, None)
-    elif note:
-        was = 0 if first else model._class_slot(*old)
-        pos, own = model.resize_positions(pos, old, model.grid_size, was)
-        weights["pos_embed"] = torch.cat([pos[:, :row], own, pos[:, row:]], 1)
+    pos, class_pos = model.resize_positions(pos, old, new, old_row)
+    if has_class:
+        pos = torch.cat([pos[:, :row], class_pos, pos[:, row:]], 1)
+    weights["pos_embed"] = pos
     return note

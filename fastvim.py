@@ -567,9 +567,9 @@ class Config:
     out_indices: Sequence | None = None     # blocks tapped for dense tasks: a norm each, no head
 
     def __post_init__(self):
-        if not isinstance(self.img_size, Sequence):
-            object.__setattr__(self, "img_size", (self.img_size, self.img_size))
-        object.__setattr__(self, "img_size", tuple(self.img_size))
+        size = self.img_size
+        size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+        object.__setattr__(self, "img_size", size)
         check("config", self, SCHEDULES, NORMS, POOLS)
 
     @property
@@ -796,7 +796,6 @@ class Backend:
     name = "python"
     devices = ()                            # the torch device types that it serves; (): all
     why = "plain PyTorch, on every device"  # for `doctor` and the log
-
     add_norm = staticmethod(add_norm)
     ssm = staticmethod(ssm)
     conv_pool = staticmethod(conv_pool)
@@ -848,7 +847,8 @@ def _pick(device):
     asked = _asked_for[-1] if _asked_for else os.environ.get("FASTVIM_BACKEND")
     names = [name for name, b in BACKENDS.items() if not b.devices or device in b.devices]
     if asked and asked not in names:
-        raise ValueError(f"no backend {asked!r} for {device}; choose from {', '.join(names)}")
+        raise ValueError(f"use_backend or FASTVIM_BACKEND: no backend {asked!r} for {device}; "
+                         f"choose from {', '.join(names)}")
     for name in [asked] if asked else reversed(names):
         problem = BACKENDS[name].problem()
         if not problem:

@@ -25,6 +25,7 @@ import fastvim_build
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)     # kernels know them by their place here
 MAX_STATES = 64
 EPS = 1e-5                                                  # of all norms
+PLAIN = (Tensor, nn.Parameter)              # not FakeTensor, DTensor and other subclasses
 
 # ---- 1. The boundary to C ------------------------------------------------------------------------
 #
@@ -59,23 +60,15 @@ def to_c(operation: str, fields: list, device: torch.device, values: dict) -> li
         if value is None:
             value = 0
         elif kind != "int64_t":
-            right = is_plain(value) and value.device == device and value.dtype == dtypes[kind]
+            right = type(value) in PLAIN and value.dtype == dtypes[kind] and value.device == device
             if not right or not is_dense(value, values.get("stride") if name in "BC" else None):
                 raise TypeError(
                     f"{operation}: {name} must be a contiguous {dtypes[kind]} tensor on {device}, "
                     f"not {describe(value)}"
                 )
-            value = value.data_ptr()
+            value = value.data_ptr()                        # raises where there is no memory
         numbers.append(value)
     return numbers
-
-
-def is_plain(t) -> bool:
-    """Is t a tensor with memory of its own, as C needs it? Not so what FakeTensorMode, torch.func,
-    DTensor and other subclasses make, and what is on no device or not strided."""
-    if type(t) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(t):
-        return False
-    return t.layout is torch.strided and t.device.type != "meta"
 
 
 def is_dense(t: Tensor, row: int | None) -> bool:
@@ -403,25 +396,25 @@ def weights_of(w) -> Weights:
 
 
 def pack(grid) -> tuple:
-    """A Grid as arguments of an operation: tables, storage, order, pooled, lengths, scale. A full
-    grid has no tables: they are looked up when the operation runs, on real tensors."""
+    """A Grid as arguments of an operation: storage, order, pooled, lengths, scale, five tables. A
+    full grid has no tables: they are looked up when the operation runs, on real tensors."""
     if hasattr(grid, "walk"):
-        return (list(walk_with_holes(grid)), "", "", "", [grid.steps], 1.0)
+        return ("", "", "", [grid.steps], 1.0, *walk_with_holes(grid))
     lengths = [length for _, length in grid.sizes]
-    return ([], grid.storage, grid.order, grid.pooled, lengths, grid.scale)
+    return (grid.storage, grid.order, grid.pooled, lengths, grid.scale, *[None] * 5)
 
 
-def unpack(device, tables, storage, order, pooled, lengths, scale) -> Walk:
-    if tables:
-        return Walk(*tables)
-    return full_walk(storage, order, pooled, tuple(lengths), scale, device)
+def unpack(device, storage, order, pooled, lengths, scale, *tables) -> Walk:
+    if storage:
+        return full_walk(storage, order, pooled, tuple(lengths), scale, device)
+    return Walk(*tables)
 
 
 def runs_directly(t: Tensor) -> bool:
     """Is there nothing to record or transform? Then a plain call saves the dispatcher's time."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return is_plain(t) and torch._C._len_torch_dispatch_stack() == 0
+    return type(t) in PLAIN and torch._C._len_torch_dispatch_stack() == 0
 
 
 # ---- 3. Operations of torch.library: what autograd, torch.compile and torch.export see -----------
@@ -481,9 +474,9 @@ def run_ssm_backward(kernels, dy, pooled, argmax, s, xz, *rest):
 
 def sort_arguments(xz, *rest):
     """The arguments of an operation after xz -> Weights, pool, skip, Walk."""
-    *tensors, pool, skip, tables, storage, order, pooled, lengths, scale = rest
-    walk = unpack(xz.device, tables, storage, order, pooled, lengths, scale)
-    return Weights(*tensors), pool, skip, walk
+    tensors = rest[:len(Weights._fields)]
+    pool, skip, *grid = rest[len(Weights._fields):]
+    return Weights(*tensors), pool, skip, unpack(xz.device, *grid)
 
 
 def no_autocast(device):
@@ -499,9 +492,8 @@ def or_empty(like, values):
 SSM = (
     "Tensor xz, Tensor conv_weight, Tensor conv_bias, Tensor x_proj, Tensor dt_proj, "
     "Tensor dt_bias, Tensor A_log, Tensor D, Tensor? norm_weight, Tensor? norm_bias, "
-    "str pool, bool skip, "
-    "Tensor[] tables, str storage, str order, str pooled_axes, SymInt[] lengths, float scale, "
-    "str backend"
+    "str pool, bool skip, str storage, str order, str pooled_axes, SymInt[] lengths, float scale, "
+    "Tensor? token, Tensor? group, Tensor? weight, Tensor? member, Tensor? start, str backend"
 )
 
 
@@ -528,11 +520,12 @@ def ssm_backward(dy, pooled, argmax, s, xz, *rest):
 
 @ssm.register_fake
 def _(xz, *rest):
-    *_, pool, _, tables, storage, _, pooled, lengths, _, _ = rest
+    pool, _, storage, _, pooled, lengths, _, *tables, _ = rest[len(Weights._fields):]
     b, l, width = xz.shape
-    axes = zip(storage.split(), lengths)
-    p = math.prod(length for axis, length in axes if axis not in pooled.split())
-    if tables:
+    if storage:
+        axes = zip(storage.split(), lengths)
+        p = math.prod([length for axis, length in axes if axis not in pooled.split()])
+    else:
         p = Walk(*tables).start.shape[1] - 1
     p = xz.new_empty(2, b, p, width // 2, dtype=torch.float32)
     argmax = torch.empty_like(p, dtype=torch.int32) if pool == "max" else xz.new_empty(0)
@@ -546,23 +539,22 @@ def _(dy, pooled, argmax, s, xz, *rest):
 
 
 def save_ssm(ctx, inputs, output):
-    ctx.tensors = 1 + len(Weights._fields)                  # xz and weights come first
-    tables = inputs[ctx.tensors + 2]
-    ctx.save_for_backward(*output[1:], *inputs[:ctx.tensors], *tables)
-    ctx.others = list(inputs[ctx.tensors:])
-    ctx.others[2] = None                                    # the tables are saved as tensors
+    ctx.is_tensor = [isinstance(v, Tensor) for v in inputs]
+    tensors = [v for v in inputs if isinstance(v, Tensor)]
+    ctx.others = [v for v in inputs if not isinstance(v, Tensor)]
+    ctx.save_for_backward(*output[1:], *tensors)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def differentiate_ssm(ctx, dy, *_):
-    pooled, argmax, s, *inputs = ctx.saved_tensors
-    tensors = inputs[:ctx.tensors]
-    tables = inputs[ctx.tensors:]
-    others = [*ctx.others[:2], tables, *ctx.others[3:]]
-    grads = torch.ops.fastvim.ssm_backward(dy, pooled, argmax, s, *tensors, *others)
-    grads = [None if t is None else grad for t, grad in zip(tensors, grads)]
-    return (*grads, None, None, [None] * len(tables), *[None] * 6)
+    pooled, argmax, s, *tensors = ctx.saved_tensors
+    tensors = iter(tensors)
+    others = iter(ctx.others)
+    inputs = [next(tensors if is_tensor else others) for is_tensor in ctx.is_tensor]
+    grads = torch.ops.fastvim.ssm_backward(dy, pooled, argmax, s, *inputs)
+    grads = [grad if is_tensor else None for grad, is_tensor in zip(grads, ctx.is_tensor)]
+    return (*grads, *[None] * (len(inputs) - len(grads)))
 
 
 ssm.register_autograd(differentiate_ssm, setup_context=save_ssm)

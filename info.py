@@ -7,33 +7,27 @@
 """
 import argparse
 import collections
-import dataclasses
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
-import time
 
 import torch
+from torch.utils.benchmark import Timer
 
 import fastvim
 
 
-def count_macs(cfg: fastvim.Config, img_size: int | tuple[int, int] | None = None,
-               kept: float = 1.0) -> dict[str, int]:
-    """Multiply-adds of one image's forward pass, by part, as {part: count}.
+def count_macs(cfg: fastvim.Config, kept: float = 1.0) -> dict[str, int]:
+    """Multiply-adds of one image's forward pass, by part. kept: of the tokens, by a mask.
 
-    img_size: pixels, or (height, width); kept: the share of the tokens that a mask leaves.
     The matrix products are exact. As is usual since fvcore, the scan counts 9 p e n a direction and
-    a norm 5 per element. What remains uncounted is elementwise: SiLU, the gate, pooling, the D
-    skip, the residual additions."""
-    if isinstance(img_size, int):
-        img_size = (img_size, img_size)
-    rows = fastvim.SCHEDULES[cfg.schedule]                                  # flatten order, pooled
-    h, w = (math.ceil(pixels / cfg.patch_size) for pixels in img_size or cfg.img_size)
+    a norm 5 per element. SiLU, gate, pooling, D skip and residual additions do not count."""
+    h, w = (math.ceil(pixels / cfg.patch_size) for pixels in cfg.img_size)
     c = 1
-    if "c" in rows[0][0]:
+    if cfg.per_channel:
         c = cfg.in_chans
     lengths = {"h": h, "w": w, "c": c}
     d = cfg.embed_dim
@@ -44,7 +38,7 @@ def count_macs(cfg: fastvim.Config, img_size: int | tuple[int, int] | None = Non
     macs = collections.Counter(patch_embed=h * w * d * cfg.in_chans * cfg.patch_size ** 2,
                                norm=5 * l * d, head=d * cfg.num_classes)
     for i in range(cfg.depth):
-        pooled = rows[i % len(rows)][1]
+        _, pooled = cfg.rows[i % len(cfg.rows)]
         p = l
         if pooled:                                                          # steps of the scan
             p = math.prod(lengths[axis] for axis in "hwc" if axis not in pooled) + cfg.class_token
@@ -59,36 +53,31 @@ def count_macs(cfg: fastvim.Config, img_size: int | tuple[int, int] | None = Non
     return dict(macs)
 
 
-def count_vit_macs(img_size: int, embed_dim: int = 192, depth: int = 12, patch_size: int = 16,
-                   in_chans: int = 3, num_classes: int = 1000) -> int:
-    """Multiply-adds of a ViT (DeiT) with a class token, for the comparison of Figure 4."""
-    d = embed_dim
-    patches = math.ceil(img_size / patch_size) ** 2
+def count_vit_macs(img_size: int) -> int:
+    """Multiply-adds of ViT-T (DeiT) with a class token, for the comparison of Figure 4."""
+    d = 192
+    patches = math.ceil(img_size / 16) ** 2
     l = patches + 1
-    blocks = depth * (12 * l * d * d + 2 * l * l * d)
-    return patches * d * in_chans * patch_size ** 2 + blocks + d * num_classes
+    blocks = 12 * (12 * l * d * d + 2 * l * l * d)
+    return patches * d * 3 * 16 ** 2 + blocks + d * 1000
 
 
-def measure_milliseconds(cfg: fastvim.Config, device: str, kept: float = 1.0) -> float:
-    """Time of one image: the median of three runs, or one run if that takes long."""
-    with torch.device("meta"):
-        model = fastvim.FastVim(**dataclasses.asdict(cfg))
+def measure_milliseconds(model: fastvim.FastVim, device: str, kept: float = 1.0) -> float:
+    """Time of one image: the median of half a second of runs, at least one, after the first.
+
+    model: without weights, on the meta device."""
     model = model.to_empty(device=device).eval()
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
-    x = torch.randn(1, cfg.in_chans, *cfg.img_size, device=device)
+    x = torch.randn(1, model.cfg.in_chans, *model.cfg.img_size, device=device)
     keep = None
     if kept < 1:
         tokens = math.prod(model.grid_size)
         keep = torch.randperm(tokens, device=device)[None, :int(kept * tokens)]
-    times = []
+    timer = Timer("model(x, keep=keep).sum().item()", num_threads=torch.get_num_threads(),
+                  globals=dict(model=model, x=x, keep=keep))
     with torch.inference_mode():
-        while len(times) < 4 and sum(times) < 4:                            # the first run warms up
-            start = time.perf_counter()
-            model(x, keep=keep).sum().item()                                # waits for the device
-            times.append(time.perf_counter() - start)
-    times = sorted(times[1:] or times)
-    return 1e3 * times[len(times) // 2]
+        return 1e3 * timer.blocked_autorange(min_run_time=0.5).median
 
 
 def print_models(text: str) -> None:
@@ -107,8 +96,8 @@ def print_models(text: str) -> None:
             model = fastvim.create_model(name)
         parameters = sum(p.numel() for p in model.parameters())
         kept = 0.25 if name.startswith("fastmaskvim") else 1.0
-        macs = sum(count_macs(model.cfg, 224, kept).values()) / 1e9
-        milliseconds = measure_milliseconds(model.cfg, device, kept)
+        macs = sum(count_macs(model.cfg, kept).values()) / 1e9
+        milliseconds = measure_milliseconds(model, device, kept)
         print(f"{name:24} {parameters:12,} {macs:16.2f} {milliseconds:11.1f}", flush=True)
 
 
@@ -116,10 +105,11 @@ def print_figure_4(resolutions: list[int]) -> None:
     """Multiply-adds of ViT-T, Vim-T and FastVim-T, a line for each resolution."""
     print("G multiply-adds by resolution (the paper's Figure 4)")
     print(f"{'pixels':>8} {'ViT-T':>10} {'Vim-T':>10} {'FastVim-T':>10}")
-    tiny = [fastvim.Config(**fastvim.SIZES["tiny"], **fastvim.FAMILIES[family])
-            for family in ("vim", "fastvim")]
     for pixels in resolutions:
-        counts = [count_vit_macs(pixels)] + [sum(count_macs(cfg, pixels).values()) for cfg in tiny]
+        counts = [count_vit_macs(pixels)]
+        for family in ("vim", "fastvim"):
+            cfg = fastvim.Config(img_size=pixels, **fastvim.model_fields(f"{family}_tiny"))
+            counts.append(sum(count_macs(cfg).values()))
         print(f"{pixels:8} " + " ".join(f"{count / 1e9:10.2f}" for count in counts))
 
 
@@ -128,8 +118,8 @@ def _version(command):
     if path is None:
         return "not found"
     said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    lines = said.strip().splitlines() or [path]
-    return lines[-1] if command == "nvcc" else lines[0]
+    numbers = re.findall(r"\d+(?:\.\d+)+", said)
+    return " ".join([*numbers[:1], path])
 
 
 def print_machine() -> None:
@@ -150,7 +140,10 @@ def print_machine() -> None:
         elif backend.devices:                                               # asking compiles it
             state = backend.problem() or "compiled kernels, ready"
         print(f"  {backend.name:8} {', '.join(backend.devices) or 'every device'}: {state}")
-    for device in ["cpu"] + ["cuda"] * bool(gpus):
+    devices = ["cpu"]
+    if gpus:
+        devices.append("cuda")
+    for device in devices:
         print(f"  on {device} models run by {fastvim.pick_backend(device).name!r}")
 
 
@@ -165,12 +158,12 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, nargs="+", metavar="PX",
                         help="instead: multiply-adds of ViT-T, Vim-T, FastVim-T there (Figure 4)")
     args = parser.parse_args()
+    if args.resolution and min(args.resolution) < 16:
+        parser.error("--resolution: at least 16 pixels, one patch")
     try:
         if args.command == "doctor":
             print_machine()
         elif args.resolution:
-            if min(args.resolution) < 16:
-                raise ValueError("--resolution: at least 16 pixels, one patch")
             print_figure_4(args.resolution)
         else:
             print_models(args.models)

@@ -17,12 +17,34 @@ microscopy; dense.py ADE20K and COCO; builtin.py digits, drawn cells and drawn s
 from torch.utils.data import default_collate
 
 from .builtin import DIGITS_MEAN, DIGITS_STD, Cells, Digits, Scenes, digit_transform
-from .cells import (JUMP_CHANNELS, JUMP_MEAN, JUMP_STD, CellTransform, JumpCP, cell_folder,
-                    channel_count, channel_statistics, load_cells, take_channels)
-from .dense import (ADE20K, IGNORE_INDEX, Coco, DetectionTransform, SegmentationTransform,
-                    merge_detections, numbers, to_pixels)
-from .images import (IMAGENET_MEAN, IMAGENET_STD, ImageFolder, each_readable, image_transform,
-                     load_rgb)
+from .cells import (
+                    JUMP_CHANNELS,
+                    JUMP_MEAN,
+                    JUMP_STD,
+                    CellTransform,
+                    JumpCP,
+                    cell_folder,
+                    channel_count,
+                    channel_statistics,
+                    load_cells,
+                    take_channels,
+)
+from .dense import (
+                    ADE20K,
+                    IGNORE_INDEX,
+                    Coco,
+                    DetectionTransform,
+                    SegmentationTransform,
+                    merge_detections,
+                    numbers,
+                    to_pixels,
+)
+from .images import (
+                    IMAGENET_MEAN,
+                    IMAGENET_STD,
+                    ImageFolder,
+                    each_readable,
+                    image_transform,
+                    load_rgb,
+)
 from .loading import BadDataError, Files, Seeded, extra, first_few, make_loader
-
-some = first_few        # its old name, until no script uses it

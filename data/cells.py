@@ -299,7 +299,8 @@ def read_table(path: str, *wanted: str) -> list[list[str | None]]:
         if name is None:
             raise ValueError(f"{path}: no column {names.replace('|', ' or ')}; it has "
                              f"{', '.join(table)}")
-        columns.append([str(v) if v == v and v is not None else None for v in table[name]])
+        columns.append([None if v is None or v != v else str(v)         # noqa: PLR0124  NaN
+                        for v in table[name]])
     return columns
 
 

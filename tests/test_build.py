@@ -141,7 +141,7 @@ def test_an_unwritable_cache_is_reported(run, tmp_path):
 
 def test_cuda_says_what_it_misses(monkeypatch):
     """On a machine without a GPU the reasons can be had one by one; none of them is a traceback from a build."""
-    import torch.utils.cpp_extension as cpp_extension
+    from torch.utils import cpp_extension
 
     import fastvim_kernels
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
@@ -156,7 +156,7 @@ def test_cuda_says_what_it_misses(monkeypatch):
 @pytest.mark.parametrize("release, match", [("12.4", "nvcc is of CUDA 12.4, torch of CUDA 13.2"),
                                             (None, "nvcc failed")])
 def test_an_nvcc_of_another_major_version(monkeypatch, tmp_path, release, match):
-    import torch.utils.cpp_extension as cpp_extension
+    from torch.utils import cpp_extension
 
     import fastvim_kernels
     (tmp_path / "bin").mkdir()

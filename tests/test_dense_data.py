@@ -12,10 +12,11 @@ pytest.importorskip("torchvision")
 pytest.importorskip("PIL")
 pytest.importorskip("pycocotools")
 
-import data
-import finetune_dense
 from PIL import Image
 from pycocotools import mask as rle
+
+import data
+import dense_results
 
 
 def plain(*found):
@@ -284,7 +285,7 @@ def test_objects_that_cannot_be_drawn_never_reach_pycocotools(tmp_path, change, 
             found = data.Coco(root, split, plain)
         assert found[0][1]["labels"].tolist() == [0]
     (result,) = results_of(found)
-    assert finetune_dense.average_precision(found.coco, [result], [1, 2])[
+    assert dense_results.average_precision(found.coco, [result], [1, 2])[
         "mask_ap"
     ] == pytest.approx(100)
 
@@ -301,7 +302,7 @@ def test_annotations_need_no_ids_areas_or_crowds(tmp_path):
     for key in ("id", "area", "iscrowd"):
         del objects[2][key]
     val = data.Coco(make_coco(tmp_path, objects), "val", plain)
-    metrics = finetune_dense.average_precision(val.coco, results_of(val), [1, 2])
+    metrics = dense_results.average_precision(val.coco, results_of(val), [1, 2])
     assert metrics["box_ap"] == metrics["mask_ap"] == pytest.approx(100)
 
 

@@ -1,4 +1,5 @@
 """python fastvim.py: the multiply-adds that it counts, its tables, the doctor, its command line."""
+import dataclasses
 import os
 import pathlib
 import re
@@ -33,7 +34,7 @@ def test_matrix_products_are_counted_exactly(monkeypatch, fields, size):
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad(), fastvim.use_backend("python"):
         model(x)
-    macs = info.count_macs(model.cfg, size)
+    macs = info.count_macs(dataclasses.replace(model.cfg, img_size=size))
     counted = sum(n for part, n in macs.items() if part not in ("scan", "norm"))
     assert counter.get_total_flops() == 2 * counted
 
@@ -120,5 +121,5 @@ def test_the_command_line_names_an_unknown_backend():
     result = run_file("doctor", FASTVIM_BACKEND="abacus")
     assert result.returncode == 2
     assert "fastvim.py: error: " in result.stderr
-    assert "no backend 'abacus'; choose from python" in result.stderr
+    assert re.search("no backend 'abacus'.*; choose from python", result.stderr)
     assert "Traceback" not in result.stderr

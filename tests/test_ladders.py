@@ -6,6 +6,7 @@ On a machine with a GPU and nvcc the same programs print times: `nvcc -O3 dev/cu
 import subprocess
 
 import pytest
+
 from test_cuda_emulator import EMULATED_FLAGS, HERE, find_nvcc, run
 
 LADDERS = HERE.parent / "dev" / "cuda"

@@ -525,7 +525,7 @@ with fastvim.use_backend("python"):
 def test_the_table_of_models():
     result = run_python("fastvim.py", "--models", "fastvim_tiny")
     assert result.returncode == 0, result.stderr
-    row = re.search(r"^fastvim_tiny +7,166,056 +1\.1\d +\d+\.\d$", result.stdout, re.M)
+    row = re.search(r"^fastvim_tiny +7,166,056 +1\.1\d +\d+\.\d$", result.stdout, re.MULTILINE)
     assert row and "fastvim_small" not in result.stdout and "backend" in result.stdout
 
 

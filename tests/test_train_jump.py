@@ -11,8 +11,12 @@ import torch
 for module in ("timm", "torchvision", "pyarrow", "fsspec", "PIL"):
     pytest.importorskip(module)
 
+import baselines
+import channels
+import checkpoints
 import data
 import fastvim
+import runs
 import train_jump
 import training
 from helpers import assert_close, run_script
@@ -35,8 +39,8 @@ def run(*argv):
 @pytest.fixture
 def only_training(monkeypatch):
     """Without pictures and the table at the end, which take longer than so short a training."""
-    monkeypatch.setattr(train_jump, "draw_examples", lambda *args: None)
-    monkeypatch.setattr(train_jump, "evaluate_subsets", lambda *args: None)
+    monkeypatch.setattr(train_jump, "write", lambda *args: None)
+    monkeypatch.setattr(train_jump, "evaluate", lambda *args: None)
     monkeypatch.setattr(training, "draw_curve", lambda *args: None)
 
 
@@ -46,11 +50,8 @@ def error_of(*argv):
     return str(caught.value)
 
 
-def args_of(*argv, **more):
-    args = train_jump.get_args([*map(str, argv)])
-    vars(args).update(more)
-    train_jump.fill(args, train_jump.MODEL if args.data or args.index else train_jump.CELLS_MODEL)
-    return args
+def options_of(*argv):
+    return train_jump.get_args([*map(str, argv)])
 
 
 def weights(out, name="last.pt"):
@@ -76,8 +77,9 @@ OPTIONS = [
       for more in ([], ["--scan-order", "spatial-first"], ["--pool-dims", 2])),
     *(["--model", "channelvim_tiny", *order, sort] for order in ([], ["--scan-order", "spatial-first"])
       for sort in ("--sort", "--no-sort")),
-    *(["--model", model, hcs] for model in ("vim_tiny", "vit_tiny", "channelvit_tiny", "fastvim_tiny",
-                                            "fastchannelvim_tiny") for hcs in ("--hcs", "--no-hcs")),
+    *(["--model", model, hcs] for model in ("vim_tiny", "vit_tiny", "channelvit_tiny", "fastvim_tiny")
+      for hcs in ("--hcs", "--no-hcs")),
+    ["--no-hcs"],
     ["--patch", 16], ["--no-augment"], ["--grad-checkpointing"], ["--drop-path", 0.2], ["--amp"],
     ["--model", "channelvit_tiny", "--grad-checkpointing"], ["--model", "vit_tiny", "--patch", 16],
     ["--channels", "3,1,7"], ["--mask-channels", "0"], ["--model", "vim_tiny", "--channels", "6"],
@@ -87,14 +89,20 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(map(str, options)))
-def test_every_option_trains_an_epoch(tmp_path, capsys, options):
+def test_every_option_trains_an_epoch(tmp_path, monkeypatch, capsys, options):
+    monkeypatch.setattr(channels, "draw_accuracy", lambda *args: None)      # half of the time
+    monkeypatch.setattr(training, "draw_curve", lambda *args: None)
     run(*SMALL, *options, "--out", tmp_path)
     line = json.loads((tmp_path / "log.jsonl").read_text())
     assert line["epoch"] == 1 and 0 < line["loss"] < 10 and line["metrics"]["images"] == 32
     table = json.loads((tmp_path / "channels.json").read_text())
     assert table["images"] == 32 and "top-1 in % on 32 of 32 images" in capsys.readouterr().out
+    assert (tmp_path / "examples.png").stat().st_size > 5000
+
+
+def test_pictures(cells_run):
     for picture in ("channels.png", "examples.png", "curve.png"):
-        assert (tmp_path / picture).stat().st_size > 5000
+        assert (cells_run / picture).stat().st_size > 5000
 
 
 @pytest.mark.parametrize("options, schedule, order", [
@@ -108,10 +116,10 @@ def test_every_option_trains_an_epoch(tmp_path, capsys, options):
     (["--model", "vim_small"], "vim", [("h w", "")]),
 ])
 def test_models_of_the_table(options, schedule, order):
-    model = train_jump.build_model(args_of(*options, "--depth", 1, "--patch", 8, model_channels=list("abcde")), 161)
-    cfg = model.cfg
+    args, _ = options_of(*options, "--depth", 1, "--patch", 8)
+    cfg = train_jump.build_model(args, train_jump.fields_of(args, 5, 161)).cfg
     assert (cfg.schedule, cfg.rows, cfg.in_chans, cfg.patch_size, cfg.num_classes) == (schedule, order, 5, 8, 161)
-    assert train_jump.is_per_channel(model) == ("c" in schedule)
+    assert cfg.per_channel == ("channel" in args.model)     # what channels.classify goes by
 
 
 @pytest.mark.parametrize("options, message", [
@@ -156,13 +164,14 @@ def test_wrong_command_lines(capsys, options, message):
 
 # ---- The recipe ------------------------------------------------------------------------------------------------------
 
-def test_recipe_on_data(monkeypatch):
-    args = args_of("--data", "d", "--batch-size", 32)
-    training.setup(args)
-    assert (args.lr, args.epochs, args.warmup, args.weight_decay, args.weight_decay_end) == (
-        1e-3 * 32 / 256, 100, 10, 0.04, 0.4)
-    assert (args.model, args.patch, args.img_size, args.drop_path, args.hcs, args.ema, args.clip) == (
-        "fastchannelvim_small", 16, 224, 0.05, True, 0, 0)
+def test_recipe_on_data():
+    args, _ = options_of("--data", "d", "--batch-size", 32, "--device", "cpu")
+    assert training.peak_lr(args, training.setup(args)) == 1e-3 * 32 / 256
+    assert (args.epochs, args.warmup, args.weight_decay, args.weight_decay_end) == (
+        100, 10, 0.04, 0.4)
+    assert (args.model, args.patch_size, args.img_size, args.drop_path_rate) == (
+        "fastchannelvim_small", 16, 224, 0.05)
+    assert args.hcs and args.ema == args.clip == 0
 
 
 def test_schedules_of_learning_rate_and_weight_decay(tmp_path, monkeypatch, only_training):
@@ -188,33 +197,39 @@ def test_schedules_of_learning_rate_and_weight_decay(tmp_path, monkeypatch, only
 # ---- Channels: sampling, baselines -----------------------------------------------------------------------------------
 
 def test_sampling_draws_how_many_and_which(monkeypatch, tmp_path, only_training):
-    seen = []
-    see = train_jump.see
-    monkeypatch.setattr(train_jump, "see", lambda net, per, images, channels: (
-        net.training and seen.append((per, channels.tolist())), see(net, per, images, channels))[1])
+    drawn = []
+    classify = train_jump.classify
+
+    def spy(args, net, images, ids):
+        drawn.append(ids.tolist())
+        return classify(args, net, images, ids)
+
+    monkeypatch.setattr(train_jump, "classify", spy)
     for model, more in (("fastchannelvim_tiny", []), ("channelvit_tiny", []), ("vim_tiny", ["--no-sort"])):
         run(*SMALL, "--batch-size", 2, "--model", model, *more, "--out", tmp_path / model)
-        per, drawn = zip(*seen)
-        assert set(per) == {model != "vim_tiny"} and len(drawn) == 16
+        assert len(drawn) == 16
         assert len({len(ids) for ids in drawn}) >= 5 and len({i for ids in drawn for i in ids}) == 8
         assert all(ids == sorted(ids) for ids in drawn) == (model == "fastchannelvim_tiny")
-        seen.clear()
+        drawn.clear()
     run(*SMALL, "--no-hcs", "--out", tmp_path / "all")
-    assert not seen
+    assert not drawn
 
 
 def test_a_mixing_model_sees_zeros_scaled_and_a_channel_model_the_channels():
-    images, channels = torch.randn(2, 4, 3, 3), torch.tensor([2, 0])
-    y = train_jump.see(lambda x: x, False, images, channels)
-    assert_close(y, 2 * images * torch.tensor([1.0, 0, 1, 0])[:, None, None])
-    x, ids = train_jump.see(lambda x, channels: (x, channels), True, images, channels)
-    assert_close(x, images[:, [2, 0]])
-    assert ids is channels
+    images = torch.randn(2, 4, 3, 3)
+    ids = torch.tensor([2, 0])
+    for name in ("vim_tiny", "fastvim_tiny", "vit_tiny"):
+        y = channels.classify(runs.Options({"model": name}), lambda x: x, images, ids)
+        assert_close(y, 2 * images * torch.tensor([1.0, 0, 1, 0])[:, None, None])
+    for name in ("channelvim_tiny", "fastchannelvim_tiny", "channelvit_tiny"):
+        x, seen = channels.classify(runs.Options({"model": name}), lambda x, channels: (x, channels), images, ids)
+        assert_close(x, images[:, [2, 0]])
+        assert seen is ids
 
 
 def channel_vit():
     torch.manual_seed(0)
-    return train_jump.ChannelViT(in_chans=5, img_size=16, patch_size=8, num_classes=3, embed_dim=32, num_heads=2,
+    return baselines.ChannelViT(in_chans=5, img_size=16, patch_size=8, num_classes=3, embed_dim=32, num_heads=2,
                                  depth=2).double().eval()
 
 
@@ -258,11 +273,10 @@ def test_table_of_subsets_against_counting(cells_run, tmp_path, capsys):
     assert [row["channels"] for row in rows[:2]] == [list("0124"), list("73")] and rows[0]["best"] == 100
     assert len({tuple(row["channels"]) for row in rows if not row["name"]}) == len(sizes)
 
-    args = args_of("--eval", cells_run / "best.pt", "--split", "val", "--device", "cpu", "--channels", "0")
-    args.model = args.depth = args.patch = args.img_size = args.drop_path = None
-    args.channels = None
-    model, raw = train_jump.restore(args, training.setup(args, training=False), args.eval)
-    cells = train_jump.ready(args, raw)
+    args, saved = options_of("--eval", cells_run / "best.pt", "--split", "val", "--device", "cpu")
+    raw = train_jump.open_split(args, "val")
+    model, seen = train_jump.restore(args, training.setup(args, training=False), saved, raw)
+    cells = seen.normalized(raw, args.img_size)
     x, labels = torch.stack([cells[i][0] for i in range(32)]), torch.arange(32) % 8
     for row in rows:
         ids = [int(name) for name in row["channels"]]
@@ -288,12 +302,13 @@ def test_numbers_are_those_of_the_files(tmp_path):
     """Trained on channels 3, 1, 7, 0 in that order: "1" is the file's channel 1 everywhere, not the model's second."""
     run(*SMALL, "--channels", "3,1,7,0", "--mask-channels", "7", "--out", tmp_path, "--mean", "0,.1,.2,.3,.4,.5,.6,.7",
         "--std", "1,2,3,4,5,6,7,8")
-    args = torch.load(tmp_path / "last.pt", weights_only=True)["args"]
-    assert args["mask_channels"] == ["7"] and args["taken"] == [3, 1, 7, 0]
-    assert args["mean"] == [0.3, 0.1, 0.7, 0] and args["std"] == [4, 2, 8, 1]
-    args = train_jump.get_args(["--eval", str(tmp_path / "best.pt"), "--device", "cpu"])
-    raw = train_jump.restore(args, training.setup(args, training=False), args.eval)[1]
-    image, x = raw[5][0], train_jump.ready(args, raw)[5][0]
+    kept = torch.load(tmp_path / "last.pt", weights_only=True)["channels"]
+    assert kept["masked"] == ["7"] and kept["taken"] == [3, 1, 7, 0]
+    assert kept["mean"] == [0.3, 0.1, 0.7, 0] and kept["std"] == [4, 2, 8, 1]
+    args, saved = options_of("--eval", tmp_path / "best.pt", "--device", "cpu")
+    raw = train_jump.open_split(args, "test")
+    _, seen = train_jump.restore(args, training.setup(args, training=False), saved, raw)
+    image, x = raw[5][0], seen.normalized(raw, args.img_size)[5][0]
     assert_close(x[[0, 1, 3]], torch.from_numpy((image[[3, 1, 0]] - np.float32([[[0.3]], [[0.1]], [[0]]]))
                                                 / np.float32([[[4]], [[2]], [[1]]])), rtol=1e-6, atol=1e-6)
     assert (x[2] == 0).all()
@@ -345,12 +360,12 @@ def test_statistics_are_what_training_uses(folder_run, capsys):
     root, out = folder_run
     run("--stats", "--data", root, "--device", "cpu")
     printed = dict(re.findall(r"--(mean|std)=(\S+)", capsys.readouterr().out))
-    args = json.loads((out / "config.json").read_text())["args"]
+    kept = json.loads((out / "config.json").read_text())["channels"]
     files = data.cell_folder(root, "train", np.asarray)
     stack = np.stack([image for image, _ in files]).astype(float)
     for name, expected in (("mean", stack.mean((0, 2, 3))), ("std", stack.std((0, 2, 3)))):
         assert [float(x) for x in printed[name].split(",")] == pytest.approx(expected, rel=1e-4)
-        assert args[name] == pytest.approx(expected)
+        assert kept[name] == pytest.approx(expected)
 
 
 def test_files_with_fewer_channels_in_another_order(folder_run, tmp_path):
@@ -392,9 +407,10 @@ def jump(base, *more, images=60):
 def test_the_benchmark_from_an_object_store(tmp_path, capsys):
     options = jump("memory://bucket/plate")
     run(*SMALL, *options, "--model", "fastchannelvim_tiny", "--out", tmp_path, "--workers", 2, "--batch-size", 8)
-    args = json.loads((tmp_path / "config.json").read_text())["args"]
-    assert args["classes"] == ["control", "KRAS", "EGFR"] and args["mean"] == list(data.JUMP_MEAN)
-    assert args["model_channels"] == list(data.JUMP_CHANNELS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["classes"] == ["control", "KRAS", "EGFR"]
+    assert config["channels"]["mean"] == list(data.JUMP_MEAN)
+    assert config["channels"]["model"] == list(data.JUMP_CHANNELS)
     out = capsys.readouterr().out
     assert "36 training and 12 validation images" in out
     assert re.search(r"fluorescence \(5\) .*\nbrightfield \(3\)", out)
@@ -407,15 +423,16 @@ def test_the_benchmark_from_an_object_store(tmp_path, capsys):
 def test_a_given_normalisation_wins_over_the_benchmarks(tmp_path, only_training):
     run(*SMALL, *jump("memory://bucket/given"), "--model", "fastchannelvim_tiny", "--batch-size", 8, "--out", tmp_path,
         "--mean", "1,2,3,4,5,6,7,8", "--std", "8,7,6,5,4,3,2,1")
-    args = json.loads((tmp_path / "config.json").read_text())["args"]
-    assert args["mean"] == [1, 2, 3, 4, 5, 6, 7, 8] and args["std"] == [8, 7, 6, 5, 4, 3, 2, 1]
+    kept = json.loads((tmp_path / "config.json").read_text())["channels"]
+    assert kept["mean"] == [1, 2, 3, 4, 5, 6, 7, 8] and kept["std"] == [8, 7, 6, 5, 4, 3, 2, 1]
 
 
 def test_a_released_checkpoint(tmp_path, capsys):
     """Lightning's layout, without a word of what the model is: it is named by --model and --patch."""
     model = fastvim.create_model("fastchannelvim_tiny", depth=2, patch_size=8, img_size=16, num_classes=3)
     path = tmp_path / "FastChannelVim_tiny.ckpt"
-    torch.save({"state_dict": {f"backbone.{k}": v for k, v in model.state_dict().items()},
+    released = checkpoints.to_released(model.state_dict())
+    torch.save({"state_dict": {f"backbone.{k}": v for k, v in released.items()},
                 "hyper_parameters": {"lr": np.float64(1e-3)}}, path)
     (tmp_path / "images").mkdir()
     options = jump(str(tmp_path), "--model", "fastchannelvim_tiny", "--depth", 2, "--device", "cpu", "--workers", 0)
@@ -462,10 +479,10 @@ def test_bad_data_ends_in_one_line(tmp_path, only_training):
     assert "cannot be read, more than 1%" in workers and "Traceback" not in workers
 
 
-def test_a_few_bad_images_are_counted_and_reported(tmp_path):
+def test_a_few_bad_images_are_counted_and_reported(tmp_path, only_training):
     base = str(tmp_path)
     (tmp_path / "images").mkdir()
-    options = jump(base, "--model", "fastchannelvim_tiny", "--batch-size", 8, images=400)
+    options = jump(base, "--model", "fastchannelvim_tiny", "--batch-size", 80, images=400)
     plate = data.JumpCP(*options[1:6:2], "train", np.asarray)
     write(base, f"images/{pathlib.Path(plate.samples[200][0]).name}", npy(np.full((8, 4, 4), np.inf)))
     write(base, f"images/{pathlib.Path(plate.samples[100][0]).name}", npy(np.zeros((7, 4, 4))))
@@ -483,9 +500,9 @@ def test_resuming_takes_the_normalisation_from_the_checkpoint(folder_run, tmp_pa
     run(*options, "--steps", 3)
     for path in (tmp_path / "copy").glob("*/1*.npy"):
         np.save(path, np.load(path) + 100)
-    before = torch.load(tmp_path / "out/last.pt", weights_only=True)["args"]["mean"]
+    before = torch.load(tmp_path / "out/last.pt", weights_only=True)["channels"]["mean"]
     run(*options, "--steps", 4, "--resume", "--resume-changed")
-    assert torch.load(tmp_path / "out/last.pt", weights_only=True)["args"]["mean"] == before
+    assert torch.load(tmp_path / "out/last.pt", weights_only=True)["channels"]["mean"] == before
 
 
 # ---- Resume ----------------------------------------------------------------------------------------------------------
@@ -498,10 +515,10 @@ def test_killed_within_an_epoch_and_resumed_ends_in_the_same_bits(tmp_path, monk
     run(*options, "--out", tmp_path / "whole")
     step_of = training.train_step
 
-    def killed(*args):
-        if args[7] == 6:                                  # the third step of the second epoch
+    def killed(run, *rest):
+        if run.step == 6:                                 # the third step of the second epoch
             raise KeyboardInterrupt
-        return step_of(*args)
+        return step_of(run, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "train_step", killed)

@@ -1,0 +1,1 @@
+"""Parts of bench.py: the paper's composition, tables and plots, the loop and the loaders."""

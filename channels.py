@@ -1,0 +1,280 @@
+"""
+The channels of microscopy images and of the models that see them, by name; accuracy by channels.
+
+Plates are stained and recorded in different ways: files may lack channels of the training or hold
+them in another order. So a model keeps the names of its channels, their means and deviations, and
+takes from each file what it knows.
+
+Symbols: b images, c channels of the model, n channels that are shown, h w pixels.
+"""
+import argparse
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+import runs
+
+# ---- Options -----------------------------------------------------------------------------------
+
+
+def names(text: str) -> list[str]:
+    """An argparse type: 'a,b' -> ['a', 'b']"""
+    parts = [name.strip() for name in text.split(",")]
+    if not all(parts) or len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text!r} must be different names or numbers, with "
+                                         "commas between them")
+    return parts
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def subset(text: str) -> tuple[str, list[str]]:
+    name, _, channels = text.partition("=")
+    return name, names(channels)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of match_channels and of Channels.subsets."""
+    add = parser.add_argument_group("channels").add_argument
+    add("--channel-names", type=names, metavar="A,B", help="what the channels of the files are "
+        "called (default: their numbers, from 0; JUMP-CP's 8: fluorescence1 to 5, brightfield1 to "
+        "3)")
+    add("--channels", type=names, metavar="A,B", help="take these, by name or number, in this "
+        "order (default all)")
+    add("--mask-channels", type=names, metavar="A,B", help="set these to zero, which is their mean")
+    add("--mean", type=numbers, metavar="X,Y", help="of the files' channels, in the files' units "
+        "(default: computed from 1,000 images; JUMP-CP's 8: the recipe's); write --mean=-1,2 if "
+        "the first one is negative")
+    add("--std", type=numbers, metavar="X,Y", help="their standard deviations")
+    add("--subsets", type=subset, nargs="+", metavar="NAME=A,B", help="channels to evaluate "
+        "together (default: of JUMP-CP's 8 fluorescence and brightfield)")
+    add("--subset-samples", type=runs.number(int, 0), help="how many subsets of each number of "
+        "channels to evaluate")
+
+
+# ---- Channels by name --------------------------------------------------------------------------
+
+class Channels(NamedTuple):
+    """The channels of files and of a model."""
+    files: list[str]    # names of the files' channels, in their order; by default their numbers
+    model: list[str]    # names of the model's, in its order
+    mean: list[float]   # of the model's channels, in the units of the files
+    std: list[float]
+    taken: list[int]    # where in the file each of the model's lies, -1 for one that is not shown
+    masked: list[str]   # those of the model's that are set to zero, which is their mean
+
+    @property
+    def shown(self) -> list[int]:
+        """Ids of the model's channels that the files have and the user has chosen."""
+        return [i for i, place in enumerate(self.taken) if place >= 0]
+
+    def normalized(self, raw: data.Files, img_size: int, augment: bool = False) -> data.Files:
+        """Raw images -> the model's: (c img_size img_size) float32. `raw` itself is changed."""
+        zero = [i for i, name in enumerate(self.model) if self.taken[i] < 0 or name in self.masked]
+        raw.load = functools.partial(data.take_channels, raw.load, len(self.files), self.taken)
+        raw.transform = data.CellTransform(img_size, self.mean, self.std, augment, zero)
+        return raw
+
+    def subsets(self, args) -> list[tuple[str, list[int]]]:
+        """What to evaluate: (name or "", ids of the model's channels).
+
+        --subsets, by default JUMP-CP's two kinds; each channel by itself, up to --subset-samples
+        subsets of each number of channels, all channels. ValueError: one of them is not shown."""
+        named = args.subsets or []
+        benchmark = {self.model[i] for i in self.shown} == set(data.JUMP_CHANNELS)
+        if args.subsets is None and benchmark:
+            named = [("fluorescence", data.JUMP_CHANNELS[:5]),
+                     ("brightfield", data.JUMP_CHANNELS[5:])]
+        found = [(name, indices(wanted, self.model, self.files)) for name, wanted in named]
+        if hidden := [self.model[i] for _, ids in found for i in ids if i not in self.shown]:
+            raise ValueError(f"--subsets: the images do not show {', '.join(hidden)}")
+        rng = np.random.RandomState(args.seed)
+        for size in range(1, len(self.shown) + 1):
+            drawn = {tuple(np.sort(rng.permutation(self.shown)[:size]).tolist())
+                     for _ in range(args.subset_samples)}
+            if size in (1, len(self.shown)):
+                drawn = itertools.combinations(self.shown, size)
+            found += [("", list(ids)) for ids in sorted(drawn)]
+        return found
+
+
+def indices(wanted: Sequence[str], among: Sequence[str], files: Sequence[str]) -> list[int]:
+    """Names of channels, or numbers of those in the files -> where they stand in `among`."""
+    by_number = {str(i): name for i, name in enumerate(files)}
+    known = [name if name in among else by_number.get(name) for name in wanted]
+    if missing := [name for name, meant in zip(wanted, known) if meant not in among]:
+        raise ValueError(f"no channel {', '.join(missing)}: there are {', '.join(among)}")
+    if len(set(known)) < len(known):
+        raise ValueError(f"{', '.join(wanted)} names a channel twice")
+    return [among.index(name) for name in known]
+
+
+def match_channels(args, ctx, raw: data.Files | None, saved: dict) -> Channels:
+    """The channels of images and of the model that is to see them.
+
+    raw: the images; None for single files, which are like those that the model was trained on.
+    saved: of saved_channels. A trained model has its channels by name: files may lack some of them,
+        --channels may leave some out. {}: a model to be trained."""
+    count = data.channel_count(raw) if raw else len(saved["files"])
+    files = args.channel_names or saved.get("files")
+    benchmark = bool(args.index) and count == len(data.JUMP_CHANNELS)
+    if files is None:
+        files = list(data.JUMP_CHANNELS) if benchmark else [str(i) for i in range(count)]
+    if raw and len(files) != count:
+        raise ValueError(f"the images in {raw.where} have {count} channels, not {len(files)} "
+                         f"({', '.join(files)}): name theirs with --channel-names")
+    picked = indices(args.channels or files, files, files)
+    place = {files[i]: i for i in picked}
+    if not saved:
+        mean, std = statistics_of(args, ctx, raw, count, benchmark)
+        saved = {"model": list(place), "mean": [mean[i] for i in picked],
+                 "std": [std[i] for i in picked]}
+    model = saved["model"]
+    taken = [place.get(name, -1) for name in model]
+    if max(taken) < 0:
+        raise ValueError(f"the model knows the channels {', '.join(model)}, it is to see "
+                         f"{', '.join(place)}: none in common")
+    masked = indices(args.mask_channels or saved.get("masked", []), model, files)
+    return Channels(files, model, saved["mean"], saved["std"], taken, [model[i] for i in masked])
+
+
+def statistics_of(args, ctx, raw: data.Files, count: int, benchmark: bool) -> list[list[float]]:
+    """Means and deviations of the files' channels: those given, the benchmark's or measured."""
+    if args.mean:
+        statistics = [args.mean, args.std]
+    elif benchmark:
+        statistics = [list(data.JUMP_MEAN), list(data.JUMP_STD)]
+    else:
+        own = torch.tensor(data.channel_statistics(raw, count, 1000), device=ctx.device)
+        statistics = (ctx.sum(own) / ctx.world_size).tolist()           # the same everywhere
+    mean, std = statistics
+    complete = len(mean) == len(std) == count
+    if not complete or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
+        raise ValueError(f"--mean and --std need one number for each of the {count} channels of "
+                         f"the files, and no deviation of 0: they are {mean} and {std}")
+    return statistics
+
+
+def saved_channels(saved: runs.Saved) -> dict:
+    """The Channels that a checkpoint keeps, as a dictionary; {} of a released one."""
+    old = saved.options
+    if "file_channels" in old:              # before version 0.2
+        return {"files": old["file_channels"], "model": old["model_channels"],
+                "mean": old["mean"], "std": old["std"], "masked": old["mask_channels"]}
+    return saved.content.get("channels", {})
+
+
+def take_embeddings(model: nn.Module, weights: dict, start: runs.Saved, names: list[str]) -> str:
+    """Puts into `weights`, of `start`, the channel embeddings for a model of channels `names`.
+
+    -> what was taken, in words; the others are the model's. ValueError: it is not said whose they
+    are."""
+    own = model.state_dict()
+    note = ""
+    for key in ("patch_embed.channel_embed.weight", "channel_embed.weight"):
+        if key not in own or key not in weights:
+            continue
+        theirs = saved_channels(start).get("model", data.JUMP_CHANNELS)
+        if len(theirs) != len(weights[key]):
+            raise ValueError(f"{start.path}: {len(weights[key])} channel embeddings without names")
+        common = [name for name in names if name in theirs]
+        for name in common:
+            own[key][names.index(name)] = weights[key][theirs.index(name)]
+        weights[key] = own[key]
+        note = f"; of channels {', '.join(common) or 'none'}, the others as initialised"
+    return note
+
+
+# ---- Accuracy by channels ----------------------------------------------------------------------
+
+def classify(args, model: nn.Module, images: Tensor, channels: Tensor) -> Tensor:
+    """Logits (b classes) of images (b c h w) of which only `channels` (n) int64 are to be seen.
+
+    FastChannelVim, ChannelVim and ChannelViT have a token for each channel of a patch. A model that
+    mixes them gets zeros for the others; what it sees is scaled up, as in dropout, so that its
+    patch embedding keeps its size."""
+    if "channel" in args.model:
+        return model(images[:, channels], channels=channels)
+    shown = torch.zeros_like(images)
+    shown[:, channels] = images[:, channels] * (images.shape[1] / len(channels))
+    return model(shown)
+
+
+def accuracy(args, ctx, model: nn.Module, loader, subsets: list[tuple[str, list[int]]]
+             ) -> tuple[list[float], int]:
+    """-> (top-1 in percent for each of Channels.subsets, number of images), of all processes."""
+    hits = torch.zeros(len(subsets) + 1, dtype=torch.float64, device=ctx.device)    # last: images
+    hidden = None if ctx.is_main else True                  # None: a bar only on a terminal
+    with torch.inference_mode(), torch.autocast(ctx.device.type, torch.bfloat16, enabled=args.amp):
+        for batch in tqdm(loader, "subsets", disable=hidden):
+            if batch is None:                               # no image of it could be read
+                continue
+            images, labels = (x.to(ctx.device) for x in batch)
+            for i, (_, ids) in enumerate(subsets):
+                logits = classify(args, model, images, torch.tensor(ids))
+                hits[i] += (logits.argmax(1) == labels).sum()
+            hits[-1] += len(labels)
+    *hits, count = ctx.sum(hits).tolist()
+    return [100 * hit / max(count, 1) for hit in hits], int(count)
+
+
+def print_table(rows: list[dict]) -> None:
+    """A line for each name and each number of channels.
+
+    rows: [{"name", "channels": names, "top1": percent, perhaps "best": the best possible}]."""
+    groups = {}
+    for row in rows:
+        label = str(len(row["channels"]))
+        if row["name"]:
+            label = f"{row['name']} ({label})"
+        groups.setdefault(label, []).append(row)
+    header = f"{'channels':24}{'subsets':>8}{'mean':>8}{'least':>8}{'most':>8}"
+    if "best" in rows[0]:
+        header += f"{'best possible':>16}"
+    print(header)
+    for label, group in groups.items():
+        top1 = [row["top1"] for row in group]
+        line = f"{label:24}{len(group):8}{np.mean(top1):8.1f}{min(top1):8.1f}{max(top1):8.1f}"
+        if "best" in group[0]:
+            line += f"{np.mean([row['best'] for row in group]):16.1f}"
+        print(line)
+
+
+def draw_examples(dataset: data.Files, seed: int, file: BinaryIO, rows: int = 6) -> None:
+    """A PNG: images as the model sees them, a column for each channel."""
+    seeded = data.Seeded(dataset, seed)
+    places = np.linspace(0, len(dataset) - 1, 3 * rows).astype(int)         # some are unreadable
+    images = [item[0] for i in places if (item := seeded[0, int(i)])][:rows]    # (c h w) each
+    tiles = torch.cat(images)[:, None]                                      # (rows*c 1 h w)
+    data.extra("torchvision.utils").save_image(tiles, file, "png", nrow=len(images[0]), padding=1,
+                                               normalize=True, scale_each=True)
+
+
+def draw_accuracy(rows: list[dict], title: str, file: BinaryIO) -> None:
+    """A PNG: each subset's top-1 against its number of channels, as a dot or, with a name, a mark.
+
+    ImportError: matplotlib is not installed."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        size = len(row["channels"])
+        if row["name"]:
+            axes.plot(size, row["top1"], "D", label=row["name"])
+        else:
+            axes.plot(size, row["top1"], "C0.")
+        if "best" in row:
+            axes.plot(size, row["best"], "C7_", markersize=12)
+    axes.set(xlabel="channels", ylabel="top-1, % (gray: best possible)", title=title)
+    if any(row["name"] for row in rows):
+        axes.legend()
+    figure.savefig(file, format="png", dpi=150)
