@@ -175,7 +175,8 @@ def checkpoint_to_resume(out: str, resume: str | None) -> Path | None:
     if resume == "auto" and own:
         path = own[0]
     if own and (path is None or path.resolve().parent != Path(out).resolve()):
-        raise SystemExit(f"{own[0]} exists: continue that run with --resume, or choose another --out")
+        raise SystemExit(f"{own[0]} exists: continue that run with --resume, or choose another "
+                         "--out")
     return path
 
 
