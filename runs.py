@@ -161,8 +161,8 @@ def read(path: str, resumed: bool = False) -> Saved:
     """The checkpoint at `path`. FileNotFoundError, ValueError: there is none, or it is damaged."""
     content = checkpoints.read(path)
     options = content.get("args")
-    if not isinstance(options, dict):  # a released file may have args of its own
-        return Saved(path, content, resumed)
+    if not isinstance(options, dict) or not {"model", "data"} <= options.keys():
+        return Saved(path, content, resumed)  # a released file may have args of its own
     built = content.get("built") or built_from_options(options)
     classes = content.get("classes", options.get("classes"))
     return Saved(path, content, resumed, options, built["name"], built["fields"], classes)
@@ -199,21 +199,27 @@ def starting_point(options: dict, path: str | None) -> Saved:
 
 
 def encoder_options(saved: Saved, typed: dict) -> dict:
-    """The options that make the encoder of `saved` again for whole images.
-
-    Where mean pooling saw masked ones, a row's sum had 1 - mask_ratio of its tokens and was divided
-    by all; so many fewer is the sum of a whole row to count (recipes: pool scale 0.25)."""
+    """saved.model_options() for a model that is shown whole images."""
     options = saved.model_options()
-    masked = saved.gives_weights and "mask_token" in checkpoints.model_weights(saved.content)[0]
-    known = {"model": "fastvim_tiny", **options, **typed}
-    family = fastvim.FAMILIES.get(known["model"].rpartition("_")[0], {})
-    schedule = known.get("schedule") or family.get("schedule", "vim")
+    options.pop("mask_divisor", None)
+    if saved.gives_weights and "mask_token" in checkpoints.model_weights(saved.content)[0]:
+        options |= whole_image_scale(saved, {"model": "fastvim_tiny", **options, **typed})
+    return options
+
+
+def whole_image_scale(saved: Saved, options: dict) -> dict:
+    """{"pool_scale": ...} for weights that saw masked images, or {} if it stays as it is.
+
+    A row's sum had 1 - mask_ratio of its tokens and was divided by the row's length: a whole row's
+    mean is so much larger (recipes: 0.25)."""
+    family = fastvim.FAMILIES.get(options["model"].rpartition("_")[0], {})
+    schedule = options.get("schedule") or family.get("schedule", "vim")
     pooled = any(axes for _, axes in fastvim.SCHEDULES[schedule])
     by_axis = saved.options.get("mask_divisor") != "count"
-    if masked and pooled and by_axis and known.get("pool", "mean") == "mean":
-        kept = 1 - saved.options.get("mask_ratio", 0.75)
-        options["pool_scale"] = options.get("pool_scale", 1) * kept
-    return options
+    if not pooled or not by_axis or options.get("pool", "mean") != "mean":
+        return {}
+    kept = 1 - saved.options.get("mask_ratio", 0.75)
+    return {"pool_scale": saved.fields.get("pool_scale", 1) * kept}
 
 
 # ---- Running -------------------------------------------------------------------------------------
@@ -256,9 +262,8 @@ def evaluate_classifier(model, loader, ctx: training.Context, amp: bool = False)
     counts are added up, so batches and processes of unequal size weigh as they should."""
     sums = torch.zeros(4, dtype=torch.float64, device=ctx.device)  # loss, right first, in 5, images
     with torch.no_grad():
-        for images, labels in filter(None, loader):
-            images = images.to(ctx.device, non_blocking=True)
-            labels = labels.to(ctx.device, non_blocking=True)
+        for batch in filter(None, loader):
+            images, labels = (tensor.to(ctx.device, non_blocking=True) for tensor in batch)
             with torch.autocast(ctx.device.type, torch.bfloat16, enabled=amp):
                 logits = model(images).float()  # (b classes)
             hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (b 5)

@@ -167,20 +167,16 @@ def checkpoint_to_resume(out: str, resume: str | None) -> Path | None:
     """What --out and --resume mean: the checkpoint to go on from, None for a fresh start.
 
     SystemExit: no such file, or a fresh start would overwrite a checkpoint."""
-    last = Path(out, "last.pt")
-    best = Path(out, "best.pt")
-    path = Path(resume) if resume else None
-    if resume == "auto":
-        # best.pt alone: the disk was full when last.pt was due
-        path = best if best.exists() and not last.exists() else last
+    # best.pt alone: the disk was full when last.pt was due
+    own = [path for path in (Path(out, "last.pt"), Path(out, "best.pt")) if path.exists()]
+    path = Path(resume) if resume and resume != "auto" else None
     if path and not path.exists():
-        if resume != "auto":
-            raise SystemExit(f"--resume {path}: no such file")
-        path = None
-    for existing in (last, best):
-        if existing.exists() and (path is None or path.resolve().parent != Path(out).resolve()):
-            raise SystemExit(f"{existing} exists: continue that run with --resume, or choose "
-                             "another --out")
+        raise SystemExit(f"--resume {path}: no such file")
+    if resume == "auto" and own:
+        path = own[0]
+    if own and (path is None or path.resolve().parent != Path(out).resolve()):
+        raise SystemExit(f"{own[0]} exists: continue that run with --resume, or choose another "
+                         "--out")
     return path
 
 

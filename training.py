@@ -529,11 +529,11 @@ def draw_curve(path: Path, history: list[dict], metric: str | None) -> None:
     left = figure.subplots()
     left.plot([line["epoch"] for line in history], [line["loss"] for line in history], ".-C0")
     left.set(xlabel="epoch", ylabel="training loss (blue)")
-    measured = [line for line in history if metric in line["metrics"]]
-    if measured:
+    points = [(line["epoch"], line["metrics"][metric]) for line in history
+              if metric in line["metrics"]]
+    if points:
         right = left.twinx()
-        right.plot([line["epoch"] for line in measured],
-                   [line["metrics"][metric] for line in measured], ".-C1")
+        right.plot(*zip(*points), ".-C1")
         right.set_ylabel(f"{metric} (orange)")
     safety.write_whole(path, lambda file: figure.savefig(file, format="png"), required=False)
 

@@ -3,6 +3,7 @@ gradients, a script run."""
 import importlib
 import multiprocessing
 import os
+import socket
 import sys
 
 import torch
@@ -114,3 +115,16 @@ def in_child(function, arguments, output, environment):
 
 def run_named_script(name, *argv):
     run_script(importlib.import_module(name), *argv)
+
+
+def two_processes(folder, function, *argv):
+    """function(*argv) in two processes that know of each other, as torchrun starts them -> (exit status, output) x 2"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [Child(function, *argv, output=folder / f"said{rank}", RANK=str(rank), LOCAL_RANK=str(rank),
+                     WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in (0, 1)]
+    ended = [(child.wait(), child.said()) for child in started]
+    for child in started:
+        child.output.unlink()
+    return ended

@@ -1,10 +1,7 @@
 """The masked autoencoding script from its command line: recipes, learning-rate groups, stages, pictures, errors."""
 import argparse
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,7 +18,7 @@ import fastvim
 import train_imagenet
 import train_mae
 import training
-from helpers import run_script
+from helpers import run_named_script, run_script, two_processes
 
 SMALL = ["--depth", "4", "--device", "cpu", "--threads", "1"]
 PRETRAIN = ["pretrain", *SMALL, "--decoder-dim", "16", "--decoder-depth", "1", "--steps", "4", "--eval-every", "1"]
@@ -47,6 +44,7 @@ def pretrained(tmp_path_factory):
 
 
 FOLDER = ["--img-size", 32, "--patch-size", 8, "--depth", 2, "--batch-size", 8, "--workers", 0, "--device", "cpu"]
+ONE_STEP = ["--steps", 1, "--batch-size", 8, "--workers", 0, "--device", "cpu"]
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
@@ -151,15 +149,15 @@ def test_groups_of_the_optimizers(pretrained, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, scale", [
     (["--mask-ratio", 0.5], 0.5), (["--mask-divisor", "count"], 1.0), (["--pool", "max"], 1.0),
     (["--model", "vim_tiny"], 1.0), (["--model", "fastmaskvim_tiny"], 0.25)])
-def test_the_scale_follows_from_the_pretraining(flags, scale, tmp_path):
-    run(*PRETRAIN[:-4], "--steps", 1, *flags, "--out", tmp_path / "mae")
-    run("finetune", "--init", tmp_path / "mae/last.pt", "--steps", 1, "--out", tmp_path / "a", "--device", "cpu")
+def test_the_scale_follows_from_the_pretraining(flags, scale, folder, tmp_path):
+    run("pretrain", "--data", folder, *FOLDER, "--decoder-dim", 16, "--steps", 1, *flags, "--out", tmp_path / "mae")
+    start = ["finetune", "--data", folder, "--init", tmp_path / "mae/last.pt", *ONE_STEP]
+    run(*start, "--out", tmp_path / "a")
     args, saved = train_imagenet.get_args(["--device", "cpu", "--eval", str(tmp_path / "a/last.pt")])
     ctx = training.setup(args, training=False)
     assert classification.restore(args, ctx, saved).cfg.pool_scale == scale
     if scale != 1:
-        run("finetune", "--init", tmp_path / "mae/last.pt", "--steps", 1, "--out", tmp_path / "b", "--device", "cpu",
-            "--pool-scale", 1)
+        run(*start, "--out", tmp_path / "b", "--pool-scale", 1)
         assert torch.load(tmp_path / "b/last.pt", weights_only=True)["args"]["pool_scale"] == 1
 
 
@@ -211,8 +209,7 @@ def test_every_variant_pretrains_and_hands_over(flags, folder, tmp_path):
     run("pretrain", "--data", folder, *FOLDER, "--decoder-dim", 16, "--steps", 1, "--out", tmp_path / "mae",
         *flags.split())
     for stage in ("finetune", "linear"):
-        run(stage, "--data", folder, "--init", tmp_path / "mae/last.pt", "--steps", 1, "--batch-size", 8, "--workers",
-            0, "--device", "cpu", "--out", tmp_path / stage)
+        run(stage, "--data", folder, "--init", tmp_path / "mae/last.pt", *ONE_STEP, "--out", tmp_path / stage)
         run("--data", folder, "--eval", tmp_path / stage / "last.pt", "--device", "cpu", "--workers", 0,
             script=train_imagenet)
 
@@ -243,13 +240,13 @@ def test_stages_on_the_digits_keep_what_they_should(pretrained, tmp_path, capsys
     assert "pool_scale 0.25" in capsys.readouterr().out
 
 
-def test_position_rows_of_a_vim(tmp_path):
-    run(*PRETRAIN[:-4], "--steps", 1, "--model", "vim_tiny", "--out", tmp_path / "mae")
+def test_position_rows_of_a_vim(folder, tmp_path):
+    run("pretrain", "--data", folder, *FOLDER, "--decoder-dim", 16, "--steps", 1, "--model", "vim_tiny", "--out",
+        tmp_path / "mae")
     rows = weights(tmp_path / "mae/last.pt")["pos_embed"][0]
-    for flags, expected in (([], torch.cat([rows[1:33], rows[:1], rows[33:]])), (["--released-pos-rows"], rows)):
+    for flags, expected in (([], torch.cat([rows[1:9], rows[:1], rows[9:]])), (["--released-pos-rows"], rows)):
         out = tmp_path / f"f{len(flags)}"
-        run("finetune", "--init", tmp_path / "mae/last.pt", "--steps", 1, "--lr", 0, "--out", out, "--device", "cpu",
-            *flags)
+        run("finetune", "--data", folder, "--init", tmp_path / "mae/last.pt", *ONE_STEP, "--lr", 0, "--out", out, *flags)
         assert weights(out / "last.pt")["pos_embed"][0].equal(expected)
 
 
@@ -264,11 +261,8 @@ def test_two_processes_evaluate_and_save_the_same_probe(pretrained, tmp_path, ca
     """BatchNorm's statistics differ between processes: the first one's are those that count and that are saved."""
     flags = ["--init", pretrained / "last.pt", "--lr", 1, "--warmup", 0, "--steps", 3, "--batch-size", 8, "--device",
              "cpu", "--threads", 1, "--out", tmp_path]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_mae.py",
-               "linear", *map(str, flags)]
-    done = subprocess.run(command, cwd=pathlib.Path(train_mae.__file__).parent, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0, done.stderr
+    ended = two_processes(tmp_path, run_named_script, "train_mae", "linear", *flags)
+    assert [status for status, _ in ended] == [0, 0], ended
     run("--eval", tmp_path / "last.pt", "--device", "cpu", script=train_imagenet)
     assert f"loss {log(tmp_path)[-1]['metrics']['loss']:.4f}" in capsys.readouterr().out
 
@@ -314,9 +308,10 @@ def test_the_validation_loss_has_the_same_masks_every_time():
     assert 0.5 * spread < first["patch_mean"] < 1.5 * spread
 
 
-def test_pretraining_killed_and_resumed_or_continued(tmp_path, capsys):
+def test_pretraining_killed_and_resumed_or_continued(folder, tmp_path, capsys):
     """Exact resume, decoder included; --init continues from the weights alone, with the masking of its checkpoint."""
-    flags = [*PRETRAIN[:-4], "--eval-every", 100]
+    images = ["pretrain", "--data", folder, *FOLDER]
+    flags = [*images, "--decoder-dim", 16, "--decoder-depth", 1]
     run(*flags, "--steps", 4, "--out", tmp_path / "whole")
     run(*flags, "--steps", 2, "--out", tmp_path / "parts")
     run(*flags, "--steps", 4, "--out", tmp_path / "parts", "--resume", "--resume-changed")
@@ -326,16 +321,16 @@ def test_pretraining_killed_and_resumed_or_continued(tmp_path, capsys):
     run(*flags, "--steps", 1, "--lr", 0, "--init", tmp_path / "parts/last.pt", "--out", tmp_path / "more")
     more = weights(tmp_path / "more/last.pt")
     assert all(more[k].equal(b[k]) for k in b)
-    assert len(log(tmp_path / "parts")) == 1                                # the epoch that --steps cut in two
+    assert len(log(tmp_path / "parts")) == 2                                # 3 steps, and the epoch that --steps cut
     options = ["--mask-ratio", 0.5, "--mask-divisor", "count", "--pixel-loss", "--decoder-dim", 12]
-    run("pretrain", *SMALL, *options, "--decoder-depth", 1, "--steps", 1, "--out", tmp_path / "own")
-    run("pretrain", "--device", "cpu", "--init", tmp_path / "own/last.pt", "--steps", 1, "--out", tmp_path / "on")
+    run(*images, *options, "--decoder-depth", 1, "--steps", 1, "--out", tmp_path / "own")
+    start = ["pretrain", "--data", folder, "--init", tmp_path / "own/last.pt", *ONE_STEP]
+    run(*start, "--out", tmp_path / "on")
     own, on = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("own", "on"))
     assert all(own["args"][k] == on["args"][k] for k in (*train_mae.MASKING, "depth", "patch_size", "pool_scale"))
     assert own["built"] == on["built"] and own["built"]["fields"]["mask_divisor"] == "count"
-    run("pretrain", "--device", "cpu", "--init", tmp_path / "own/last.pt", "--steps", 1, "--out", tmp_path / "larger",
-        "--img-size", 48)
-    assert weights(tmp_path / "larger/last.pt")["decoder_pos_embed"].shape == (1, 144, 12)
+    run(*start, "--out", tmp_path / "larger", "--img-size", 48)
+    assert weights(tmp_path / "larger/last.pt")["decoder_pos_embed"].shape == (1, 36, 12)
 
 
 def test_a_fine_tuning_is_resumed_though_the_pretraining_is_gone(pretrained, tmp_path):

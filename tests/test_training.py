@@ -12,7 +12,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from torch import nn
 import runs
 import safety
 import training
-from helpers import Child
+from helpers import Child, two_processes
 from runs import evaluate_classifier
 from safety import NonFiniteError
 from training import (
@@ -146,19 +145,6 @@ def process(output, *argv, **environment):
     return Child(toy, *map(str, argv), output=output, **environment)
 
 
-def two_processes(folder, function, *argv):
-    """function(*argv) in two processes that know of each other, as torchrun starts them -> (exit status, output) x 2"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = [Child(function, *argv, output=folder / f"said{rank}", RANK=str(rank), LOCAL_RANK=str(rank),
-                     WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in (0, 1)]
-    ended = [(child.wait(), child.said()) for child in started]
-    for child in started:
-        child.output.unlink()
-    return ended
-
-
 def load(path):
     return torch.load(path, weights_only=True)
 
@@ -263,6 +249,16 @@ def test_options_cannot_be_changed_and_help_shows_the_recipe(capsys):
         parser.parse_args(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "(default 0.9)" in said and "(default 0.02 x batch / 8)" in said and "SUPPRESS" not in said
+
+
+def test_what_checkpoints_of_the_first_edition_were_built_with():
+    """They hold the options of their run, but no `built`."""
+    assert runs.built_from_options(dict(size="s", model=None, no_conv=True, ssm_norm="none", class_token=False)) == {
+        "name": "fastvim_small", "fields": {"d_conv": 0, "ssm_norm": None}}
+    for options, schedule in ((dict(pool_dims=2), "fastchannelvim_2d"), (dict(pool_dims=1), None),
+                              (dict(scan_order="spatial-first"), "fastchannelvim_spatial")):
+        built = runs.built_from_options(dict(model="fastchannelvim_tiny", patch=8, drop_path=0.05, **options))
+        assert built["fields"].get("schedule") == schedule and built["fields"]["patch_size"] == 8
 
 
 def test_run_length():
