@@ -219,11 +219,12 @@ def expand_gate(xz: Tensor, c: Tensor, s: Tensor, w: SSMWeights, grid: Grid) -> 
 
 def ssm(xz: Tensor, w: SSMWeights, grid: Grid) -> Tensor:
     """All that lies between in_proj and out_proj. xz (b l 2e) -> y (b l e), as the tokens lie."""
-    c, p = conv_pool(xz, w, grid)                           # Algorithm 1, line 3
-    dt, B, C = select(p, w)                                 # lines 4 to 6
-    D = w.D if w.skip_before_expand else None               # Table 18, "After D"
-    s = selective_scan(p, dt, -torch.exp(w.A_log), B, C, D, w.dt_bias)      # lines 7 and 8
-    return expand_gate(xz, c, s, w, grid)                   # line 9
+    with torch.autocast(xz.device.type, enabled=False):     # the scan stays in float32
+        c, p = conv_pool(xz, w, grid)                       # Algorithm 1, line 3
+        dt, B, C = select(p, w)                             # lines 4 to 6
+        D = w.D if w.skip_before_expand else None           # Table 18, "After D"
+        s = selective_scan(p, dt, -torch.exp(w.A_log), B, C, D, w.dt_bias)  # lines 7 and 8
+        return expand_gate(xz, c, s, w, grid)               # line 9
 
 
 def at_least_float32(v):
@@ -289,8 +290,7 @@ class Mixer(nn.Module):
     def forward(self, u: Tensor, grid: Grid, backend: "Backend") -> Tensor:
         """u (b l d), normed -> (b l d)."""
         xz = self.in_proj(u)                                # (b l 2e)
-        with torch.autocast(u.device.type, enabled=False):  # the scan stays in float32
-            y = backend.ssm(xz, self.weights(), grid)       # (b l e)
+        y = backend.ssm(xz, self.weights(), grid)           # (b l e)
         return self.out_proj(y)                             # (b l d)
 
 
@@ -333,7 +333,8 @@ def run_blocks(blocks, x, grids, backend, drop_path_rates, recompute=False) -> I
 # ---- 4. Encoder: patches, blocks, head. Who stops after this section has read FastVim. -----------
 
 class PatchEmbed(nn.Module):
-    """Image (b c H W) -> a token per patch, or per patch and channel: (b d h w) or (b d c h w)."""
+    """Image (b c H W), padded with zeros to whole patches -> a token per patch (b d h w), or per
+    patch and channel (b d c h w)."""
 
     def __init__(self, cfg: "Config"):
         super().__init__()
@@ -349,11 +350,10 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor, channels: Tensor | None = None) -> Tensor:
         p = self.patch_size
         height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % p, 0, -height % p))       # zeros up to whole patches
+        x = F.pad(x, (0, (width + p - 1) // p * p - width, 0, (height + p - 1) // p * p - height))
         if not self.per_channel:
             return self.proj(x)                             # (b d h w)
-        channel = self.channel_embed(channels).mT           # (d c)
-        return self.proj(x[:, None]) + channel[..., None, None]             # (b d c h w)
+        return self.proj(x[:, None]) + self.channel_embed(channels).mT[..., None, None]
 
 
 def resize_pos_embed(pos: Tensor, old, new, class_row=None) -> tuple[Tensor, Tensor | float]:
