@@ -180,8 +180,9 @@ def built_from_options(options: dict) -> dict:
         fields["schedule"] = f"{family}_2d"
     elif options.get("scan_order") == "spatial-first":
         fields["schedule"] = f"{family}_spatial"
-    fields = {field: value for field, value in fields.items()
-              if value is not None and value is not False}
+    if not fields["skip_before_expand"]:                # a switch: False is what was not asked for
+        fields["skip_before_expand"] = None
+    fields = {field: value for field, value in fields.items() if value is not None}
     if fields.get("ssm_norm") == "none":
         fields["ssm_norm"] = None
     return {"name": name, "fields": fields}
