@@ -1,6 +1,6 @@
 """Parity with the released models: inputs, weights, outputs and gradients of the released code.
 
-`python tests/test_golden.py` prints the parity table; tests/golden/README.md says what the files
+`PYTHONPATH=. python tests/test_golden.py` prints the parity table; tests/golden/README.md says what the files
 hold."""
 import json
 import math
