@@ -340,7 +340,8 @@ class CompiledBackend:
             return self.plain.ssm(xz, w, grid)
         arguments = (xz.contiguous(), *weights_of(w), w.pool, w.skip_before_expand, *pack(grid))
         if runs_directly(xz):
-            return run_ssm(self.kernels, *arguments)[0]
+            with no_autocast(xz.device):
+                return run_ssm(self.kernels, *arguments)[0]
         return torch.ops.fastvim.ssm(*arguments, self.name)[0]
 
     # One operation at a time, for tests and measurements: no gradients

@@ -161,7 +161,8 @@ def read(path: str, resumed: bool = False) -> Saved:
     """The checkpoint at `path`. FileNotFoundError, ValueError: there is none, or it is damaged."""
     content = checkpoints.read(path)
     options = content.get("args")
-    if not isinstance(options, dict) or not {"model", "data"} <= options.keys():
+    ours = isinstance(options, dict) and {"model", "data"} <= options.keys()
+    if "built" not in content and not ours:
         return Saved(path, content, resumed)  # a released file may have args of its own
     built = content.get("built") or built_from_options(options)
     classes = content.get("classes", options.get("classes"))
@@ -180,9 +181,10 @@ def built_from_options(options: dict) -> dict:
         fields["schedule"] = f"{family}_2d"
     elif options.get("scan_order") == "spatial-first":
         fields["schedule"] = f"{family}_spatial"
-    if not fields["skip_before_expand"]:                # a switch: False is what was not asked for
-        fields["skip_before_expand"] = None
-    fields = {field: value for field, value in fields.items() if value is not None}
+    fields = {field: value for field, value in fields.items()
+              if value is not None and value is not False}          # a switch that was not asked for
+    if fastvim.FAMILIES.get(family, {}).get("class_token") and options.get("class_token") is False:
+        fields["class_token"] = False                               # --no-class-token
     if fields.get("ssm_norm") == "none":
         fields["ssm_norm"] = None
     return {"name": name, "fields": fields}

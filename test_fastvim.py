@@ -341,6 +341,8 @@ def test_a_model_learns():
 
 if __name__ == "__main__":
     here = pathlib.Path(__file__).resolve().parent
-    files = ["test_fastvim.py", "tests"] if "--all" in sys.argv else ["test_fastvim.py"]
-    others = [argument for argument in sys.argv[1:] if argument != "--all"]
-    sys.exit(pytest.main([*(str(here / file) for file in files), "-q", *others]))
+    arguments = [str(here / "test_fastvim.py"), "-q"]
+    if "--all" in sys.argv:                 # two processes share the files (pytest-xdist)
+        arguments += [str(here / "tests"), "-n", "2", "--dist", "loadfile"]
+    arguments += [argument for argument in sys.argv[1:] if argument != "--all"]
+    sys.exit(pytest.main(arguments))
