@@ -161,8 +161,9 @@ def read(path: str, resumed: bool = False) -> Saved:
     """The checkpoint at `path`. FileNotFoundError, ValueError: there is none, or it is damaged."""
     content = checkpoints.read(path)
     options = content.get("args")
-    ours = isinstance(options, dict) and {"model", "data"} <= options.keys()
-    if "built" not in content and not ours:
+    if not isinstance(options, dict):
+        options = {}
+    if "built" not in content and not {"model", "data"} <= options.keys():
         return Saved(path, content, resumed)  # a released file may have args of its own
     built = content.get("built") or built_from_options(options)
     classes = content.get("classes", options.get("classes"))
