@@ -47,7 +47,7 @@ from dense_models import (
     model_name,
     options_shown,
 )
-from dense_results import MEASURES, draw_prediction
+from dense_results import MEASURES, average_precision, draw_prediction  # noqa: F401
 
 # The recipes of the paper, in optimizer steps, for ADE20K and COCO. Its text says that the
 # detector's learning rate falls linearly; the released configuration divides it by ten at DROPS.

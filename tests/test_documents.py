@@ -1,4 +1,7 @@
-"""The code in CONTRIBUTING.md runs; what other documents say of versions is true."""
+"""The code in CONTRIBUTING.md runs; what other documents say of versions is true; no file needs a
+file that needs it."""
+import ast
+import graphlib
 import os
 import pathlib
 import re
@@ -38,3 +41,24 @@ def test_one_version():
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## {version}\n" in (ROOT / "CHANGELOG.md").read_text()
     assert f'\n__version__ = "{version}"\n' in (ROOT / "fastvim.py").read_text()
+
+
+def imports_of(path):
+    """The modules that a file imports anywhere, in full: data.loading for its `from .loading import`."""
+    package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield f"{package}.{node.module}" if node.level else node.module
+
+
+def test_no_file_needs_a_file_that_needs_it():
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("benchmark/*.py")]
+    names = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
+             for p in paths}
+    graph = {name: names.keys() & set(imports_of(path)) for name, path in names.items()}
+    assert list(graphlib.TopologicalSorter(graph).static_order())           # raises on a circle
+    scripts = {"train_imagenet", "train_mae", "train_jump", "finetune_dense", "bench"}
+    assert not scripts & set().union(*graph.values())                       # nobody imports a script
+    assert graph["fastvim"] == {"checks", "fastvim_kernels", "checkpoints"}
