@@ -31,7 +31,7 @@ from .cells import (
     take_channels,
 )
 from .dense import (
-                    ADE20K,
+    ADE20K,
     IGNORE_INDEX,
     Coco,
     DetectionTransform,
