@@ -49,6 +49,7 @@ import logging
 import math
 import os
 import runpy
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -808,7 +809,7 @@ class Backend:
 
 
 BACKENDS = {}                               # name -> Backend; the last registered one is preferred
-_asked_for = []                             # by use_backend, innermost last
+_asked = threading.local()                  # .name: what use_backend asks for, in each thread
 
 
 def register_backend(backend: Backend):
@@ -819,14 +820,16 @@ def register_backend(backend: Backend):
 
 @contextlib.contextmanager
 def use_backend(name: str):
-    """`with use_backend("python"):` runs models by that backend, whatever FASTVIM_BACKEND says."""
+    """`with use_backend("python"):` runs models by that backend, whatever FASTVIM_BACKEND says: in
+    the calling thread. Threads that are started inside follow FASTVIM_BACKEND."""
     if name not in BACKENDS:
         raise ValueError(f"use_backend: no backend {name!r}; choose from {', '.join(BACKENDS)}")
-    _asked_for.append(name)
+    before = getattr(_asked, "name", None)
+    _asked.name = name
     try:
         yield
     finally:
-        _asked_for.pop()
+        _asked.name = before
 
 
 @functools.cache
@@ -840,11 +843,11 @@ def pick_backend(device: str | torch.device) -> Backend:
     registered that serves it. The choice is logged, once; compiled kernels are built at first use.
 
     Raises ValueError if what is asked for does not serve the device, RuntimeError if not built."""
-    return BACKENDS[_pick(torch.device(device).type)]
+    return BACKENDS[_pick(torch.device(device).type, getattr(_asked, "name", None))]
 
 
-def _pick(device):
-    asked = _asked_for[-1] if _asked_for else os.environ.get("FASTVIM_BACKEND")
+def _pick(device, asked):
+    asked = asked or os.environ.get("FASTVIM_BACKEND")
     names = [name for name, b in BACKENDS.items() if not b.devices or device in b.devices]
     if asked and asked not in names:
         raise ValueError(f"use_backend or FASTVIM_BACKEND: no backend {asked!r} for {device}; "

@@ -14,11 +14,14 @@ import logging
 import math
 import re
 import threading
+import types
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import fastvim_build
 
@@ -122,7 +125,9 @@ def full_walk(storage, order, pooled, lengths, scale, device) -> Walk:
         token = rearrange(token, f"({storage}) -> ({order})", **sizes)
         group = torch.arange(steps, device=device)
         group = repeat(group, f"({' '.join(kept)}) -> ({order})", **sizes)
-        weight = torch.full((1, steps), scale if pooled else 1.0, device=device)
+        if not pooled:
+            scale = 1.0
+        weight = torch.full((1, steps), scale, dtype=torch.float32, device=device)
         return make_walk(token[None], group[None], steps, weight)
 
 
@@ -132,7 +137,7 @@ def walk_with_holes(grid) -> Walk:
         rows, length = grid.walk.shape
         step = torch.arange(grid.steps, device=grid.walk.device).expand(1, rows, -1)
         group = grid.expand(step[..., None])[0, ..., 0].masked_fill(grid.hole, -1)      # (rows l)
-        ones = torch.ones(1, rows, length, 1, device=grid.walk.device)
+        ones = torch.ones(1, rows, length, 1, dtype=torch.float32, device=grid.walk.device)
         grid.tables = make_walk(grid.walk, group, grid.steps, grid.pool(ones)[0, ..., 0])
     return grid.tables
 
@@ -319,6 +324,7 @@ class CompiledBackend:
 
     def __init__(self, kernels: Kernels, device: str, plain, announce):
         self.kernels = kernels
+        kernels.plain = plain
         self.name = kernels.name
         self.devices = (device,)
         self.problem = kernels.problem
@@ -368,12 +374,23 @@ class CompiledBackend:
         """Can the kernels run this call? What they lack is logged, once."""
         if not lacks and dtype not in self.kernels.dtypes:
             lacks = f"{dtype} activations"
-        if not lacks and torch._C._functorch.peek_interpreter_stack() is not None:
-            lacks = "torch.func transforms"
+        if not lacks:
+            lacks = lacks_transform()
         if lacks and not torch.compiler.is_compiling():
             said = "backend %s has no %s: python runs this model"
             self.announce(logging.WARNING, said, self.name, lacks)
         return not lacks
+
+
+def lacks_transform() -> str:
+    """The transform or tracing in force, if it must look into an operation; or ""."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms"
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    return ""
 
 
 def lacks_norm(norm: nn.Module | None) -> str:
@@ -564,7 +581,10 @@ def differentiate_ssm(ctx, dy, *_):
     tensors = iter(tensors)
     others = iter(ctx.others)
     inputs = [next(tensors if is_tensor else others) for is_tensor in ctx.is_tensor]
-    grads = torch.ops.fastvim.ssm_backward(dy, pooled, argmax, s, *inputs)
+    if is_differentiated_again(dy):
+        grads = differentiate_plain_ssm(dy, argmax, *inputs)
+    else:
+        grads = torch.ops.fastvim.ssm_backward(dy, pooled, argmax, s, *inputs)
     grads = [grad if is_tensor else None for grad, is_tensor in zip(grads, ctx.is_tensor)]
     return (*grads, *[None] * (len(inputs) - len(grads)))
 
@@ -613,6 +633,8 @@ def differentiate_add_norm(ctx, du, dout):
     out, weight, bias = ctx.saved_tensors
     if du is None:
         return dout, dout, None, None, None
+    if is_differentiated_again(du):
+        return differentiate_plain_norm(du, dout, out, weight, bias)
     if dout is not None:
         dout = dout.contiguous()
     arguments = (du.contiguous(), dout, out, weight, bias, ctx.backend)
@@ -624,6 +646,91 @@ def differentiate_add_norm(ctx, du, dout):
 
 
 add_norm.register_autograd(differentiate_add_norm, setup_context=save_add_norm)
+
+# Gradients of gradients, and batches of gradients (is_grads_batched, jacobian(vectorize=True)): the
+# way back is then taken by plain PyTorch, which knows its own derivatives.
+
+
+def is_differentiated_again(dy) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    state = torch._C._functorch
+    batched = state.is_legacy_batchedtensor(dy) or state.peek_interpreter_stack() is not None
+    return torch.is_grad_enabled() or batched
+
+
+def differentiate_plain_ssm(dy, argmax, xz, *rest):
+    """run_ssm_backward in plain PyTorch."""
+    *rest, backend = rest
+    w, pool, skip, walk = sort_arguments(xz, *rest)
+    norm = None if w.norm_weight is None else Norm(w.norm_weight, w.norm_bias)
+    values = types.SimpleNamespace(**w._asdict(), pool=pool, skip_before_expand=skip, layernorm=norm)
+    grid = WalkedGrid(walk, argmax if pool == "max" else None)
+    with torch.enable_grad():
+        y = KERNELS[backend].plain.ssm(xz, values, grid)
+    return gradients(y, (xz, *w), dy)
+
+
+def differentiate_plain_norm(du, dout, out, weight, bias):
+    """The way back through add_norm in plain PyTorch; out is the sum that it returned."""
+    with torch.enable_grad():
+        u = Norm(weight.float(), float32(bias))(out).to(du.dtype)
+    dresidual, dweight, dbias = gradients(u, (out, weight, bias), du)
+    if dout is not None:
+        dresidual = dresidual + dout
+    return dresidual.to(du.dtype), dresidual, dweight, dbias, None
+
+
+def gradients(y, inputs, dy) -> list:
+    """Those of the inputs that require them, None for others."""
+    wanted = [i for i, t in enumerate(inputs) if t is not None and t.requires_grad]
+    again = torch.is_grad_enabled()
+    found = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=again)
+    grads = [None] * len(inputs)
+    for i, grad in zip(wanted, found):
+        grads[i] = grad
+    return grads
+
+
+class Norm(NamedTuple):
+    """A norm over the last axis, from its weights."""
+    weight: Tensor
+    bias: Tensor | None                     # None for RMSNorm
+
+    def __call__(self, y: Tensor) -> Tensor:
+        if self.bias is None:
+            return F.rms_norm(y, y.shape[-1:], self.weight, EPS)
+        return F.layer_norm(y, y.shape[-1:], self.weight, self.bias, EPS)
+
+
+class WalkedGrid:
+    """A Walk with the methods of fastvim.Grid. argmax (k b p e): where the maxima were, or None."""
+
+    def __init__(self, walk: Walk, argmax: Tensor | None):
+        self.argmax = argmax
+        self.steps = walk.start.shape[1] - 1
+        self.token = walk.token.long()[..., None]           # (rows l 1)
+        self.hole = walk.group[..., None] < 0
+        self.group = walk.group.long().clamp(min=0)[..., None]
+        self.weight = walk.weight[..., None].masked_fill(self.hole, 0)
+
+    def flatten(self, x):
+        return x.gather(1, self.token.expand(x.shape)).masked_fill(self.hole, 0)
+
+    def unflatten(self, y):
+        return y.masked_fill(self.hole, 0).gather(1, self.token.argsort(1).expand(y.shape))
+
+    def pool(self, c, kind, score):
+        if self.argmax is not None:
+            place = self.argmax.long()
+            return c.gather(2, place.clamp(min=0)).masked_fill(place < 0, 0)
+        zero = c.new_zeros(*c.shape[:2], self.steps, c.shape[3])
+        return zero.scatter_add(2, self.group.expand(c.shape), c * self.weight)
+
+    def expand(self, s):
+        group = self.group.expand(*s.shape[:2], -1, s.shape[3])
+        return s.gather(2, group)
+
 
 # ---- 4. The backends ----------------------------------------------------------------------------
 
