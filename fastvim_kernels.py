@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import fastvim_build
 
@@ -348,6 +349,7 @@ class CompiledBackend:
         if runs_directly(xz):
             with no_autocast(xz.device):
                 return run_ssm(self.kernels, *arguments)[0]
+        teach_flop_counters()
         return torch.ops.fastvim.ssm(*arguments, self.name)[0]
 
     # One operation at a time, for tests and measurements: no gradients
@@ -384,7 +386,7 @@ class CompiledBackend:
 
 def lacks_transform() -> str:
     """The transform or tracing in force, if it must look into an operation; or ""."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._are_functorch_transforms_active():
         return "torch.func transforms"
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives"
@@ -647,6 +649,29 @@ def differentiate_add_norm(ctx, du, dout):
 
 add_norm.register_autograd(differentiate_add_norm, setup_context=save_add_norm)
 
+def teach_flop_counters():
+    """torch.utils.flop_counter.FlopCounterMode knows an operation by the formula it is given."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
+        return
+    for mode in _get_current_dispatch_mode_stack():
+        registry = getattr(getattr(mode, "counter", None), "flop_registry", {})
+        registry[torch.ops.fastvim.ssm] = count_ssm
+        registry[torch.ops.fastvim.ssm_backward] = count_ssm_backward
+
+
+def count_ssm(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, *rest, out_val) -> int:
+    """Floating-point operations of the convolution, the projections and the state's read-out."""
+    b, l, _ = xz.shape
+    p = out_val[1].shape[2]
+    e, n = A_log.shape[1:]
+    a_step = x_proj.shape[1] + dt_proj.shape[2] + n
+    return 2 * 2 * b * e * (l * conv_weight.shape[2] + p * a_step)
+
+
+def count_ssm_backward(dy, pooled, argmax, s, *rest, out_val) -> int:
+    return 2 * count_ssm(*rest, out_val=(None, pooled))
+
+
 # Gradients of gradients, and batches of gradients (is_grads_batched, jacobian(vectorize=True)): the
 # way back is then taken by plain PyTorch, which knows its own derivatives.
 
@@ -654,9 +679,8 @@ add_norm.register_autograd(differentiate_add_norm, setup_context=save_add_norm)
 def is_differentiated_again(dy) -> bool:
     if torch.compiler.is_compiling():
         return False
-    state = torch._C._functorch
-    batched = state.is_legacy_batchedtensor(dy) or state.peek_interpreter_stack() is not None
-    return torch.is_grad_enabled() or batched
+    batched = torch._C._functorch.is_legacy_batchedtensor(dy)
+    return batched or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
 def differentiate_plain_ssm(dy, argmax, xz, *rest):

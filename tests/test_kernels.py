@@ -5,10 +5,14 @@ import contextlib
 import copy
 import functools
 import math
+import threading
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils import flop_counter
 
 import fastvim
 import fastvim_build
@@ -484,14 +488,140 @@ def test_tables_made_in_inference_mode_serve_training(backend):
     model(x).sum().backward()
 
 
+# ---- what looks into an operation ----------------------------------------------------------------
+
+KINDS = {
+    "rows and columns": {},
+    "max": dict(pool="max"),
+    "class token": dict(class_token=True),
+    "sequence": dict(schedule="vim"),
+    "other norms": dict(ssm_norm="rmsnorm", block_norm="layernorm", skip_before_expand=True),
+    "without norm": dict(ssm_norm=None),
+}
+
+
+def derivatives(model, x, **arguments):
+    """First and second derivatives, the second of the first's squares; and the gradients of each
+    logit of image 0, in one batch."""
+    x = x.clone().requires_grad_()
+    inputs = [x, *model.parameters()]
+    y = model(x, **arguments)
+    first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True, materialize_grads=True)
+    penalty = sum(g.square().sum() for g in first)
+    second = torch.autograd.grad(penalty, inputs, materialize_grads=True)
+    y = model(x, **arguments)[0]
+    batch = torch.autograd.grad(y, inputs, torch.eye(len(y)).to(y), is_grads_batched=True,
+                                materialize_grads=True)
+    return first, second, batch
+
+
 @pytest.mark.parametrize("backend", REAL, indirect=True)
-def test_second_derivatives_are_refused(backend):
-    model = tiny(torch.float32)
-    y = model(images(model)).square().sum()
-    weight = model.layers[0].mixer.in_proj.weight
-    gradient, = torch.autograd.grad(y, weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="fastvim.*backward"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_of_derivatives_and_batches_of_them(backend, kind, masked):
+    """The way back is then plain PyTorch's, through the tables of the kernels."""
+    fields = dict(**KINDS[kind], depth=2)
+    model = tiny(**fields)
+    keep = random_keep(2, 16, 7) if masked else None
+    with fastvim.use_backend("python"):
+        expected = derivatives(model, images(model), keep=keep)
+    model = tiny(torch.float32, **fields)
+    for values, references in zip(derivatives(model, images(model), keep=keep), expected):
+        assert relative_error(values, references) < 1e-4
+
+
+@pytest.mark.parametrize("backend", REAL, indirect=True)
+def test_transforms(backend, caplog):
+    """torch.func and forward-mode derivatives, with and without autograd's own recording: plain
+    PyTorch serves, and says so once."""
+    fastvim.announce.cache_clear()
+    model = tiny(torch.float32, depth=2)
+    x = images(model)
+    direction = torch.randn_like(x)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights, image):
+        return torch.func.functional_call(model, weights, (image[None],)).square().sum()
+
+    with fastvim.use_backend("python"):
+        y = model(x)
+        step = 1e-3 * direction
+        double = tiny(depth=2)
+        change = double((x + step).double()) - double((x - step).double())
+    tangent = (change / 2e-3).float()
+    for recording in (True, False):
+        with torch.set_grad_enabled(recording):
+            value, found = torch.func.jvp(model, (x,), (direction,))
+            torch.testing.assert_close(value, y, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found, tangent, rtol=1e-3, atol=1e-4)
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(x, direction)
+                found = torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
+            torch.testing.assert_close(found, tangent, rtol=1e-3, atol=1e-4)
+            one_by_one = torch.func.vmap(lambda image: model(image[None])[0])(x)
+            torch.testing.assert_close(one_by_one, y, rtol=1e-4, atol=1e-5)
+            per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+            jacobian = torch.func.jacrev(lambda x: model(x)[0])(x)
+    for i in range(len(x)):
+        model.zero_grad()
+        loss(dict(model.named_parameters()), x[i]).backward()
+        for name, p in model.named_parameters():
+            assert relative_error([per_sample[name][i]], [p.grad.double()]) < 1e-4, name
+    forwards = (jacobian * direction).flatten(1).sum(1)         # the same tangent, by reverse mode
+    torch.testing.assert_close(forwards, tangent[0], rtol=1e-3, atol=1e-4)
+    assert caplog.text.count("no torch.func transforms") == 1
+    assert caplog.text.count("no forward-mode derivatives") == 1
+
+
+@pytest.mark.parametrize("backend", REAL, indirect=True)
+@pytest.mark.parametrize("schedule", ["fastvim", "vim"])
+def test_flops_are_counted(backend, schedule):
+    """As many as in plain PyTorch, of which the counter sees every product; twice as many on the
+    way back, where it counts plain PyTorch's convolutions as if their channels were mixed."""
+    model = tiny(torch.float32, schedule=schedule, embed_dim=32)        # rank 1 is no product
+    x = images(model)
+    counts = {}
+    for name in ("python", backend.name):
+        with fastvim.use_backend(name), flop_counter.FlopCounterMode(display=False) as counter:
+            y = model(x)
+            counts[name] = counter.get_total_flops()
+            y.sum().backward()
+    assert counts[backend.name] == counts["python"]
+    products = counter.get_flop_counts()["Global"]
+    ssm, backward = torch.ops.fastvim.ssm, torch.ops.fastvim.ssm_backward
+    assert products[backward] == 2 * products[ssm] > 0
+
+
+def test_compiled_models_run_by_kernels_and_as_use_backend_says():
+    """Forward and back are one operation each of a block, in one graph; another choice around the
+    compiled model is followed, in the thread that made it."""
+    model = tiny(torch.float32, depth=1)
+    x = images(model)
+    graphs = []
+
+    def note(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+    torch._dynamo.reset()
+    noting = aot_autograd(fw_compiler=note, bw_compiler=note)
+    compiled = torch.compile(model, fullgraph=True, backend=noting)
+
+    def run():
+        graphs.clear()
+        compiled(x).sum().backward()
+        names = ("ssm", "add_norm", "ssm_backward", "add_norm_backward")
+        return [sum(f"fastvim.{name}.default" in graph for graph in graphs) for name in names]
+    with fastvim.use_backend("cpu"):
+        assert run() == [1, 1, 1, 1]
+        with fastvim.use_backend("python"):
+            assert run() == [0, 0, 0, 0]
+            assert len(graphs) == 2                             # they were compiled anew
+            other = threading.Thread(target=run)                # it chose nothing: the cpu kernels
+            other.start()
+            other.join()
+            assert not graphs                                   # compiled before
+        run()
+        assert not graphs
 
 
 @pytest.mark.parametrize("backend", REAL, indirect=True)

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -554,6 +555,33 @@ def test_choosing_a_backend(spy, registry, monkeypatch, caplog):
     fastvim.register_backend(registry["python"])                # again: now it is the last one
     assert chosen() == "python"
     assert [*registry].count("python") == 1
+
+
+def test_each_thread_chooses_its_backend(spy, registry):
+    """Threads that leave in another order than they came do not take away each other's choice."""
+    entered = threading.Barrier(3)
+    first_left = threading.Event()
+    seen = {}
+
+    def choose(name):
+        with fastvim.use_backend(name):
+            entered.wait()
+            if name == "python":
+                first_left.wait()
+            seen[name] = fastvim.pick_backend("cpu").name
+        first_left.set()
+
+    def choose_nothing():
+        entered.wait()
+        seen["nothing"] = fastvim.pick_backend("cpu").name
+    names = [("python",), ("cpu",)]
+    threads = [threading.Thread(target=choose, args=name) for name in names]
+    threads.append(threading.Thread(target=choose_nothing))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"python": "python", "cpu": "cpu", "nothing": "spy"}
 
 
 def test_a_backend_that_cannot_be_used(registry, caplog):
