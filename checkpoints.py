@@ -96,7 +96,19 @@ class _TensorsOnly(pickle.Unpickler):
     def find_class(self, module, name):
         if f"{module}.{name}" in self.allowed:
             return super().find_class(module, name)
-        return _Inert
+        return type(name, (_Inert,), {})
+
+
+READER = types.SimpleNamespace(
+    __name__="tensors_only", Unpickler=_TensorsOnly,
+    load=lambda file, **options: _TensorsOnly(file, **options).load())
+
+OTHER_FILES = {                             # how they begin, and what they are
+    b"version https://git-lfs": "a Git LFS pointer to the file: run `git lfs pull`",
+    b"<": "a web page (HTML): download the file itself",
+    b"\x1f\x8b": "packed by gzip: unpack it",
+    b"PK": "a zip archive that is cut short: download or copy it again",
+}
 
 
 def read(path: str | os.PathLike) -> dict:
@@ -104,58 +116,116 @@ def read(path: str | os.PathLike) -> dict:
 
     Raises FileNotFoundError, or ValueError for a file that is no checkpoint."""
     path = os.fspath(path)
+    if os.path.isdir(path):
+        raise FileNotFoundError(f"{path} is a folder: name the checkpoint in it")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
+    with open(path, "rb") as file:
+        start = file.read(512)
+    wrong = _what_else(path, start)
     try:
-        if path.endswith(".safetensors"):
+        if not wrong and (path.endswith(".safetensors") or start[8:10] == b'{"'):
             from safetensors.torch import load_file
             return load_file(path)
-        content = _read_pickle(path)
-        if not isinstance(content, dict):
-            raise ValueError("it holds no dictionary of weights")
+        if not wrong:
+            content = torch.load(path, map_location="cpu", pickle_module=READER, weights_only=False)
+            if isinstance(content, dict):
+                return content
+            wrong = f"a {type(content).__name__}, not a dictionary: save the model's state_dict()"
     except Exception as error:                          # a damaged file can fail in any way
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}: {error})"
-                         ) from error
-    return content
+        wrong = f"damaged or cut short ({type(error).__name__}: {error})"
+        line = start.splitlines()[0]
+        if line.isascii() and line.decode().isprintable():
+            wrong = f"text that begins with {line.decode()[:60]!r}"
+    raise ValueError(f"{path} is not a readable checkpoint: it is {wrong}")
 
 
-def _read_pickle(path):
+def _what_else(path, start):
+    """What a file that starts so is, instead of a checkpoint; or None."""
+    if not start:
+        return "empty"
+    if start[257:262] == b"ustar":
+        return "a tar archive: unpack it and name the file within"
     if zipfile.is_zipfile(path):
         names = zipfile.ZipFile(path).namelist()
         if any(name.endswith("constants.pkl") for name in names):
-            raise ValueError("it is a TorchScript program, not a dictionary of weights")
-    reader = types.SimpleNamespace(
-        __name__="tensors_only", Unpickler=_TensorsOnly,
-        load=lambda file, **options: _TensorsOnly(file, **options).load())
-    return torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False)
+            return "a TorchScript program: save the model's state_dict()"
+        if not any(name.endswith("data.pkl") for name in names):
+            return f"a zip archive of other files ({', '.join(names[:3])}): unpack it"
+        return None
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
+    return next((kind for begin, kind in OTHER_FILES.items() if text.startswith(begin)), None)
+
+
+# ---- Finding the model ---------------------------------------------------------------------------
+#
+# An encoder is where these names are, in whichever dictionary and after whichever prefix: trainers
+# and wrappers have many. A moving average goes before what it is of; else there must be only one.
+
+ENCODER = re.compile(r"(.*\.|)(?:patch_embed\.proj\.weight|layers\.0\.mixer\.in_proj\.weight)")
+AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
+WRAPPED_BLOCK = re.compile(r"\b(?:_orig_mod|_checkpoint_wrapped_module)\.")
+
+
+def _encoders(content, keys=()):
+    """{where in the file: (the dictionary of weights, the prefix of the encoder's names)}"""
+    weights = {name: value for name, value in content.items()
+               if isinstance(name, str) and isinstance(value, Tensor)}
+    prefixes = {match[1] for match in map(ENCODER.fullmatch, weights) if match}
+    found = {".".join([*keys, prefix]).strip("."): (weights, prefix) for prefix in prefixes}
+    for key, value in content.items():
+        if isinstance(value, dict) and len(keys) < 4:       # a dictionary may hold itself
+            found |= _encoders(value, (*keys, str(key)))
+    return found
+
+
+def _find(content):
+    """-> the dictionary of weights, the prefix of the encoder's names, and where that is."""
+    found = _encoders(content)
+    if "message_hub" in content:            # MMEngine's state_dict is the average, and this not
+        found = {where: found[where] for where in found if not where.startswith("ema_state_dict")}
+    averages = [where for where in found if AVERAGE.search(where)]
+    outermost = min((where.count(".") for where in averages), default=0)
+    chosen = [where for where in averages if where.count(".") == outermost] or [*found]
+    if not chosen:
+        parts = []
+        for key, value in content.items():
+            names = [*value][:4] if isinstance(value, dict) else [type(value).__name__]
+            parts.append(f"{key} ({', '.join(map(str, names))})")
+        raise ValueError("the checkpoint holds no encoder, no weights called layers.*, but "
+                         f"{', '.join(parts[:8]) or 'nothing'}; of a whole module, save the "
+                         "state_dict()")
+    if len(chosen) > 1:
+        raise ValueError("the checkpoint holds several encoders "
+                         f"({', '.join(where or 'its own names' for where in chosen)}): hand over "
+                         "the dictionary with the weights of one")
+    return *found[chosen[0]], chosen[0]
+
+
+def _within(weights, prefix):
+    """Those of that prefix, without it."""
+    return {WRAPPED_BLOCK.sub("", name[len(prefix):]): weight for name, weight in weights.items()
+            if name.startswith(prefix)}
 
 
 def stored_weights(content: dict) -> tuple[dict[str, Tensor], str]:
-    """What `read` returned -> (weights as stored, under which key), the EMA's if there are."""
-    source = ""
-    for key in ("model", "state_dict", "ema", "state_dict_ema"):    # the last one there is wins
-        if isinstance(content.get(key), dict) and content[key]:
-            source = key
-    stored = content.get(source, content)
-    return {name: v for name, v in stored.items() if isinstance(v, Tensor)}, source
+    """What `read` returned -> (weights of the encoder, or of what has it as its backbone, as
+    stored; where in the file they lay). Raises ValueError if there is no encoder, or several."""
+    weights, prefix, where = _find(content)
+    return _within(weights, re.split(r"\bbackbone\.", prefix)[0]), where
 
 
 def _unwrapped(content):
-    """stored_weights, without the prefixes of what the encoder or autoencoder was a part of."""
-    weights, source = stored_weights(content)
-    for prefix in ("ema.module.", "module.", "backbone."):
-        inside = {k[len(prefix):]: v for k, v in weights.items() if k.startswith(prefix)}
-        if inside:
-            weights = inside
-            source = f"{source} {prefix[:-1]}".strip()
-    if not weights:
-        raise ValueError("the checkpoint holds no weights")
-    return weights, source or "the weights"
+    """The weights of the encoder or autoencoder alone, as stored, and where they lay."""
+    weights, prefix, where = _find(content)
+    if AVERAGE.search(where):
+        where += ", the moving average"
+    return _within(weights, prefix), where or "the weights"
 
 
 def model_weights(content: dict) -> tuple[dict[str, Tensor], str]:
     """What `read` returned -> (weights of the encoder or autoencoder under our names, where in the
-    file they lay). Raises ValueError if there are none."""
+    file they lay). Raises ValueError if there is none, or several."""
     weights, source = _unwrapped(content)
     return from_released(weights), source
 
@@ -163,28 +233,33 @@ def model_weights(content: dict) -> tuple[dict[str, Tensor], str]:
 # ---- Loading -------------------------------------------------------------------------------------
 
 def load(model: nn.Module, content: str | os.PathLike | dict, encoder_only: bool = False,
-         released_pos_rows: bool = False) -> str:
+         released_pos_rows: bool = False, pos_grid: tuple[int, int] | None = None) -> str:
     """Loads weights strictly into a model; returns one line that says what was taken.
 
-    content: a file, or what `read` made of it. Positions of another, square grid are resized.
+    model: or what torch.compile, DataParallel or DDP made of it. Its parameters keep their dtypes;
+        those on the meta device come to where the file's weights are.
+    content: a file, or what `read` made of it.
     encoder_only: the file's head, or its autoencoder's decoder, is dropped, and the model keeps its
         own head.
     released_pos_rows: hand over an autoencoder's pos_embed, whose first row is the class token's,
         as it is, as the released code did: half of a Vim's patches get their neighbour's row.
+    pos_grid: rows and columns of the file's positions, which are resized to the model's. Default:
+        as the file's "built" or "args" say, else those of the model, else as many of both.
     Raises ValueError, listing the keys that differ, if the file belongs to another model, which is
     then left as it was; FileNotFoundError or ValueError as `read`."""
     if not isinstance(content, dict):
         content = read(content)
     weights, source = _unwrapped(content)
-    own = model.state_dict()
+    model = _innermost(model)
+    names = {WRAPPED_BLOCK.sub("", name): name for name in model.state_dict()}
+    own = {name: model.state_dict()[names[name]] for name in names}
     if weights.keys() != from_released(weights).keys():
         own = to_released(own)                          # differences bear the names of the file
     note = f"loaded {source}"
     if hasattr(model, "resize_positions"):              # a FastVim
-        if not any(name.startswith("layers.") for name in weights):
-            raise ValueError("the checkpoint holds no encoder: no weight is called layers.*, the "
-                             f"first of {len(weights)} are {', '.join(sorted(weights)[:4])}")
-        note += _fit_positions(model, weights, released_pos_rows)
+        note += _fit_positions(model, weights, released_pos_rows, pos_grid, content)
+    elif pos_grid is not None:
+        raise ValueError(f"pos_grid={pos_grid} is for a FastVim, not a {type(model).__name__}")
     if encoder_only:
         head = {name: value for name, value in own.items() if name.startswith("head.")}
         dropped = [name for name in weights
@@ -194,8 +269,21 @@ def load(model: nn.Module, content: str | os.PathLike | dict, encoder_only: bool
                  f"dropped ({', '.join(parts) or 'none'}), {len(head)} of the head as initialised")
         weights = {name: value for name, value in weights.items() if name not in dropped} | head
     _refuse_differences(own, weights)
-    model.load_state_dict(from_released(weights), strict=True)
+    weights = {names[name]: value for name, value in from_released(weights).items()}
+    room = {name: torch.empty_like(value, device=weights[name].device)
+            for name, value in model.state_dict().items() if value.is_meta}
+    model.load_state_dict(room, strict=False, assign=True)
+    model.load_state_dict(weights, strict=True)
     return note
+
+
+def _innermost(model):
+    """The model that torch.compile, DataParallel or DDP wraps."""
+    for name in ("_orig_mod", "module"):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module):
+            return _innermost(inner)
+    return model
 
 
 def _refuse_differences(own, weights):
@@ -207,40 +295,80 @@ def _refuse_differences(own, weights):
                    "of another shape": shapes}
     lines = [f"\n  {len(names)} {what}: {'; '.join(names[:6])}"
              for what, names in differences.items() if names]
+    if any(shape.startswith("pos_embed ") for shape in shapes):
+        lines.append("\n  pos_grid=(rows, columns) says which grid pos_embed is of, if not square")
     if lines:
         raise ValueError(f"the checkpoint belongs to another model:{''.join(lines)}")
+    empty = [name for name, value in weights.items() if value.is_meta]
+    if empty:
+        raise ValueError(f"neither the file nor the model, which is on the meta device, has values "
+                         f"for {', '.join(empty[:6])}: create the model on a real device")
 
 
-def _fit_positions(model, weights, released_pos_rows):
+def _fit_positions(model, weights, released_pos_rows, pos_grid, content):
     """Moves and resizes weights["pos_embed"] to where the model expects it; says what was done."""
     pos = weights.get("pos_embed", torch.empty(0))
     new = model.grid_size
     grid = " x ".join(map(str, new))
-    same = pos.shape == model.pos_embed.shape
     if hasattr(model, "mask_token"):                    # it has sines and cosines for its own grid
-        if same:
+        if pos_grid is not None:
+            raise ValueError(f"pos_grid={pos_grid}, but an autoencoder computes its positions")
+        if pos.shape == model.pos_embed.shape:
             return ""
         weights.update(pos_embed=model.pos_embed, decoder_pos_embed=model.decoder_pos_embed)
         return f", position embeddings those of {grid} patches"
 
-    d = model.cfg.embed_dim
     row = model._class_row()                            # the class token's in the model, or None
     has_class = row is not None
-    side = max(1, math.isqrt(max(0, pos.numel() // d - has_class)))
-    old = new if same else (side, side)
-    if pos.shape != (1, math.prod(old) + has_class, d):
-        return ""                                       # no square grid: listed as of another shape
-    note = ""
+    if pos.ndim != 3 or pos.shape[0] != 1 or pos.shape[2] != model.cfg.embed_dim:
+        return ""                                       # listed as of another shape
+    old, note = _stored_grid(model, pos.shape[1] - has_class, pos_grid, content)
+    if old is None:
+        return ""
     old_row = None
     if has_class:
         old_row = model._class_slot(*old)
         if "mask_token" in weights and not released_pos_rows:
             old_row = 0                                 # of an autoencoder
             note += f", position row of the class token moved from 0 to {row}"
-    if not same:
-        note += f", position embeddings resized from {side} x {side} to {grid}"
+    if old != new:
+        note += f", position embeddings resized from {old[0]} x {old[1]} to {grid}"
     pos, class_pos = model.resize_positions(pos, old, new, old_row)
     if has_class:
         pos = torch.cat([pos[:, :row], class_pos, pos[:, row:]], 1)
     weights["pos_embed"] = pos
     return note
+
+
+def _stored_grid(model, cells, pos_grid, content):
+    """-> (rows, columns) of the grid that the file has `cells` positions of, or None; a note."""
+    h, w = model.grid_size
+    said = _said_grid(content, model.cfg.patch_size)
+    if pos_grid is not None:
+        said = tuple(torch.as_tensor(pos_grid).flatten().tolist())
+        if len(said) != 2 or min(said) < 1 or math.prod(said) != cells:
+            raise ValueError(f"pos_grid={pos_grid} must be two whole numbers, rows and columns, "
+                             f"of {cells} patches, as the file's pos_embed is")
+    if said is not None and math.prod(said) == cells:
+        return said, ""
+    side = math.isqrt(max(0, cells))
+    square = side > 0 and side * side == cells
+    if h * w == cells:
+        if square and h != w:
+            return (h, w), f", the {cells} positions taken for a grid of {h} x {w}"
+        return (h, w), ""
+    rows = math.isqrt(cells * h // w) if square else 0      # of a grid like the model's
+    if rows and h != w and rows * rows * w == cells * h:
+        raise ValueError(f"pos_embed may be of {side} x {side} patches or, like the model's, of "
+                         f"{rows} x {cells // rows}: say which by pos_grid=(rows, columns)")
+    return (side, side) if square else None, ""
+
+
+def _said_grid(content, patch_size):
+    """The grid of the model that the file says it was trained with, or None."""
+    try:
+        size = content["built"]["fields"]["img_size"]
+        h, w = size if isinstance(size, (tuple, list)) else (size, size)
+        return -(-h // patch_size), -(-w // patch_size)
+    except (KeyError, TypeError, ValueError):
+        return None

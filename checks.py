@@ -5,13 +5,24 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16,
+            torch.uint32, torch.uint64)
 LEAST = {"patch_size": 1, "in_chans": 1, "num_classes": 0, "embed_dim": 1, "depth": 1, "d_state": 1,
          "d_conv": 0, "expand": 1, "dt_rank": 1}            # fields of whole numbers
 SWITCHES = ("class_token", "skip_before_expand", "hcs", "hcs_sorted")
+
+
+def as_plain(value):
+    """Numbers of NumPy, alone or in an array, list or tuple, as Python's; others as they are."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(as_plain, value))
+    return value
 
 
 def check_fields(fields: dict, config: type):
@@ -29,7 +40,11 @@ def check_name(name: str, families: dict, sizes: dict):
 
 
 def check_config(cfg, schedules: dict, norms: dict, pools: dict):
-    """Every field of a fastvim.Config; of three of them, the tables of their values are given."""
+    """Every field of a fastvim.Config; of three of them, the tables of their values are given.
+    Numbers of NumPy become Python's, which checkpoints can hold."""
+    for name, value in vars(cfg).items():
+        object.__setattr__(cfg, name, as_plain(value))
+
     def require(field, right, must):
         if not right:
             raise ValueError(f"{field}={getattr(cfg, field)!r} {must}")
@@ -67,6 +82,7 @@ def check_config(cfg, schedules: dict, norms: dict, pools: dict):
 
 
 def check_blocks(name: str, indices: Sequence[int], depth: int):
+    indices = as_plain(indices)
     blocks = tuple(indices) if isinstance(indices, Sequence) else ()
     exist = blocks and all(type(i) is int and 0 <= i < depth for i in blocks)
     if not exist or len(set(blocks)) < len(blocks):
@@ -106,8 +122,10 @@ def check_images(x: Tensor, channels, cfg):
     if channels is None:
         return
     ids = torch.as_tensor(channels)                         # where they are: no wait for a GPU
-    right = ids.shape == (c,) and ids.dtype in INTEGERS and c > 0 and len(ids.unique()) == c
-    if not right or not 0 <= int(ids.min()) <= int(ids.max()) <= last:
+    right = ids.shape == (c,) and ids.dtype in INTEGERS and c > 0
+    known = ids.long()
+    right = right and len(known.unique()) == c
+    if not right or not 0 <= int(known.min()) <= int(known.max()) <= last:
         raise ValueError(f"channels={ids.tolist()} must give another id between 0 and {last} for "
                          f"each of the image's {c} channels")
 

@@ -569,8 +569,8 @@ class Config:
 
     def __post_init__(self):
         size = self.img_size
-        size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-        object.__setattr__(self, "img_size", size)
+        many = hasattr(size, "__len__") and not isinstance(size, str)
+        object.__setattr__(self, "img_size", tuple(size) if many else (size, size))
         check("config", self, SCHEDULES, NORMS, POOLS)
 
     @property

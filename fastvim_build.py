@@ -1,14 +1,17 @@
 """Building scan_cpu.cpp and scan_cuda.cu on the user's machine, once, whoever asks meanwhile.
 
-A library is named by a hash of all that it depends on and kept in the user's cache folder. What
-load_cpu and load_cuda return is a function of (operation, its fields as numbers, device).
+A library is named by a hash of what it is built from and for, and one of the compiler, and kept in
+the user's cache folder; where there is no compiler, any compiler's serves. What load_cpu and
+load_cuda return is a function of (operation, its fields as numbers, device).
 """
 import contextlib
 import ctypes
+import glob
 import hashlib
 import importlib.util
 import logging
 import os
+import pathlib
 import platform
 import re
 import shutil
@@ -22,10 +25,21 @@ log = logging.getLogger("fastvim")
 
 def cache_folder() -> str:
     """Where compiled libraries are kept: FASTVIM_CACHE, else fastvim in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = os.environ.get("FASTVIM_CACHE") or os.path.join(home, "fastvim")
-    os.makedirs(folder, exist_ok=True)
+    folder = os.path.abspath(os.path.expanduser(folder))
+    with writing(folder):
+        os.makedirs(folder, exist_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def writing(folder: str):
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(f"the cache folder {folder} cannot be written ({error.strerror}): set "
+                           "FASTVIM_CACHE to one that can") from error
 
 
 @contextlib.contextmanager
@@ -36,16 +50,20 @@ def lock(path: str):
         import fcntl
     except ImportError:
         raise RuntimeError("building needs a POSIX system (Linux, macOS)") from None
-    with open(path, "w") as file:
+    with writing(os.path.dirname(path)):
+        file = open(path, "w")                  # noqa: SIM115
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def find_source(name: str) -> str:
-    here = os.path.dirname(os.path.abspath(__file__))
-    for folder in (here, os.path.join(sys.prefix, "share", "fastvim")):
-        if os.path.isfile(os.path.join(folder, name)):
-            return os.path.join(folder, name)
+    """The path of a kernel's source: beside this file, or where pip put it: in share/fastvim of a
+    folder above, whichever the kind of installation. RuntimeError: it is nowhere."""
+    here = pathlib.Path(__file__).absolute().parent
+    for path in (here / name, *(above / "share/fastvim" / name for above in (here, *here.parents))):
+        if path.is_file():
+            return str(path)
     raise RuntimeError(f"{name} is missing: it belongs beside fastvim.py")
 
 
@@ -92,23 +110,40 @@ def processor() -> str:
     return platform.machine()
 
 
+def find_compiler() -> list[str] | None:
+    """The words of the command, those of CXX if it is set; None where there is no such program."""
+    named = os.environ.get("CXX", "").strip()
+    if named:
+        words = [named] if shutil.which(named) else named.split()       # "ccache g++"
+        return words if shutil.which(words[0]) else None
+    found = next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    return found and [found]
+
+
+def newest(pattern: str) -> str | None:
+    """What was built last of that name in the cache: it serves where there is no compiler."""
+    built = glob.glob(os.path.join(glob.escape(cache_folder()), pattern))
+    return max(built, key=os.path.getmtime, default=None)
+
+
 def load_cpu():
     sources = [find_source("scan_cpu.cpp"), find_source("scan.h")]
-    compilers = (os.environ.get("CXX"), *map(shutil.which, ("g++", "clang++", "c++")))
-    compiler = next(filter(None, compilers), None)
-    if compiler is None:
-        raise RuntimeError(
-            "no C++ compiler found: install g++ (Debian, Ubuntu: apt install g++) or set CXX"
-        )
     flags = ["-std=c++17", "-O3", "-march=native", "-fopenmp", *torch_openmp(), "-shared", "-fPIC"]
-    version = output_of(compiler, "--version")
-    name = name_build("scan_cpu", sources, compiler, version, flags, processor())
-    path = os.path.join(cache_folder(), f"{name}.so")
+    name = name_build("scan_cpu", sources, flags, processor())
+    compiler = find_compiler()
+    path = newest(f"{name}_*.so")
+    if compiler is not None:
+        name = name_build(name, [], compiler, output_of(*compiler, "--version"))
+        path = os.path.join(cache_folder(), f"{name}.so")
+    elif path is None:
+        cxx = os.environ.get("CXX")
+        wrong = f"CXX={cxx}: No such file" if cxx else "no C++ compiler found"
+        raise RuntimeError(f"{wrong}: install g++ (Debian, Ubuntu: apt install g++) or set CXX")
     if not os.path.exists(path):
         with lock(os.path.join(cache_folder(), f"{name}.lock")):
             if not os.path.exists(path):        # nobody else has built it meanwhile
                 log.info("compiling %s", sources[0])
-                output_of(compiler, sources[0], *flags, "-o", f"{path}.tmp")
+                output_of(*compiler, sources[0], *flags, "-o", f"{path}.tmp")
                 os.replace(f"{path}.tmp", path)                 # all or nothing, even if killed
     library = ctypes.CDLL(path)
 
@@ -118,35 +153,44 @@ def load_cpu():
     return call
 
 
-def load_cuda():
-    from torch.utils import cpp_extension
-    sources = [find_source("scan_cuda.cpp"), find_source("scan_cuda.cu")]
-    if torch.version.cuda is None:
-        raise RuntimeError("this torch is built without CUDA")
-    nvcc = os.path.join(cpp_extension.CUDA_HOME or "", "bin", "nvcc")
-    if not os.path.exists(nvcc):
-        raise RuntimeError(
-            f"no nvcc found: install the CUDA toolkit {torch.version.cuda} or set CUDA_HOME"
-        )
+def check_nvcc(nvcc: str) -> str:
+    """Its version. RuntimeError: torch is of another CUDA."""
     version, major = re.search(r"release ((\d+)\.\d+)", output_of(nvcc, "--version")).groups()
     if major != torch.version.cuda.split(".")[0]:
         raise RuntimeError(
             f"nvcc is of CUDA {version}, torch of CUDA {torch.version.cuda}: install a toolkit of "
             "the same major version and set CUDA_HOME to it"
         )
+    return version
+
+
+def load_cuda():
+    from torch.utils import cpp_extension
+    sources = [find_source("scan_cuda.cpp"), find_source("scan_cuda.cu")]
+    if torch.version.cuda is None:
+        raise RuntimeError("this torch is built without CUDA")
     flags = ["-O3", "-std=c++17", "-ftz=true"]
     gpus = range(torch.cuda.device_count())
     archs = {"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in gpus}
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(sorted(archs)) or "8.0;9.0"
-    name = name_build(
-        "scan_cuda", [*sources, find_source("scan.h")], torch.__version__, version, flags, archs
-    )
-    folder = os.path.join(cache_folder(), name)
-    os.makedirs(folder, exist_ok=True)
-    done = os.path.join(folder, "done")
+    depends = [*sources, find_source("scan.h")]
+    name = name_build("scan_cuda", depends, torch.__version__, flags, archs)
+    nvcc = os.path.join(cpp_extension.CUDA_HOME or "", "bin", "nvcc")
+    if os.path.exists(nvcc):
+        name = name_build(name, [], check_nvcc(nvcc))
+        done = os.path.join(cache_folder(), name, "done")
+    else:
+        done = newest(f"{name}_*/done")
+    if done is None:
+        raise RuntimeError(
+            f"no nvcc found: install the CUDA toolkit {torch.version.cuda} or set CUDA_HOME"
+        )
+    folder = os.path.dirname(done)
+    name = os.path.basename(folder)
     if not os.path.exists(done):
         with lock(os.path.join(cache_folder(), f"{name}.lock")):
             if not os.path.exists(done):
+                os.makedirs(folder, exist_ok=True)
                 log.warning("compiling the CUDA kernels for %s: once, about a minute", archs)
                 build_extension(name, sources, flags, archs, folder)
                 open(done, "w").close()

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import fastvim_build
 
+_source = fastvim_build.find_source                          # where pip put the kernels' sources
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)     # kernels know them by their place here
 MAX_STATES = 64
 EPS = 1e-5                                                  # of all norms
@@ -179,7 +180,7 @@ class Kernels:
         with self._lock:
             if self._library is None and self._problem is None:
                 try:
-                    self.structures = read_structures(fastvim_build.find_source("scan.h"))
+                    self.structures = read_structures(_source("scan.h"))
                     self._library = self._load()
                 except (OSError, RuntimeError, ImportError, AttributeError) as error:
                     self._problem = str(error) or type(error).__name__

@@ -1,6 +1,7 @@
 """Building the kernels: once, whoever asks at the same time; after a build was killed; without a
 compiler. The source here is a small one, whose operations do nothing: these tests are about
 builds."""
+import importlib.util
 import logging
 import os
 import pathlib
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 
 import pytest
@@ -180,9 +182,7 @@ def test_a_compiler_that_fails_is_reported_once_and_python_serves(
 
 
 def test_no_compiler_at_all(project, monkeypatch, caplog):
-    (project / "empty").mkdir()
-    monkeypatch.delenv("CXX")
-    monkeypatch.setenv("PATH", str(project / "empty"))
+    hide_compilers(project, monkeypatch)
     new_backends(monkeypatch)
     assert run_model() == "python"
     assert "no C++ compiler found: install g++" in caplog.text
@@ -194,7 +194,149 @@ def test_an_unwritable_cache_is_reported(project, monkeypatch, caplog):
     new_backends(monkeypatch)
     assert run_model() == "python"
     assert "cannot be used" in caplog.text
-    assert "file" in caplog.text
+    assert f"the cache folder {project}/file/cache cannot be written" in caplog.text
+    assert "set FASTVIM_CACHE to one that can" in caplog.text
+
+
+def hide_compilers(project, monkeypatch):
+    (project / "empty").mkdir()
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(project / "empty"))
+
+
+def test_a_built_library_serves_without_a_compiler(project, monkeypatch):
+    assert new_kernels().problem() is None
+    older, = (project / "cache").glob("*.so")
+    os.utime(older, (1, 1))
+    (project / "cache" / "scan_cpu_0123456789abcdef_0.so").write_bytes(b"from another source")
+    hide_compilers(project, monkeypatch)
+    assert new_kernels().problem() is None
+    newer = project / "cache" / f"{older.stem}2.so"
+    newer.write_bytes(b"built last")
+    assert newer.name in new_kernels().problem()                # so it was the one to be loaded
+    newer.unlink()
+    monkeypatch.setenv("CXX", "g++")                            # as the build stage left it
+    assert new_kernels().problem() is None
+    with open(project / "scan_cpu.cpp", "a") as file:
+        file.write("// changed\n")
+    assert "No such file" in new_kernels().problem()
+    monkeypatch.delenv("CXX")
+    assert "no C++ compiler found" in new_kernels().problem()
+    assert count_builds(project) == 1
+
+
+def test_a_built_cuda_library_serves_without_a_compiler(project, monkeypatch):
+    from torch.utils import cpp_extension
+    for name in ("scan_cuda.cpp", "scan_cuda.cu"):
+        (project / name).write_text("")
+    nvcc = project / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'release 13.2, V13'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(project))
+    built = []
+
+    def build(name, sources, flags, archs, folder):
+        built.append(f"{folder}/{name}.so")
+        pathlib.Path(built[-1]).write_bytes(b"not a library")
+
+    monkeypatch.setattr(fastvim_build, "build_extension", build)
+    for _ in range(2):
+        with pytest.raises(ImportError, match="invalid ELF|too short") as error:
+            fastvim_build.load_cuda()
+        assert built[0] in str(error.value)
+        monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    assert len(built) == 1
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")           # built for other GPUs
+    with pytest.raises(RuntimeError, match="no nvcc found"):
+        fastvim_build.load_cuda()
+
+
+def test_a_compiler_of_several_words(project, monkeypatch):
+    wrapper = project / "ccache"
+    wrapper.write_text(f'#!/bin/sh\necho "$1" >> {project}/wrapped\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{wrapper}  {os.environ['CXX']} -O1")
+    assert new_kernels().problem() is None
+    assert count_builds(project) == 1
+    assert len((project / "wrapped").read_text().split()) == 2              # --version, and the build
+    spaced = project / "my tools"
+    spaced.mkdir()
+    shutil.copy(project / "g++", spaced)
+    monkeypatch.setenv("CXX", str(spaced / "g++"))
+    assert new_kernels().problem() is None
+    assert count_builds(project) == 2
+
+
+@pytest.mark.parametrize("variable, value, folder", [
+    ("FASTVIM_CACHE", "~/x", "home/x"), ("FASTVIM_CACHE", "rel/x", "rel/x"),
+    ("XDG_CACHE_HOME", "~/y", "home/y/fastvim"), ("XDG_CACHE_HOME", "", "home/.cache/fastvim")])
+def test_where_the_cache_is(tmp_path, monkeypatch, variable, value, folder):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("FASTVIM_CACHE", raising=False)
+    monkeypatch.setenv(variable, value)
+    assert fastvim_build.cache_folder() == str(tmp_path / folder)
+    assert (tmp_path / folder).is_dir()
+
+
+def test_a_cache_that_cannot_be_written_serves_what_it_holds(project):
+    assert new_kernels().problem() is None
+    lock, = (project / "cache").glob("*.lock")
+    lock.unlink()
+    lock.mkdir()                                                # nobody can have it
+    assert new_kernels().problem() is None
+    lock.with_suffix(".so").unlink()
+    assert "cache cannot be written (Is a directory): set FASTVIM_CACHE" in new_kernels().problem()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Of the project, as pip makes it."""
+    source = tmp_path_factory.mktemp("source")
+    for pattern in ("fastvim*.py", "check*.py", "info.py", "scan*", "pyproject.toml", "README.md"):
+        for path in ROOT.glob(pattern):
+            shutil.copy(path, source)
+    pip("wheel", "--no-build-isolation", "--wheel-dir", source, source)
+    made, = source.glob("*.whl")
+    return made
+
+
+def pip(command, *arguments, **environment):
+    options = ("-q", "--no-deps", "--disable-pip-version-check", *map(str, arguments))
+    result = subprocess.run([sys.executable, "-m", "pip", command, *options], capture_output=True,
+                            text=True, env={**os.environ, **environment})
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("options", [
+    ["--target", "{0}"], ["--prefix", "{0}"], ["--root", "{0}"], ["--user"]], ids=lambda o: o[0])
+def test_sources_are_found_however_pip_installs(wheel, tmp_path, options):
+    options = [option.format(tmp_path) for option in options]
+    script = None
+    if "--user" in options:                 # not in a virtual environment: by its scheme, then
+        scheme = f"{os.name}_user"
+        paths = sysconfig.get_paths(scheme, {"userbase": str(tmp_path)})
+        options = ["--target", paths["purelib"]]
+        script = paths["data"]
+    pip("install", "--ignore-installed", *options, wheel)
+    if script is not None:
+        os.renames(os.path.join(options[1], "share"), os.path.join(script, "share"))
+    installed, = tmp_path.rglob("fastvim_build.py")
+    spec = importlib.util.spec_from_file_location("installed_build", installed)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("scan.h", "scan_cpu.cpp", "scan_cuda.cpp", "scan_cuda.cu"):
+        found = pathlib.Path(module.find_source(name))
+        assert tmp_path in found.parents
+        assert found.read_bytes() == (ROOT / name).read_bytes()
+    with pytest.raises(RuntimeError, match="scan.f is missing: it belongs beside fastvim.py"):
+        module.find_source("scan.f")
+
+
+def test_sources_of_a_clone_lie_beside_the_modules():
+    assert fastvim_kernels._source("scan.h") == str(ROOT / "scan.h")
 
 
 def test_copies_without_the_other_files_run(tmp_path):

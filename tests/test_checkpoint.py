@@ -4,10 +4,13 @@ import argparse
 import collections
 import contextlib
 import importlib.util
+import io
 import os
 import pickle
 import sys
+import tarfile
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -646,3 +649,297 @@ def test_a_torchscript_archive_is_refused_unrun(tmp_path):
     with pytest.raises(ValueError, match="script.pt"):
         fastvim.load_checkpoint(blank(), tmp_path / "script.pt")
     assert not trace.exists(), "the archive ran code"
+
+
+# ---- where the encoder lies ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net.backbone.",
+     "encoder.module.", "model.backbone.encoder._orig_mod.", "vision_tower."],
+)
+@pytest.mark.parametrize("keys", [[], ["model_state_dict"], ["net"], ["checkpoint", "network"]], ids=str)
+def test_any_prefix_in_any_container(weights, released, prefix, keys):
+    for stored in (weights, released):
+        content = {**prefixed(stored, prefix), "head_of_something.weight": torch.ones(2)}
+        for key in reversed(keys):
+            content = {key: content, "epoch": 3, "optimizer": {"state": {0: {"step": torch.ones(1)}}}}
+        model = blank()
+        note = fastvim.load_checkpoint(model, content)
+        assert_loaded(model, weights)
+        assert note == "loaded " + ".".join([*keys, prefix[:-1]])
+
+
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda w: {"model_ema": w},
+        lambda w: {"ema": prefixed(w, "module.")},
+        lambda w: {"ema_state_dict": prefixed(w, "ema.module.")},
+        lambda w: {"state_dict_ema": w, "state_dict": prefixed(shifted(w, 1), "ema.module.")},
+        lambda w: {"trainer": {"EMA": w}},
+        lambda w: prefixed(w, "ema_model."),
+    ],
+)
+def test_a_moving_average_goes_first_and_the_line_says_so(weights, average):
+    model = blank()
+    note = fastvim.load_checkpoint(model, {"model": shifted(weights, 2), **average(weights)})
+    assert_loaded(model, weights)
+    assert "ema" in note.lower() and note.endswith(", the moving average")
+
+
+def test_mmengine_swaps_weights_and_average(weights):
+    content = {"state_dict": weights, "ema_state_dict": prefixed(shifted(weights, 1), "module."),
+               "message_hub": {}}
+    model = blank()
+    fastvim.load_checkpoint(model, content)
+    assert_loaded(model, weights)
+
+
+def test_of_several_encoders_none_is_guessed(weights):
+    for content, named in (
+        ({"teacher": weights, "student": weights}, ["teacher", "student"]),
+        ({"state_dict": prefixed(weights, "student.") | prefixed(weights, "teacher.module.")},
+         ["state_dict.student", "state_dict.teacher.module"]),
+        ({**weights, **prefixed(weights, "momentum_encoder.")}, ["its own names", "momentum_encoder"]),
+        ({"a": {"ema_9": weights}, "b": {"ema_99": weights}}, ["a.ema_9", "b.ema_99"]),
+    ):
+        model = blank()
+        with pytest.raises(ValueError, match="several encoders") as caught:
+            fastvim.load_checkpoint(model, content)
+        assert all(name in str(caught.value) for name in named)
+        assert not any(p.any() for p in model.parameters())
+    model = blank()
+    fastvim.load_checkpoint(model, {"teacher": weights, "student": {"conv1.weight": torch.ones(1)}})
+    assert_loaded(model, weights)
+
+
+def test_what_a_file_without_encoder_holds_is_listed(tmp_path):
+    model = tiny(torch.float32)
+    for content, named in (
+        ({"model": model, "epoch": 3}, ["model (FastVim)", "epoch (int)", "state_dict()"]),
+        ({"weights": {"fc.bias": torch.ones(1)}}, ["weights (fc.bias)"]),
+        ({}, ["nothing"]),
+        (model, ["FastVim", "state_dict()"]),
+        ([1], ["list"]),
+    ):
+        save(content, tmp_path / "x.pt")
+        with pytest.raises(ValueError) as caught:
+            fastvim.load_checkpoint(blank(), tmp_path / "x.pt")
+        assert all(text in str(caught.value) for text in named), caught.value
+    knot = {"epoch": 3}
+    knot["self"] = knot
+    with pytest.raises(ValueError, match="no encoder"):
+        fastvim.load_checkpoint(blank(), knot)
+
+
+def test_the_weights_of_a_whole_dense_model(weights):
+    inner = prefixed(weights, "module.backbone.")
+    content = {"state_dict": {**inner, "module.decode_head.conv_seg.bias": torch.ones(2)}}
+    stored, where = checkpoints.stored_weights(content)
+    assert stored.keys() == {*prefixed(weights, "backbone."), "decode_head.conv_seg.bias"}
+    assert where == "state_dict.module.backbone"
+
+
+# ---- into what model -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [torch.compile, torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel,
+     lambda m: torch.nn.DataParallel(torch.compile(m)),
+     lambda m: torch.compile(torch.nn.DataParallel(m))],
+)
+def test_into_a_wrapped_model(weights, released, wrap):
+    model = blank()
+    wrapped = wrap(model)
+    if isinstance(wrapped, torch.optim.swa_utils.AveragedModel):
+        model = wrapped.module
+    fastvim.load_checkpoint(wrapped, released)
+    assert_loaded(model, weights)
+
+
+def test_into_a_model_of_compiled_blocks_and_from_one(weights):
+    source, model = tiny(torch.float32), blank()
+    source.layers[0] = torch.compile(source.layers[0])
+    assert "layers.0._orig_mod.norm.weight" in source.state_dict()
+    fastvim.load_checkpoint(model, source.state_dict())
+    assert_loaded(model, weights)
+    model = blank()
+    model.layers[1] = torch.compile(model.layers[1])
+    fastvim.load_checkpoint(model, checkpoints.to_released(weights))
+    assert all(v.equal(weights[k.replace("_orig_mod.", "")]) for k, v in model.state_dict().items())
+
+
+def on_meta(**fields):
+    with torch.device("meta"):
+        return fastvim.FastVim(
+            **dict(img_size=32, patch_size=8, embed_dim=16, depth=3, d_state=4, num_classes=5) | fields
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [32, 48])
+def test_into_a_model_on_meta(weights, dtype, size):
+    model = on_meta(img_size=size).requires_grad_(False).eval()
+    model.head.requires_grad_(True)
+    stored = {k: v.to(dtype) for k, v in weights.items()}
+    fastvim.load_checkpoint(model, stored)
+    assert not any(v.is_meta for v in model.state_dict().values())
+    assert [k for k, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
+    real = blank(img_size=size)
+    fastvim.load_checkpoint(real, stored)
+    assert_loaded(model, real.state_dict())
+    x = images(real)
+    assert model(x).equal(real(x))
+    model.head.weight.data.zero_()
+    assert stored["head.weight"].any(), "the model has memory of its own"
+
+
+def test_into_a_model_partly_on_meta(weights):
+    model = on_meta()
+    with pytest.raises(ValueError, match=r"values for head.weight, head.bias: create the model"):
+        fastvim.load_checkpoint(model, weights, encoder_only=True)
+    assert all(p.is_meta for p in model.parameters())
+    model.head = torch.nn.Linear(16, 7)
+    head, layer = model.head.weight, blank().layers[1]
+    model.layers[1] = layer
+    fastvim.load_checkpoint(model, weights, encoder_only=True)
+    assert model.head.weight is head and model.layers[1] is layer
+    assert layer.norm.weight.equal(weights["layers.1.norm.weight"])
+    assert not any(p.is_meta for p in model.parameters())
+
+
+# ---- grids that are not square -------------------------------------------------------------------
+
+
+def resized(pos, old, new):
+    grid = pos.reshape(1, *old, -1).permute(0, 3, 1, 2)
+    return F.interpolate(grid, new, mode="bicubic", align_corners=False).flatten(2).mT
+
+
+@pytest.mark.parametrize("old, new", [((2, 8), (4, 4)), ((2, 8), (4, 16)), ((3, 4), (6, 6)), ((2, 8), (8, 2))])
+@pytest.mark.parametrize("how", ["argument", "numpy", "file"])
+def test_the_grid_of_positions_is_said(old, new, how):
+    source = tiny(torch.float32, img_size=(8 * old[0], 8 * old[1]))
+    content = {"model": source.state_dict()}
+    options = {"argument": {"pos_grid": list(old)}, "numpy": {"pos_grid": np.array(old)}}.get(how, {})
+    if how == "file":
+        content["built"] = {"name": "fastvim_tiny", "fields": {"img_size": source.cfg.img_size}}
+    model = blank(img_size=(8 * new[0], 8 * new[1]))
+    note = fastvim.load_checkpoint(model, content, **options)
+    assert f"resized from {old[0]} x {old[1]} to {new[0]} x {new[1]}" in note
+    torch.testing.assert_close(model.pos_embed.data, resized(source.pos_embed.data, old, new))
+
+
+def test_the_grid_of_positions_is_not_said():
+    source = tiny(torch.float32, img_size=(16, 64))
+    same = blank(img_size=(16, 64))
+    note = fastvim.load_checkpoint(same, source.state_dict())
+    assert_loaded(same, source.state_dict())
+    assert note.endswith("the 16 positions taken for a grid of 2 x 8")
+    with pytest.raises(ValueError, match=r"4 x 4 patches or, like the model's, of 2 x 8: say .*pos_grid"):
+        fastvim.load_checkpoint(blank(img_size=(32, 128)), source.state_dict())
+    with pytest.raises(ValueError, match=r"\(1, 12, 16\), in .*\n  pos_grid=\(rows, columns\) says"):
+        fastvim.load_checkpoint(blank(), tiny(torch.float32, img_size=(24, 32)).state_dict())
+    with pytest.raises(ValueError, match="belongs to another model") as caught:
+        fastvim.load_checkpoint(blank(num_classes=3), source.state_dict())
+    assert "pos_grid" not in str(caught.value)
+    for junk in (3, {"fields": 3}, {"fields": {"img_size": "a"}}, {"fields": {"img_size": (1, 2, 3)}}):
+        fastvim.load_checkpoint(blank(), {"model": tiny(torch.float32).state_dict(), "built": junk})
+
+
+def test_a_grid_that_cannot_be(weights):
+    for grid, says in (((3, 5), "of 16 patches"), ((-4, -4), "two whole numbers"),
+                       ((16,), "two whole numbers"), (4, "two whole numbers")):
+        with pytest.raises(ValueError, match=says):
+            fastvim.load_checkpoint(blank(), weights, pos_grid=grid)
+    with pytest.raises(ValueError, match="for a FastVim, not a Linear"):
+        checkpoints.load(torch.nn.Linear(2, 2), weights, pos_grid=(4, 4))
+
+
+# ---- files that are something else ---------------------------------------------------------------
+
+
+def test_files_that_are_something_else_are_named(weights, tmp_path):
+    whole = save(dict(weights), tmp_path / "whole.pt").read_bytes()
+    tar, packed, other = tmp_path / "a.tar", io.BytesIO(), io.BytesIO()
+    with tarfile.open(tar, "w") as file:
+        file.add(tmp_path / "whole.pt", "whole.pt")
+    with tarfile.open(fileobj=packed, mode="w:gz") as file:
+        file.add(tmp_path / "whole.pt", "whole.pt")
+    with zipfile.ZipFile(other, "w") as file:
+        file.writestr("whole.pt", whole)
+    for content, says in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab", "Git LFS pointer"),
+        (b"\xef\xbb\xbf\n<html>", "web page"),
+        (b"<?xml version='1.0'?><Error>", "web page"),
+        (b'{"error": "not found"}', "text that begins with '{\"error"),
+        (b"404: Not Found\n", "text that begins with '404: Not Found'"),
+        (b"", "empty"),
+        (whole[:2000], "cut short"),
+        (pickle.dumps(dict(weights))[:200], "damaged or cut short"),
+        (tar.read_bytes(), "tar archive"),
+        (packed.getvalue(), "packed by gzip"),
+        (other.getvalue(), r"zip archive of other files \(whole.pt\)"),
+    ):
+        for name in ("x.pth", "x.safetensors"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match=f"{name} is not a readable checkpoint: .*{says}") as caught:
+                checkpoints.read(tmp_path / name)
+            assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="is a folder: name the checkpoint in it"):
+        checkpoints.read(tmp_path)
+
+
+def test_safetensors_under_another_name(weights, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch", reason="needs pip install safetensors")
+    safetensors.save_file(weights, tmp_path / "pytorch_model.bin")
+    assert checkpoints.read(tmp_path / "pytorch_model.bin").keys() == weights.keys()
+
+
+# ---- numbers of NumPy ----------------------------------------------------------------------------
+
+
+def test_numbers_of_numpy_become_plain_and_come_back_from_a_checkpoint(tmp_path):
+    fields = dict(
+        num_classes=np.array([0, 4]).max() + 1, img_size=np.array([32, 48]), patch_size=np.int32(8),
+        embed_dim=np.uint8(16), depth=np.int16(3), d_state=np.array(4), dt_rank=np.int64(1),
+        drop_path_rate=np.float32(0.5), pool_scale=np.float64(0.25), hcs=np.bool_(False),
+        block_norm="layernorm",
+    )
+    cfg = fastvim.Config(**fields, out_indices=np.array([0, 2]))
+    plain = dict(num_classes=5, img_size=(32, 48), patch_size=8, embed_dim=16, depth=3, d_state=4,
+                 dt_rank=1, drop_path_rate=0.5, pool_scale=0.25, hcs=False, out_indices=[0, 2])
+    for name, value in plain.items():
+        assert repr(getattr(cfg, name)) == repr(value)
+    assert fastvim.Config(img_size=np.int64(32)).img_size == (32, 32)
+    assert repr(fastvim.Config(img_size=[np.int64(32), 40]).img_size) == "(32, 40)"
+    assert repr(fastvim.Config(out_indices=(np.int64(1),)).out_indices) == "(1,)"
+    torch.save(vars(cfg), tmp_path / "cfg.pt")
+    assert checkpoints.read(tmp_path / "cfg.pt") == vars(cfg)
+
+
+@pytest.mark.parametrize("value", [np.bool_(True), np.float64(5), np.float32(5.5), np.array([5, 5]), np.str_("5")])
+@pytest.mark.parametrize("field", ["num_classes", "depth", "dt_rank"])
+def test_what_is_no_whole_number_is_refused(field, value):
+    with pytest.raises(ValueError, match=f"{field}=.* must be a whole number"):
+        fastvim.Config(**{field: value})
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int16, np.uint8, np.uint16, np.uint32, np.uint64])
+def test_ids_of_numpy(dtype):
+    model = tiny(torch.float32)
+    x, ids = images(model), np.array([[3, 1], [0, 15]], dtype)
+    assert model(x, keep=ids).equal(model(x, keep=ids.tolist()))
+    assert model(x, keep=[list(row) for row in ids.astype(np.int64)]).equal(model(x, keep=ids.tolist()))
+    maps = model.forward_intermediates(x, np.array([0, 2], dtype))
+    assert all(a.equal(b) for a, b in zip(maps, model.forward_intermediates(x, [0, 2])))
+    model = tiny(torch.float32, schedule="channelvim", in_chans=5)
+    x = images(model, channels=2)
+    channels = np.array([4, 1], dtype)
+    assert model(x, channels=channels).equal(model(x, channels=[4, 1]))
+    for wrong in ([4, 5], [1, 1]):
+        with pytest.raises(ValueError, match="channels="):
+            model(x, channels=np.array(wrong, dtype))
