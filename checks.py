@@ -121,7 +121,8 @@ def check_images(x: Tensor, channels, cfg):
                          f"{hint if cfg.per_channel else ''}")
     if channels is None:
         return
-    ids = torch.as_tensor(channels)                         # where they are: no wait for a GPU
+    device = channels.device if isinstance(channels, Tensor) else "cpu"
+    ids = torch.as_tensor(channels, device=device)          # where they are: no wait for a GPU
     right = ids.shape == (c,) and ids.dtype in INTEGERS and c > 0
     known = ids.long()
     right = right and len(known.unique()) == c

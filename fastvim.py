@@ -135,10 +135,8 @@ def conv_silu(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return F.silu(torch.stack([x, x]))                  # Table 7, "w/o conv1d"
     e, taps = weight.shape[1:]
     x = x.mT                                                # (b e l)
-    early = F.pad(x, (taps - 1, 0))
-    late = F.pad(x, (0, taps - 1))
-    forward = F.conv1d(early, weight[0, :, None], bias[0], groups=e)
-    backward = F.conv1d(late, weight[1, :, None].flip(2), bias[1], groups=e)
+    forward = F.conv1d(F.pad(x, (taps - 1, 0)), weight[0, :, None], bias[0], groups=e)
+    backward = F.conv1d(F.pad(x, (0, taps - 1)), weight[1, :, None].flip(2), bias[1], groups=e)
     return F.silu(torch.stack([forward.mT, backward.mT]))   # (k b l e)
 
 
@@ -236,24 +234,41 @@ def at_least_float32(v):
 
 # ---- 3. Mixer and block --------------------------------------------------------------------------
 
-NORMS = {"rmsnorm": functools.partial(nn.RMSNorm, eps=1e-5), "layernorm": nn.LayerNorm}
+class RMSNorm(nn.RMSNorm):
+    """Computes in float32 at least, also where its weight is 16-bit."""
+    def forward(self, x: Tensor) -> Tensor:
+        weight = at_least_float32(self.weight)
+        return F.rms_norm(at_least_float32(x), self.normalized_shape, weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Computes in float32 at least, also where its weights are 16-bit."""
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (at_least_float32(self.weight), at_least_float32(self.bias))
+        return F.layer_norm(at_least_float32(x), self.normalized_shape, *weights, self.eps)
+
+
+NORMS = {"rmsnorm": functools.partial(RMSNorm, eps=1e-5), "layernorm": LayerNorm}
+
+
+def type_of(norm: nn.Module, x: Tensor) -> torch.dtype:
+    weight = getattr(norm, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) else x.dtype
 
 
 def run_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(x), in float32 at least also where the norm's weights are 16-bit."""
-    x = at_least_float32(x)
-    if norm.weight.dtype == x.dtype:
-        return norm(x)
-    weights = {name: at_least_float32(weight) for name, weight in norm.named_parameters()}
-    return torch.func.functional_call(norm, weights, x)
+    """norm(x). A norm of another class, put in the place of ours, gets x in its own type."""
+    ours = isinstance(norm, (RMSNorm, LayerNorm))
+    return norm(x if ours else x.to(type_of(norm, x)))
 
 
 def add_norm(hidden: Tensor, residual: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """hidden, residual (b l d), None before block 0 -> norm(residual + hidden) in the norm's type,
     and the sum. The residual stream is kept in float32 at least."""
+    dtype = type_of(norm, hidden)
     hidden = at_least_float32(hidden)
     residual = hidden if residual is None else residual + hidden
-    return run_norm(norm, residual).to(norm.weight.dtype), residual
+    return run_norm(norm, residual).to(dtype), residual
 
 
 class Mixer(nn.Module):
@@ -323,11 +338,9 @@ def run_blocks(blocks, x, grids, backend, drop_path_rates, recompute=False) -> I
     output and the residual that it has yet to be added to. recompute: gradient checkpointing."""
     state = (x, None)
     for i, block in enumerate(blocks):
-        how = (grids[i % len(grids)], backend, drop_path_rates[i])
         if recompute:
-            state = checkpoint(block, *state, *how, use_reentrant=False)
-        else:
-            state = block(*state, *how)
+            block = functools.partial(checkpoint, block, use_reentrant=False)
+        state = block(*state, grids[i % len(grids)], backend, drop_path_rates[i])
         yield state
 
 
@@ -627,8 +640,8 @@ class GridWithHoles:
             self.steps = ids.shape[1]
             place = place.masked_fill(~real, cells).argsort(dim=1, stable=True).argsort(1)
             middle = real.sum(1, keepdim=True) // 2
-        key = torch.where(ids == CLASS, middle - 0.5, math.inf)
-        key = torch.where(real, place.double(), key)
+        key = torch.where(ids == CLASS, middle.double() - 0.5, math.inf)
+        key = torch.where(real, place, key)
         self.walk = key.argsort(dim=1, stable=True)             # (b s) position -> token as it lies
         self.hole = (ids == HOLE).gather(1, self.walk)      # (b s) position -> is it padding?
         cell = torch.where(ids == CLASS, cells, cells + 1)
@@ -718,7 +731,7 @@ def choose_channels(x, channels, cfg, training):
     """Images (b c H W), ids of their channels or None -> the same; in training a sample of them."""
     if channels is None:
         channels = range(x.shape[1])
-    channels = torch.as_tensor(channels).long().to(x.device)
+    channels = torch.as_tensor(channels, device=x.device).long()
     if not cfg.hcs or not training:
         return x, channels
     sample = sample_channels(x.shape[1], cfg.hcs_sorted).to(x.device)
@@ -728,7 +741,8 @@ def choose_channels(x, channels, cfg, training):
 def sample_channels(count: int, keep_order: bool = True) -> Tensor:
     """Hierarchical channel sampling (section 3.3), once a batch: how many channels, then which ->
     places (c) int64. keep_order: sorted, as a sequence model needs them (Table 19)."""
-    sample = torch.randperm(count)[:int(torch.randint(1, count + 1, ()))]
+    sample = torch.randperm(count, device="cpu")
+    sample = sample[:int(torch.randint(1, count + 1, (), device="cpu"))]
     return sample.sort().values if keep_order else sample
 
 
@@ -797,6 +811,8 @@ class Backend:
     name = "python"
     devices = ()                            # the torch device types that it serves; (): all
     why = "plain PyTorch, on every device"  # for `doctor` and the log
+    # norms that kernels may compute without calling them, as long as this is their forward
+    norms = {kind: kind.forward for kind in (RMSNorm, LayerNorm, nn.RMSNorm, nn.LayerNorm)}
     add_norm = staticmethod(add_norm)
     ssm = staticmethod(ssm)
     conv_pool = staticmethod(conv_pool)

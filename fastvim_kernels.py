@@ -21,7 +21,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.nn.modules import module
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import fastvim_build
@@ -30,7 +33,10 @@ _source = fastvim_build.find_source                          # where pip put the
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)     # kernels know them by their place here
 MAX_STATES = 64
 EPS = 1e-5                                                  # of all norms
+GLOBAL_HOOKS = (module._global_forward_hooks, module._global_forward_pre_hooks,
+                module._global_backward_hooks, module._global_backward_pre_hooks)
 PLAIN = (Tensor, nn.Parameter)              # not FakeTensor, DTensor and other subclasses
+UNDERSTOOD = (*PLAIN, FakeTensor, FunctionalTensor)         # what a model's tensors are, traced
 MAY_BE_NULL = {"bias", "dbias", "dout", "dhidden", "argmax", "D", "dD", "dt_bias", "ddt_bias",
                "norm_weight", "norm_bias", "dnorm_weight", "dnorm_bias"}        # as scan.h says
 
@@ -334,7 +340,9 @@ class CompiledBackend:
         self.announce = announce
 
     def add_norm(self, hidden, residual, norm):
-        if residual is None or not self.serves(norm.weight.dtype, lacks_norm(norm)):
+        lacks = lacks_norm(norm, hidden.shape[-1], self.plain.norms)
+        dtype = hidden.dtype if lacks else norm.weight.dtype
+        if residual is None or not self.serves(dtype, lacks):
             return self.plain.add_norm(hidden, residual, norm)
         hidden = hidden.to(norm.weight.dtype).contiguous()
         bias = getattr(norm, "bias", None)
@@ -344,7 +352,7 @@ class CompiledBackend:
         return torch.ops.fastvim.add_norm(*arguments)
 
     def ssm(self, xz, w, grid):
-        if not self.serves(xz.dtype, lacks_weights(w)):
+        if not self.serves(xz.dtype, lacks_weights(w, self.plain.norms)):
             return self.plain.ssm(xz, w, grid)
         arguments = (xz.contiguous(), *weights_of(w), w.pool, w.skip_before_expand, *pack(grid))
         if runs_directly(xz):
@@ -396,25 +404,39 @@ def lacks_transform() -> str:
     return ""
 
 
-def lacks_norm(norm: nn.Module | None) -> str:
-    """What kernels, which read a norm's weights and do not call it, lack to compute it; or ""."""
+def lacks_norm(norm: nn.Module | None, width: int, known: dict) -> str:
+    """What kernels, which read a norm's weights and do not call it, lack to compute it over `width`
+    numbers; or "". known: {class of norm: its forward}."""
     if norm is None:
         return ""
     hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks,
-             norm._backward_pre_hooks)
+             norm._backward_pre_hooks, *GLOBAL_HOOKS)
     if any(hooks) or "forward" in norm.__dict__:
         return "hooks on norms"
-    if type(norm) not in (nn.RMSNorm, nn.LayerNorm) or norm.weight is None or norm.eps != EPS:
-        return f"norms such as {type(norm).__name__}"
+    bias = getattr(norm, "bias", None)
+    right = known.get(type(norm)) is type(norm).forward and norm.eps == EPS
+    right = right and tuple(norm.normalized_shape) == (width,) and norm.weight is not None
+    if not right or isinstance(norm, nn.LayerNorm) != (bias is not None):
+        return f"norms such as {norm}"
+    return lacks_tensors((norm.weight, bias))
+
+
+def lacks_tensors(tensors) -> str:
+    """The same of weights: kernels read float32 memory, which a quantized tensor has not."""
+    for t in tensors:
+        if isinstance(t, Tensor) and type(t) not in UNDERSTOOD:
+            return f"weights such as {type(t).__name__}"
+        if t is not None and t.dtype == torch.float64:
+            return "float64 weights"
     return ""
 
 
-def lacks_weights(w) -> str:
+def lacks_weights(w, known: dict) -> str:
     if w.pool == "attention":
         return "attention pooling"
     if w.conv_weight is None or w.conv_weight.shape[2] != 4:
         return "convolution of other than four taps"
-    return lacks_norm(w.layernorm)
+    return lacks_norm(w.layernorm, w.D.shape[-1], known) or lacks_tensors(w[:7])
 
 
 def weights_of(w) -> Weights:
