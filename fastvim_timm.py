@@ -1,0 +1,9 @@
+"""`import fastvim_timm` makes timm.create_model, timm.list_models and the rest of timm know the models
+of fastvim.list_models(). So does `import fastvim` where timm was imported before it."""
+import timm  # noqa: F401
+
+import fastvim
+import fastvim_hub
+
+configs = {name: fastvim.Config(**fastvim.model_fields(name)) for name in fastvim.list_models()}
+fastvim_hub.register(configs, fastvim.create_model)
