@@ -59,7 +59,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 try:
-    from fastvim_hub import Backbone        # nn.Module, and what timm and the hubs ask of a model
+    from fastvim_hub import Backbone  # nn.Module, and what timm and the hubs ask of a model
 except ModuleNotFoundError:                 # this file was copied alone
     Backbone = nn.Module
 

@@ -172,7 +172,7 @@ class Backbone(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict:
         """For layer-wise decay: what comes before the blocks, each block; norm and head are last.
         There are no stages, so that coarse groups are the same."""
-        return {"stem": r"^(patch_embed|pos_embed|cls_token)", "blocks": r"^layers\.(\d+)"}
+        return {"stem": r"^(?:patch_embed|pos_embed|cls_token)", "blocks": r"^layers\.(\d+)"}
 
     # ---- The Hugging Face hub --------------------------------------------------------------------
 
@@ -183,8 +183,8 @@ class Backbone(nn.Module):
         fields = dataclasses.asdict(self.cfg)
         others = inspect.signature(type(self)).parameters.keys() - {"fields"}
         if others:
-            raise ValueError(f"a {type(self).__name__} is also made from {', '.join(others)}, which "
-                             f"{CONFIG} does not hold: keep its state_dict instead")
+            raise ValueError(f"a {type(self).__name__} is also made from {', '.join(others)}, "
+                             f"which {CONFIG} does not hold: keep its state_dict instead")
         weights = self.state_dict()
         with torch.device("meta"):
             made = type(self)(**fields).state_dict()

@@ -1,5 +1,6 @@
-"""`import fastvim_timm` makes timm.create_model, timm.list_models and the rest of timm know the models
-of fastvim.list_models(). So does `import fastvim` where timm was imported before it."""
+"""`import fastvim_timm`: timm.create_model, timm.list_models and the rest of timm know our models.
+
+So does `import fastvim` where timm was imported before it."""
 import timm  # noqa: F401
 
 import fastvim

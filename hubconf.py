@@ -2,8 +2,7 @@
 
     model = torch.hub.load("PATH", "fastvim_tiny", source="local", num_classes=10)
     model = torch.hub.load("PATH", "fastvim_small", source="local", checkpoint="FastVim_small.ckpt")
-    torch.hub.list("PATH", source="local")
-    print(torch.hub.help("PATH", "fastvim_tiny", source="local"))
+    torch.hub.list("OWNER/NAME"), torch.hub.help("OWNER/NAME", "fastvim_tiny")      # of GitHub
 """
 import fastvim as _fastvim
 import fastvim_hub as _fastvim_hub
@@ -20,8 +19,8 @@ def _entry(name):
             print(_fastvim.load_checkpoint(model, checkpoint))
         return model
     entry.__name__ = name
-    entry.__doc__ = (f"{name}, freshly initialised, with any field of fastvim.Config overridden.\n\n"
-                     "checkpoint: a file to load strictly, ours or a released one; it runs no code.")
+    entry.__doc__ = (f"{name}, freshly initialised, with any field of fastvim.Config overridden."
+                     "\n\ncheckpoint: a file to load, ours or a released one, strictly and safely.")
     return entry
 
 
