@@ -59,6 +59,11 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+try:
+    from fastvim_hub import Backbone  # nn.Module, and what timm and the hubs ask of a model
+except ModuleNotFoundError:                 # this file was copied alone
+    Backbone = nn.Module
+
 __version__ = "0.2.0"
 log = logging.getLogger("fastvim")
 
@@ -384,7 +389,7 @@ def resize_pos_embed(pos: Tensor, old, new, class_row=None) -> tuple[Tensor, Ten
     return pos, own
 
 
-class FastVim(nn.Module):
+class FastVim(Backbone):
     """The encoder, one class for every model of the paper: FastVim(schedule="vim", ...), with the
     fields of Config. Its forward methods raise TypeError or ValueError on wrong arguments:
 
@@ -905,15 +910,19 @@ def model_fields(name: str) -> dict:
 register_backend(Backend())
 try:                                        # the rest of the project: none of it imports this file
     import checks
+    import fastvim_hub
     import fastvim_kernels
     from checkpoints import load as load_checkpoint  # noqa: F401
 except ModuleNotFoundError as error:        # this file was copied alone: plain PyTorch it is
-    if error.name not in ("checks", "fastvim_kernels", "fastvim_build", "checkpoints"):
+    names = ("checks", "fastvim_hub", "fastvim_kernels", "fastvim_build", "checkpoints")
+    if error.name not in names:
         raise
     checks = None
 else:
     for compiled in fastvim_kernels.backends(BACKENDS["python"], announce):
         register_backend(compiled)          # compiles nothing yet
+    configs = {name: Config(**model_fields(name)) for name in list_models()}
+    fastvim_hub.register(configs, create_model)             # if timm is there
 
 if __name__ == "__main__":
     runpy.run_module("info", run_name="__main__")       # the table of models; doctor
