@@ -346,20 +346,15 @@ def shard(run: Run, blocks) -> None:
     It is done to a run that was taken up whole: any number of processes can go on. Weights and
     their gradients stay float32: --amp is autocast, as without, so that the run is the same."""
     from torch.distributed.fsdp import fully_shard  # here: these take a second to import
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
     mesh = dist.init_device_mesh(run.ctx.device.type, (run.ctx.world_size,))
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # nothing is changed in place
-
-    def axis(param):  # the first that makes equal parts: that of a mixer's directions makes two
-        even = [i for i, length in enumerate(param.shape) if length % mesh.size() == 0]
-        return Shard(next(iter(even), 0))
-
     whole = list(run.model.parameters())
     names = [name for name, module in run.model.named_modules() if module in blocks]
     for model in filter(None, (run.model, run.ema and run.ema.module)):
         for module in (*map(model.get_submodule, names), model):
-            fully_shard(module, mesh=mesh, shard_placement_fn=axis)
+            fully_shard(module, mesh=mesh, shard_placement_fn=even_axis(run.ctx.world_size))
     parts = dict(zip(whole, run.model.parameters()))
     for group in run.optimizer.param_groups:
         group["params"] = [parts[param] for param in group["params"]]
@@ -369,6 +364,18 @@ def shard(run: Run, blocks) -> None:
                 value = distribute_tensor(value, mesh, part.placements, src_data_rank=None)
             run.optimizer.state[part][name] = value
     run.sharded = True
+
+
+def even_axis(count: int) -> Callable:
+    """parameter -> Shard(its first axis that makes `count` equal parts, else 0). The first axis of
+    a mixer's parameters, the two directions, would leave most of the processes nothing."""
+    from torch.distributed.tensor import Shard
+
+    def split(param):
+        even = [i for i, length in enumerate(param.shape) if length % count == 0]
+        return Shard(even[0] if even else 0)
+
+    return split
 
 
 @contextlib.contextmanager

@@ -95,7 +95,7 @@ def stopped(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("count, flags", [(1, []), (2, []), (3, ["--shard"])])
+@pytest.mark.parametrize("count, flags", [(1, []), (2, []), (3, ["--shard", "--grad-checkpointing"])])
 def test_any_number_of_processes_goes_on(count, flags, stopped, whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(stopped, out)
@@ -103,18 +103,6 @@ def test_any_number_of_processes_goes_on(count, flags, stopped, whole, tmp_path)
                       "--resume-changed")
     assert [status for status, _ in ended] == count * [0], ended
     assert "at step 2 of 3" in ended[0][1]
-    assert_same_run(load(out), load(whole))
-
-
-def test_a_whole_run_goes_on_sharded(whole, tmp_path):
-    """Also where a batch of the validation set is one process's alone."""
-    out = tmp_path / "run"
-    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "train_step", training.train_step)
-        before_step(1, ask_to_stop, "--batch-size", 12, "--out", out)
-    ended = processes(2, out, train, "--batch-size", 6, "--shard", "--grad-checkpointing", "--out", out, "--resume",
-                      "--resume-changed", "--save-minutes", 0)
-    assert [status for status, _ in ended] == [0, 0], ended
     assert_same_run(load(out), load(whole))
 
 
@@ -219,6 +207,29 @@ def test_a_residual_stream_of_16_bits_is_refused(backend, mesh):
     model = sharded("", mesh, torch.bfloat16)
     with pytest.raises(TypeError, match="cast_forward_inputs=False"), fastvim.use_backend(backend):
         model(images(tiny(torch.float32)))
+
+
+def test_evaluations_wait_for_nobody(mesh):
+    """All weights are there, and stay: the processes' parts of a validation set differ in length."""
+    model = sharded("", mesh)
+    x = images(tiny(torch.float32))
+    with torch.no_grad(), training.unsharded(model):
+        model.eval()
+        first = model(x)
+        assert not any(hasattr(p, "full_tensor") for p in model.parameters())
+        assert torch.equal(model(x), first)
+    assert all(hasattr(p, "full_tensor") for p in model.parameters())
+    assert_close(gradients(model.train(), x), gradients(tiny(torch.float32).train(), x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_a_mixers_weights_are_split_evenly(count):
+    """Two directions would else be on two processes, and the others' parts empty."""
+    split = training.even_axis(count)
+    mixer = tiny(embed_dim=32).layers[0].mixer
+    assert [split(p).dim for p in (mixer.D, mixer.x_proj, mixer.in_proj.weight)] == (
+        [0, 0, 0] if count < 8 else [1, 2, 0])
+    assert split(torch.empty(3)).dim == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"gradient_as_bucket_view": True}])
