@@ -151,3 +151,11 @@ def check_keep(keep, tokens: Tensor):
     if not exist or bool(twice.any()):
         raise ValueError(f"keep must name at least one of the {length} tokens (0 to {length - 1}) "
                          "of every image, each at most once, and be -1 where it is padding")
+
+
+def check_residual(residual: Tensor | None):
+    """What comes to a fastvim.Block; None comes to the first one."""
+    if residual is not None and residual.dtype.itemsize < 4:
+        raise TypeError(f"the residual stream came to a block as {residual.dtype}, and is kept in "
+                        "float32: give fully_shard of blocks a MixedPrecisionPolicy(..., "
+                        "cast_forward_inputs=False)")

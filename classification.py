@@ -205,10 +205,11 @@ def loader_of(args: runs.Options, ctx: training.Context, dataset, train: bool):
 
 def train(args: runs.Options, ctx: training.Context, start: runs.Saved, build: Callable,
           optimizer_of: Callable, lr_start: float = 0.0, lr_end: float = 0.0,
-          released_pos_rows: bool = False) -> list[dict]:
+          released_pos_rows: bool = False, shard: bool = False) -> list[dict]:
     """One run; returns training.fit's log.
 
     build(args, num_classes) -> model; optimizer_of(model, args, lr): what updates it.
+    shard: the processes share the weights of our model, block by block.
     lr_start, lr_end: where the warmup begins and the cosine ends."""
     train_set = open_images(args, True)
     classes = train_set.classes
@@ -241,8 +242,8 @@ def train(args: runs.Options, ctx: training.Context, start: runs.Saved, build: C
     return training.fit(
         args, ctx, model, loader, classification_loss(args, len(classes)),
         optimizer_of(model, args, peak), lr, evaluate=evaluate, metric="top1",
-        harmless=("data", "eval", "predict", "init", "grad_checkpointing"),
-        about={"built": built, "classes": classes})
+        harmless=("data", "eval", "predict", "init", "grad_checkpointing", "shard"),
+        about={"built": built, "classes": classes}, shard_blocks=model.layers if shard else ())
 
 
 def classification_loss(args: runs.Options, num_classes: int) -> Callable:

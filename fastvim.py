@@ -325,6 +325,7 @@ class Block(nn.Module):
 
     def forward(self, hidden, residual, grid, backend, drop_path=0.0) -> tuple[Tensor, Tensor]:
         """hidden, residual (b l d) -> the same. drop_path: the rate at which hidden is dropped."""
+        check("residual", residual)
         hidden = stochastic_depth(hidden, drop_path, self.training)
         u, residual = backend.add_norm(hidden, residual, self.norm)
         return self.mixer(u, grid, backend), residual

@@ -3,6 +3,7 @@ Classification: FastVim, Vim and baselines on ImageNet-1k, as in section 4.1 of 
 
     python train_imagenet.py --size t                 without --data: digits, minutes on a CPU
     torchrun --nproc-per-node 8 train_imagenet.py --size s --data IMAGENET_DIR --batch-size 128
+    torchrun --nproc-per-node 8 train_imagenet.py --size h --data DIR --batch-size 128 --amp --shard
     python train_imagenet.py --size s --data DIR --init FastVim_small.ckpt --lr 1e-4
                                                       fine-tuning on other classes
     python train_imagenet.py --size s --data IMAGENET_DIR --eval FastVim_small.ckpt
@@ -66,6 +67,8 @@ def make_parser() -> runs.Parser:
         "too")
     add = classification.add_image_arguments(parser)
     classification.add_label_arguments(add)
+    add("--shard", action="store_true", help="split the weights of our models, their moving average "
+        "and the optimizer over torchrun's processes (FSDP2): for --size l and h")
     runs.add_training_arguments(parser, RECIPE)
     return parser
 
@@ -93,6 +96,9 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     if chosen["init"] and not classification.is_ours(model):
         raise ValueError(f"--init is for our models, {', '.join(fastvim.list_models())}: {model} "
                          "is none")
+    only_look = chosen["eval"] or chosen["predict"]
+    if chosen["shard"] and (only_look or not classification.is_ours(model)):
+        raise ValueError("--shard is for training our models: leave it out")
     recipe = {**chosen, "drop_path_rate": drop_path_of(model)}
     return runs.Options({**recipe, **toy, **known, **typed}), start
 
@@ -122,7 +128,7 @@ def main() -> None:
                 ctx.print("no --data: training on the built-in handwritten digits, by a recipe "
                           "scaled to them")
             classification.train(args, ctx, start, classification.build_model, adamw, LR_WARMUP,
-                                 LR_END)
+                                 LR_END, shard=args.shard)
         ctx.close()
 
 

@@ -29,7 +29,8 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -227,6 +228,7 @@ class Run:
     identity: dict  # what a checkpoint says besides progress and weights
     net: torch.nn.Module  # the model, within DistributedDataParallel if there are peers
     ema: torch.nn.Module | None = None
+    sharded: bool = False  # are weights and optimizer state split over the processes?
     step: int = 0
     epoch: int = 0
     best: float | None = None
@@ -253,13 +255,21 @@ class Run:
     def save(self, name: str, required: bool = False) -> None:
         if name == "last.pt":
             self.saved = time.monotonic()
+        if not (self.ctx.is_main or self.sharded):
+            return
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 "ema": self.ema and self.ema.module.state_dict()}
+        if self.sharded:  # all processes are here
+            state = safety.map_tensors(self.gather, state)
+        state |= {**{key: getattr(self, key) for key in PROGRESS}, **self.identity}
         if self.ctx.is_main:
-            state = {key: getattr(self, key) for key in PROGRESS}
-            state |= {**self.identity, "model": self.model.state_dict(), "ema": None,
-                      "optimizer": self.optimizer.state_dict()}
-            if self.ema:
-                state["ema"] = self.ema.module.state_dict()
             safety.write_whole(self.out / name, lambda file: torch.save(state, file), required)
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The whole of a tensor of which each process has a part, for the first one."""
+        if hasattr(tensor, "full_tensor"):
+            tensor = tensor.full_tensor()
+        return tensor.cpu() if self.ctx.is_main else None
 
     def leave(self, signals: list) -> None:
         """Ends the process as a signal asks for that this process or another one got."""
@@ -291,8 +301,6 @@ def open_run(args, ctx, model, optimizer, total, per_epoch, harmless, about) -> 
     device = "cpu"
     if ctx.device.type == "cuda":
         device = torch.cuda.get_device_name(ctx.device)
-    if ctx.world_size > 1:
-        run.net = DistributedDataParallel(model)
     config = {**identity, "command": sys.argv, "total_steps": total, "first_step": run.step,
               "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "seed": args.seed, "device": device,
               "parameters": sum(param.numel() for param in model.parameters())}
@@ -332,6 +340,57 @@ def take_up(run: Run, path: Path, harmless) -> None:
                   changed and f"with changed {changed}")
 
 
+def shard(run: Run, blocks) -> None:
+    """Splits weights, moving average and optimizer state over all processes, in place (FSDP2).
+
+    It is done to a run that was taken up whole: any number of processes can go on. Weights and
+    their gradients stay float32: --amp is autocast, as without, so that the run is the same."""
+    from torch.distributed.fsdp import fully_shard  # here: these take a second to import
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = dist.init_device_mesh(run.ctx.device.type, (run.ctx.world_size,))
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # nothing is changed in place
+    whole = list(run.model.parameters())
+    names = [name for name, module in run.model.named_modules() if module in blocks]
+    for model in filter(None, (run.model, run.ema and run.ema.module)):
+        for module in (*map(model.get_submodule, names), model):
+            fully_shard(module, mesh=mesh, shard_placement_fn=even_axis(run.ctx.world_size))
+    parts = dict(zip(whole, run.model.parameters()))
+    for group in run.optimizer.param_groups:
+        group["params"] = [parts[param] for param in group["params"]]
+    for param, part in parts.items():
+        for name, value in run.optimizer.state.pop(param, {}).items():
+            if value.shape == param.shape:  # no counter of steps
+                value = distribute_tensor(value, mesh, part.placements, src_data_rank=None)
+            run.optimizer.state[part][name] = value
+    run.sharded = True
+
+
+def even_axis(count: int) -> Callable:
+    """parameter -> Shard(its first axis that makes `count` equal parts, else 0). The first axis of
+    a mixer's parameters, the two directions, would leave most of the processes nothing."""
+    from torch.distributed.tensor import Shard
+
+    def split(param):
+        even = [i for i, length in enumerate(param.shape) if length % count == 0]
+        return Shard(even[0] if even else 0)
+
+    return split
+
+
+@contextlib.contextmanager
+def unsharded(model) -> Iterator[None]:
+    """Every process has all weights: evaluations, unlike steps, need not keep in time."""
+    modules = [module for module in model.modules() if hasattr(module, "unshard")]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield
+    for module in modules:
+        module.set_reshard_after_forward(True, recurse=False)
+        module.reshard()
+
+
 # ---- One step ------------------------------------------------------------------------------------
 
 def micro_step(run: Run, net, loss_fn: Callable, batch, micro: int) -> torch.Tensor:
@@ -345,10 +404,11 @@ def micro_step(run: Run, net, loss_fn: Callable, batch, micro: int) -> torch.Ten
         return loss_fn(net, batch)
 
 
-def train_step(run: Run, loss_fn: Callable, batches, signals: list) -> tuple[float, float, bool]:
-    """One optimizer step from --accum batches -> (mean loss, gradient norm before clipping, stop?).
+def train_step(run: Run, loss_fn: Callable, batches, signals: list) -> tuple:
+    """One optimizer step from --accum batches -> (mean loss, gradient norm before clipping, stop?,
+    save?).
 
-    All three are the same on every process, as is a NonFiniteError, before the optimizer moves."""
+    All four are the same on every process, as is a NonFiniteError, before the optimizer moves."""
     kept = []  # on the host, should the step have to be repeated
     mean_loss = 0.0
     for micro in range(run.args.accum):
@@ -361,9 +421,13 @@ def train_step(run: Run, loss_fn: Callable, batches, signals: list) -> tuple[flo
     params = [param for group in run.optimizer.param_groups for param in group["params"]
               if param.grad is not None]
     norm = torch.nn.utils.get_total_norm([param.grad for param in params]).float()
-    report = torch.stack([mean_loss, norm, norm.new_full((), len(signals))])
+    if run.sharded:
+        norm = norm.full_tensor()
+    save = time.monotonic() - run.saved >= 60 * run.args.save_minutes
+    wishes = [norm.new_full((), number) for number in (len(signals), save)]
+    report = torch.stack([mean_loss, norm, *wishes])
     report = run.ctx.sum(report).tolist()  # the one wait
-    mean_loss, mean_norm, stop = (value / run.ctx.world_size for value in report)
+    mean_loss, mean_norm, stop, save = (value / run.ctx.world_size for value in report)
     if not math.isfinite(mean_loss):
         where = source_of_nonfinite_loss(run, loss_fn, kept)
         raise safety.NonFiniteError(f"the loss is {mean_loss}", run.step, run.epoch + 1, where)
@@ -378,7 +442,7 @@ def train_step(run: Run, loss_fn: Callable, batches, signals: list) -> tuple[flo
     if run.ema:
         run.ema.update(run.model)
     run.step += 1
-    return mean_loss, mean_norm, stop > 0
+    return mean_loss, mean_norm, stop > 0, save > 0
 
 
 def source_of_nonfinite_loss(run: Run, loss_fn: Callable, batches: list) -> str:
@@ -397,7 +461,7 @@ def source_of_nonfinite_loss(run: Run, loss_fn: Callable, batches: list) -> str:
 def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Callable, *,
         weight_decay: Callable | None = None, evaluate: Callable | None = None,
         metric: str | None = None, lower_is_better: bool = False, harmless=(),
-        about: dict | None = None) -> list[dict]:
+        about: dict | None = None, shard_blocks=()) -> list[dict]:
     """Trains `model`; returns the log, a dict per epoch. The model holds the last weights.
 
     model: on ctx.device. Each epoch puts it in train() mode: override train() to keep a part in
@@ -410,12 +474,18 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
         moving average when --ema is on; `metric` decides which epoch becomes OUT/best.pt.
     harmless: names in `args` that a resumed run may change (paths, for example).
     about: what checkpoints say besides: {"built": how the model was made, "classes": names}.
+    shard_blocks: modules of the model; if there are any, several processes share its weights,
+        gathering these one at a time, instead of having a copy each. So the model ends.
 
     Raises NonFiniteError; SystemExit for a refused start or full memory (status 1) and, after a
     checkpoint, for SIGTERM or SIGINT (128 + its number); OSError or RuntimeError when the final
     checkpoint cannot be written."""
     total, per_epoch = run_length(args, loader)
     run = open_run(args, ctx, model, optimizer, total, per_epoch, harmless, about or {})
+    if ctx.world_size > 1 and shard_blocks:
+        shard(run, shard_blocks)
+    elif ctx.world_size > 1:
+        run.net = DistributedDataParallel(model)
     # disable=None: a bar only on a terminal. Elsewhere a line per epoch is enough.
     bar = tqdm(total=total, initial=run.step, unit="step", disable=None if ctx.is_main else True)
     with safety.stop_signals() as signals, bar:
@@ -426,7 +496,7 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
                 began = time.perf_counter()
                 set_schedules(optimizer, lr(run.step), weight_decay and weight_decay(run.step))
                 try:
-                    loss, norm, stop = train_step(run, loss_fn, batches, signals)
+                    loss, norm, stop, save = train_step(run, loss_fn, batches, signals)
                 except Exception as error:
                     keep_progress(run, error)
                     raise
@@ -438,7 +508,7 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
                 bar.update()
                 if stop:
                     run.leave(signals)
-                if time.monotonic() - run.saved >= 60 * args.save_minutes:
+                if save:
                     run.save("last.pt")
             finished = epoch + 1 == run.epochs
             metrics = {}
@@ -471,8 +541,10 @@ def set_schedules(optimizer, lr: float, weight_decay: float | None) -> None:
 
 
 def keep_progress(run: Run, error: Exception) -> None:
-    """After an error, when nothing has moved in this step: saves what was learnt before."""
-    if run.step > run.first_step:
+    """After an error, when nothing has moved in this step: saves what was learnt before, unless
+    this takes all processes and the error is this one's."""
+    together = not run.sharded or isinstance(error, safety.NonFiniteError)
+    if run.step > run.first_step and together:
         with contextlib.suppress(Exception):
             run.save("last.pt")
     if safety.is_out_of_memory(error):
@@ -481,14 +553,14 @@ def keep_progress(run: Run, error: Exception) -> None:
 
 def measure(run: Run, evaluate: Callable) -> dict:
     """What evaluate(model, epoch) finds, {name: float}, with the moving average if there is one."""
-    if time.monotonic() - run.saved > 60:  # evaluations can be long, and schedulers impatient
+    if run.ctx.total(time.monotonic() - run.saved > 60):  # evaluations can be long, and schedulers impatient
         run.save("last.pt")
     target = run.ema.module if run.ema else run.model
     if run.ctx.world_size > 1:  # a BatchNorm has seen other samples on each process
         for buffer in target.buffers():
             dist.broadcast(buffer, 0)
     target.eval()
-    with torch.no_grad():  # inference_mode would spoil tensors that the model caches
+    with torch.no_grad(), unsharded(target):  # inference_mode would spoil what models cache
         metrics = evaluate(target, run.epoch + 1) or {}
     return {key: float(value) for key, value in metrics.items()}
 
