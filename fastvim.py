@@ -59,9 +59,16 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-try:
-    from fastvim_hub import Backbone  # nn.Module, and what timm and the hubs ask of a model
-except ModuleNotFoundError:                 # this file was copied alone
+try:                                        # the rest of the project: none of it imports this file
+    import checks
+    import fastvim_hub
+    import fastvim_kernels
+    from checkpoints import load as load_checkpoint
+    Backbone = fastvim_hub.Backbone         # nn.Module, and what timm and the hubs ask of a model
+except ModuleNotFoundError as error:        # this file was copied alone: plain PyTorch it is
+    if error.name not in ("checks", "checkpoints", "fastvim_build", "fastvim_hub", "fastvim_kernels"):
+        raise
+    checks = None
     Backbone = nn.Module
 
 __version__ = "0.2.0"
@@ -258,7 +265,8 @@ NORMS = {"rmsnorm": functools.partial(RMSNorm, eps=1e-5), "layernorm": LayerNorm
 
 def type_of(norm: nn.Module, x: Tensor) -> torch.dtype:
     weight = getattr(norm, "weight", None)
-    return weight.dtype if isinstance(weight, Tensor) else x.dtype
+    known = isinstance(weight, Tensor) and not hasattr(weight, "full_tensor")       # of FSDP
+    return weight.dtype if known else x.dtype
 
 
 def run_norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -432,31 +440,6 @@ class FastVim(Backbone):
         """Images -> normed tokens (b s d), as they lie; those of keep by number, padding last."""
         return self._encode(x, keep, channels)[0]
 
-    def forward_intermediates(self, x: Tensor, indices=None, channels=None) -> list[Tensor]:
-        """Images -> feature maps (b d h w), or (b d c h w), after the blocks `indices`: their own
-        output, not the residual stream, through outnorm_i if the model has out_indices (then
-        `indices` is those). So the released dense models were built."""
-        cfg = self.cfg
-        if indices is None:
-            indices = cfg.out_indices
-        check("taps", indices, cfg)
-        tokens, grids, ids, sizes = self._embed(x, None, channels)
-        backend = pick_backend(tokens.device)
-        maps = {}
-        for i, (hidden, _) in enumerate(self._run(tokens, grids, backend)):
-            if i not in indices:
-                continue
-            if ids is not None:                             # leave the class token out
-                at = self._class_slot(**sizes)
-                hidden = torch.cat([hidden[:, :at], hidden[:, at + 1:]], 1)
-            if cfg.out_indices is not None:
-                hidden = self.get_submodule(f"outnorm_{list(indices).index(i)}")(hidden)
-            axes = " ".join(sizes)
-            maps[i] = rearrange(hidden, f"b ({cfg.storage}) d -> b d {axes}", **sizes)
-            if i == max(indices):
-                break
-        return [maps[i] for i in indices]
-
     def _encode(self, x, keep, channels, checked=False):
         """-> normed tokens (b s d), and their grid ids (b s) or None for a full grid."""
         check("has_head", self.cfg)
@@ -467,7 +450,8 @@ class FastVim(Backbone):
         hidden = stochastic_depth(hidden, self.drop_path_rates[-1], self.training)
         return backend.add_norm(hidden, residual, self.norm_f)[0], ids
 
-    def _run(self, tokens, grids, backend):
+    def _run(self, tokens, grids, backend=None):
+        backend = backend or pick_backend(tokens.device)
         again = self.grad_checkpointing and self.training
         return run_blocks(self.layers, tokens, grids, backend, self.drop_path_rates, again)
 
@@ -909,17 +893,7 @@ def model_fields(name: str) -> dict:
 
 
 register_backend(Backend())
-try:                                        # the rest of the project: none of it imports this file
-    import checks
-    import fastvim_hub
-    import fastvim_kernels
-    from checkpoints import load as load_checkpoint  # noqa: F401
-except ModuleNotFoundError as error:        # this file was copied alone: plain PyTorch it is
-    names = ("checks", "fastvim_hub", "fastvim_kernels", "fastvim_build", "checkpoints")
-    if error.name not in names:
-        raise
-    checks = None
-else:
+if checks is not None:
     for compiled in fastvim_kernels.backends(BACKENDS["python"], announce):
         register_backend(compiled)          # compiles nothing yet
     configs = {name: Config(**model_fields(name)) for name in list_models()}

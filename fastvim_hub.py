@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 import checkpoints
@@ -99,6 +100,30 @@ class Backbone(nn.Module):
         """Of each block: the width and the pixels per token of its output, and its name."""
         info = {"num_chs": self.cfg.embed_dim, "reduction": self.cfg.patch_size}
         return [{**info, "module": f"layers.{i}"} for i in range(self.cfg.depth)]
+
+    def forward_intermediates(self, x: Tensor, indices=None, channels=None) -> list[Tensor]:
+        """Images -> feature maps (b d h w), or (b d c h w), after the blocks `indices`: their own
+        output, not the residual stream, through outnorm_i if the model has out_indices (then
+        `indices` is those). So the released dense models were built."""
+        cfg = self.cfg
+        if indices is None:
+            indices = cfg.out_indices
+        checks.check_taps(indices, cfg)
+        tokens, grids, ids, sizes = self._embed(x, None, channels)
+        maps = {}
+        for i, (hidden, _) in enumerate(self._run(tokens, grids)):
+            if i not in indices:
+                continue
+            if ids is not None:                             # leave the class token out
+                at = self._class_slot(**sizes)
+                hidden = torch.cat([hidden[:, :at], hidden[:, at + 1:]], 1)
+            if cfg.out_indices is not None:
+                hidden = self.get_submodule(f"outnorm_{list(indices).index(i)}")(hidden)
+            axes = " ".join(sizes)
+            maps[i] = rearrange(hidden, f"b ({cfg.storage}) d -> b d {axes}", **sizes)
+            if i == max(indices):
+                break
+        return [maps[i] for i in indices]
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False, keep=None) -> Tensor:
         """What forward does with the tokens (b s d) of forward_features -> logits (b num_classes),
