@@ -49,6 +49,7 @@ import logging
 import math
 import os
 import runpy
+import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -76,6 +77,8 @@ def selective_scan(x, dt, A, B, C, D=None, dt_bias=None) -> Tensor:
         dt = dt + dt_bias[:, None, None]
     dt = F.softplus(dt)
     A = A.mT[:, None].contiguous()                          # (k 1 n e)  e last: long vectors
+    if isinstance(x.shape[2], torch.SymInt):                # left open by torch.export
+        return scan_in_doubles(x, dt, A, B, C, D)
     steps = zip(*(reverse_second(v).unbind(2) for v in (x, dt, B, C)))
     h = x.new_zeros(())                                     # the state, (k b n e) from step 1 on
     s = []
@@ -88,6 +91,22 @@ def selective_scan(x, dt, A, B, C, D=None, dt_bias=None) -> Tensor:
     if D is not None:
         s = s + D[:, None, None] * x                        #            equation 3: ... + D x
     return s
+
+
+def scan_in_doubles(x, dt, A, B, C, D) -> Tensor:
+    """The rest of selective_scan for up to 2 ** 16 steps, their number left open: in round i, a
+    step that knows of 2 ** i steps learns of as many before them. A (k 1 n e)."""
+    x, dt, B, C = (reverse_second(v)[:, :, :, None] for v in (x, dt, B, C))         # (k b p 1 e|n)
+    decay = torch.exp(dt * A[:, :, None])                   # (k b p n e)
+    h = B.mT * (dt * x)                                     # (k b p n e)
+    for i in range(16):
+        before = torch.arange(x.shape[2], device=x.device) - 2 ** i
+        exists = (before >= 0)[:, None, None]
+        before = before.clamp(min=0)
+        h = h + exists * decay * h[:, :, before]
+        decay = decay * decay[:, :, before]
+    s = reverse_second((C @ h)[:, :, :, 0])                 # (k b p e)
+    return s if D is None else s + D[:, None, None] * reverse_second(x[:, :, :, 0])
 
 
 def reverse_second(v: Tensor) -> Tensor:
@@ -219,7 +238,8 @@ def expand_gate(xz: Tensor, c: Tensor, s: Tensor, w: SSMWeights, grid: Grid) -> 
 
 def ssm(xz: Tensor, w: SSMWeights, grid: Grid) -> Tensor:
     """All that lies between in_proj and out_proj. xz (b l 2e) -> y (b l e), as the tokens lie."""
-    with torch.autocast(xz.device.type, enabled=False):     # the scan stays in float32
+    device = "cpu" if xz.is_meta else xz.device.type
+    with torch.autocast(device, enabled=False):             # the scan stays in float32
         c, p = conv_pool(xz, w, grid)                       # Algorithm 1, line 3
         dt, B, C = select(p, w)                             # lines 4 to 6
         D = w.D if w.skip_before_expand else None           # Table 18, "After D"
@@ -363,7 +383,7 @@ def resize_pos_embed(pos: Tensor, old, new, class_row=None) -> tuple[Tensor, Ten
     if class_row is not None:
         own = pos[:, class_row:class_row + 1]
         pos = torch.cat([pos[:, :class_row], pos[:, class_row + 1:]], 1)
-    if tuple(old) != tuple(new):
+    if torch.compiler.is_exporting() or tuple(old) != tuple(new):           # sizes may be open
         grid = rearrange(at_least_float32(pos), "1 (h w) d -> 1 d h w", h=old[0])
         grid = F.interpolate(grid, new, mode="bicubic", align_corners=False).to(pos.dtype)
         pos = rearrange(grid, "1 d h w -> 1 (h w) d")
@@ -624,11 +644,11 @@ class GridWithHoles:
             middle = (step == full.steps // 2).int().argmax()
         else:                               # every token is a step: it stands amid the kept ones
             self.steps = ids.shape[1]
-            place = place.masked_fill(~real, cells).argsort(dim=1, stable=True).argsort(1)
+            place = place.masked_fill(~real, cells).argsort(1).argsort(1)
             middle = real.sum(1, keepdim=True) // 2
         key = torch.where(ids == CLASS, middle - 0.5, math.inf)
         key = torch.where(real, place.double(), key)
-        self.walk = key.argsort(dim=1, stable=True)             # (b s) position -> token as it lies
+        self.walk = key.argsort(dim=1)                      # (b s) position -> token as it lies
         self.hole = (ids == HOLE).gather(1, self.walk)      # (b s) position -> is it padding?
         cell = torch.where(ids == CLASS, cells, cells + 1)
         cell = torch.where(real, place, cell)
@@ -698,8 +718,8 @@ def insert_class_token(x, ids, token, at):
     """x (b s d), ids (b s) or None for a full grid -> both with the class token (1 1 d) at `at`."""
     if ids is None:
         ids = torch.arange(x.shape[1], device=x.device)[None]
-    own = ids.new_full((len(ids), 1), CLASS)
-    x = torch.cat([x[:, :at], token.expand(len(x), -1, -1), x[:, at:]], 1)
+    own = ids.new_full((ids.shape[0], 1), CLASS)
+    x = torch.cat([x[:, :at], token.expand(x.shape[0], -1, -1), x[:, at:]], 1)
     return x, torch.cat([ids[:, :at], own, ids[:, at:]], 1)
 
 
@@ -844,6 +864,10 @@ def pick_backend(device: str | torch.device) -> Backend:
 
 
 def _pick(device):
+    onnx = "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+    if onnx or torch.jit.is_tracing():
+        announce(logging.INFO, "torch.onnx.export and torch.jit.trace see plain PyTorch")
+        return "python"
     asked = _asked_for[-1] if _asked_for else os.environ.get("FASTVIM_BACKEND")
     names = [name for name, b in BACKENDS.items() if not b.devices or device in b.devices]
     if asked and asked not in names:
