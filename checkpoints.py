@@ -318,7 +318,7 @@ def _fit_positions(model, weights, released_pos_rows, pos_grid, content):
         weights.update(pos_embed=model.pos_embed, decoder_pos_embed=model.decoder_pos_embed)
         return f", position embeddings those of {grid} patches"
 
-    row = model._class_row()                            # the class token's in the model, or None
+    row = model.class_row                            # the class token's in the model, or None
     has_class = row is not None
     if pos.ndim != 3 or pos.shape[0] != 1 or pos.shape[2] != model.cfg.embed_dim:
         return ""                                       # listed as of another shape

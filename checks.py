@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16,
             torch.uint32, torch.uint64)
@@ -119,7 +120,7 @@ def check_images(x: Tensor, channels, cfg):
         hint = f": say which they are by channels=[ids between 0 and {last}]"
         raise ValueError(f"images have {c} channels, the model in_chans={cfg.in_chans}"
                          f"{hint if cfg.per_channel else ''}")
-    if channels is None:
+    if channels is None or not has_values(channels):
         return
     device = channels.device if isinstance(channels, Tensor) else "cpu"
     ids = torch.as_tensor(channels, device=device)          # where they are: no wait for a GPU
@@ -129,6 +130,15 @@ def check_images(x: Tensor, channels, cfg):
     if not right or not 0 <= int(known.min()) <= int(known.max()) <= last:
         raise ValueError(f"channels={ids.tolist()} must give another id between 0 and {last} for "
                          f"each of the image's {c} channels")
+
+
+def has_values(v) -> bool:
+    """Can v be read here? Not a tensor on `meta`, nor while a graph is made or a transform runs."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+        return False
+    return not isinstance(v, Tensor) or type(v) in (Tensor, Parameter) and not v.is_meta
 
 
 def check_keep(keep, tokens: Tensor):
@@ -143,7 +153,7 @@ def check_keep(keep, tokens: Tensor):
     if not rectangle or keep.dtype not in INTEGERS:
         raise ValueError(f"keep must hold integer token ids of shape (B={b}, kept tokens), -1 for "
                          f"padding; got {keep.dtype} of shape {tuple(keep.shape)}")
-    if b == 0:
+    if not has_values(keep) or b == 0:
         return
     ids = keep.long().sort(1, descending=True).values
     twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)

@@ -61,12 +61,13 @@ from torch.utils.checkpoint import checkpoint
 
 try:                                        # the rest of the project: none of it imports this file
     import checks
+    import fastvim_export
     import fastvim_hub
     import fastvim_kernels
-    from checkpoints import load as load_checkpoint
+    from checkpoints import load as load_checkpoint  # noqa: F401
     Backbone = fastvim_hub.Backbone         # nn.Module, and what timm and the hubs ask of a model
 except ModuleNotFoundError as error:        # this file was copied alone: plain PyTorch it is
-    if error.name not in ("checks", "checkpoints", "fastvim_build", "fastvim_hub", "fastvim_kernels"):
+    if error.name != "checkpoints" and not error.name.startswith(("checks", "fastvim_")):
         raise
     checks = None
     Backbone = nn.Module
@@ -89,6 +90,8 @@ def selective_scan(x, dt, A, B, C, D=None, dt_bias=None) -> Tensor:
         dt = dt + dt_bias[:, None, None]
     dt = F.softplus(dt)
     A = A.mT[:, None].contiguous()                          # (k 1 n e)  e last: long vectors
+    if isinstance(x.shape[2], torch.SymInt):                # left open by torch.export
+        return fastvim_export.selective_scan(x, dt, A, B, C, D)
     steps = zip(*(reverse_second(v).unbind(2) for v in (x, dt, B, C)))
     h = x.new_zeros(())                                     # the state, (k b n e) from step 1 on
     s = []
@@ -230,7 +233,8 @@ def expand_gate(xz: Tensor, c: Tensor, s: Tensor, w: SSMWeights, grid: Grid) -> 
 
 def ssm(xz: Tensor, w: SSMWeights, grid: Grid) -> Tensor:
     """All that lies between in_proj and out_proj. xz (b l 2e) -> y (b l e), as the tokens lie."""
-    with torch.autocast(xz.device.type, enabled=False):     # the scan stays in float32
+    device = "cpu" if xz.is_meta else xz.device.type
+    with torch.autocast(device, enabled=False):             # the scan stays in float32
         c, p = conv_pool(xz, w, grid)                       # Algorithm 1, line 3
         dt, B, C = select(p, w)                             # lines 4 to 6
         D = w.D if w.skip_before_expand else None           # Table 18, "After D"
@@ -246,15 +250,14 @@ def at_least_float32(v):
 
 # ---- 3. Mixer and block --------------------------------------------------------------------------
 
+# Norms compute in float32 at least, also where their weights are 16-bit.
 class RMSNorm(nn.RMSNorm):
-    """Computes in float32 at least, also where its weight is 16-bit."""
     def forward(self, x: Tensor) -> Tensor:
         weight = at_least_float32(self.weight)
         return F.rms_norm(at_least_float32(x), self.normalized_shape, weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
-    """Computes in float32 at least, also where its weights are 16-bit."""
     def forward(self, x: Tensor) -> Tensor:
         weights = (at_least_float32(self.weight), at_least_float32(self.bias))
         return F.layer_norm(at_least_float32(x), self.normalized_shape, *weights, self.eps)
@@ -264,15 +267,18 @@ NORMS = {"rmsnorm": functools.partial(RMSNorm, eps=1e-5), "layernorm": LayerNorm
 
 
 def type_of(norm: nn.Module, x: Tensor) -> torch.dtype:
+    """The norm's type; x's where it has no weight, or FSDP's, which is yet to be gathered."""
     weight = getattr(norm, "weight", None)
-    known = isinstance(weight, Tensor) and not hasattr(weight, "full_tensor")       # of FSDP
-    return weight.dtype if known else x.dtype
+    if weight is None or hasattr(weight, "full_tensor"):
+        return x.dtype
+    return weight.dtype
 
 
 def run_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x). A norm of another class, put in the place of ours, gets x in its own type."""
-    ours = isinstance(norm, (RMSNorm, LayerNorm))
-    return norm(x if ours else x.to(type_of(norm, x)))
+    if not isinstance(norm, (RMSNorm, LayerNorm)):
+        x = x.to(type_of(norm, x))
+    return norm(x)
 
 
 def add_norm(hidden: Tensor, residual: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -391,7 +397,7 @@ def resize_pos_embed(pos: Tensor, old, new, class_row=None) -> tuple[Tensor, Ten
     if class_row is not None:
         own = pos[:, class_row:class_row + 1]
         pos = torch.cat([pos[:, :class_row], pos[:, class_row + 1:]], 1)
-    if tuple(old) != tuple(new):
+    if torch.compiler.is_exporting() or tuple(old) != tuple(new):           # sizes may be open
         grid = rearrange(at_least_float32(pos), "1 (h w) d -> 1 d h w", h=old[0])
         grid = F.interpolate(grid, new, mode="bicubic", align_corners=False).to(pos.dtype)
         pos = rearrange(grid, "1 d h w -> 1 (h w) d")
@@ -415,7 +421,10 @@ class FastVim(Backbone):
         self.cfg = cfg
         self.patch_embed = PatchEmbed(cfg)
         self.grid_size = tuple(math.ceil(s / cfg.patch_size) for s in cfg.img_size)     # (h, w)
-        positions = math.prod(self.grid_size) + (self._class_row() is not None)
+        self.class_row = None               # the row of pos_embed that belongs to the class token
+        if cfg.class_token and not cfg.per_channel:
+            self.class_row = self._class_slot(*self.grid_size)
+        positions = math.prod(self.grid_size) + (self.class_row is not None)
         self.pos_embed = nn.Parameter(torch.empty(1, positions, d))
         self.cls_token = nn.Parameter(torch.empty(1, 1, d)) if cfg.class_token else None
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
@@ -425,9 +434,8 @@ class FastVim(Backbone):
         else:                               # dense tasks: a norm for each tap, no head
             for i in range(len(cfg.out_indices)):
                 self.add_module(f"outnorm_{i}", nn.LayerNorm(d))
-        # of what comes into block i; the last, of what comes into norm_f
         rates = torch.linspace(0, cfg.drop_path_rate, cfg.depth, device="cpu")
-        self.drop_path_rates = [0.0, *rates.tolist()]
+        self.drop_path_rates = [0.0, *rates.tolist()]       # into each block, and into norm_f
         self.grad_checkpointing = False     # True: keep only the blocks' inputs, recompute the rest
         init_weights(self)
 
@@ -465,8 +473,7 @@ class FastVim(Backbone):
         x = self.patch_embed(x, channels)                   # (b d h w) or (b d c h w)
         axes = "c h w" if cfg.per_channel else "h w"
         sizes = dict(zip(axes.split(), x.shape[2:]))
-        size = (sizes["h"], sizes["w"])
-        pos, class_pos = resize_pos_embed(self.pos_embed, self.grid_size, size, self._class_row())
+        pos, own = resize_pos_embed(self.pos_embed, self.grid_size, x.shape[-2:], self.class_row)
         pos = rearrange(pos, "1 (h w) d -> 1 d h w", h=sizes["h"])
         x = x + (pos[:, :, None] if cfg.per_channel else pos)
         x = rearrange(x, f"b d {axes} -> b ({cfg.storage}) d")              # (b l d)
@@ -477,7 +484,7 @@ class FastVim(Backbone):
             at = ids.shape[1] // 2
             x = x.gather(1, ids.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))     # (b s d)
         if cfg.class_token:
-            x, ids = insert_class_token(x, ids, self.cls_token + class_pos, at)
+            x, ids = insert_class_token(x, ids, self.cls_token + own, at)
         grids = [self._grid(row, sizes, ids, keep is None) for row in cfg.rows]
         return x, grids, ids, sizes
 
@@ -493,12 +500,6 @@ class FastVim(Backbone):
         if ids is None:
             return grid
         return GridWithHoles(grid, ids, self.cfg.class_token, self.cfg.mask_divisor == "count")
-
-    def _class_row(self):
-        """The row of pos_embed that belongs to the class token, or None."""
-        if self.cfg.class_token and not self.cfg.per_channel:
-            return self._class_slot(*self.grid_size)
-        return None
 
     def _class_slot(self, h, w, c=1):
         """Where the class token lies among the tokens of a full grid: in the middle of Vim's walk,
@@ -628,11 +629,11 @@ class GridWithHoles:
             middle = (step == full.steps // 2).int().argmax()
         else:                               # every token is a step: it stands amid the kept ones
             self.steps = ids.shape[1]
-            place = place.masked_fill(~real, cells).argsort(dim=1, stable=True).argsort(1)
+            place = place.masked_fill(~real, cells).argsort(1).argsort(1)
             middle = real.sum(1, keepdim=True) // 2
         key = torch.where(ids == CLASS, middle.double() - 0.5, math.inf)
         key = torch.where(real, place, key)
-        self.walk = key.argsort(dim=1, stable=True)             # (b s) position -> token as it lies
+        self.walk = key.argsort(dim=1)                      # (b s) position -> token as it lies
         self.hole = (ids == HOLE).gather(1, self.walk)      # (b s) position -> is it padding?
         cell = torch.where(ids == CLASS, cells, cells + 1)
         cell = torch.where(real, place, cell)
@@ -702,8 +703,8 @@ def insert_class_token(x, ids, token, at):
     """x (b s d), ids (b s) or None for a full grid -> both with the class token (1 1 d) at `at`."""
     if ids is None:
         ids = torch.arange(x.shape[1], device=x.device)[None]
-    own = ids.new_full((len(ids), 1), CLASS)
-    x = torch.cat([x[:, :at], token.expand(len(x), -1, -1), x[:, at:]], 1)
+    own = ids.new_full((ids.shape[0], 1), CLASS)
+    x = torch.cat([x[:, :at], token.expand(x.shape[0], -1, -1), x[:, at:]], 1)
     return x, torch.cat([ids[:, :at], own, ids[:, at:]], 1)
 
 
@@ -826,8 +827,7 @@ def register_backend(backend: Backend):
 
 @contextlib.contextmanager
 def use_backend(name: str):
-    """`with use_backend("python"):` runs models by that backend, whatever FASTVIM_BACKEND says: in
-    the calling thread. Threads that are started inside follow FASTVIM_BACKEND."""
+    """`with use_backend("python"):` in this thread, models run by it, whatever FASTVIM_BACKEND."""
     if name not in BACKENDS:
         raise ValueError(f"use_backend: no backend {name!r}; choose from {', '.join(BACKENDS)}")
     before = getattr(_asked, "name", None)
@@ -847,7 +847,6 @@ def announce(level: int, *what):
 def pick_backend(device: str | torch.device) -> Backend:
     """The backend for a device: use_backend, else the variable FASTVIM_BACKEND, else the last one
     registered that serves it. The choice is logged, once; compiled kernels are built at first use.
-
     Raises ValueError if what is asked for does not serve the device, RuntimeError if not built."""
     return BACKENDS[_pick(torch.device(device).type, getattr(_asked, "name", None))]
 
@@ -868,8 +867,7 @@ def _pick(device, asked):
         announce(logging.WARNING, "backend %s cannot be used: %s", name, problem)
 
 
-# torch.compile takes the answer as a constant and does not look into the compiling of kernels: this
-# is torch.compiler.assume_constant_result without its import, the slowest of all.
+# torch.compile takes the answer as a constant: assume_constant_result, without its slow import
 _pick._dynamo_marked_constant = True
 
 # ---- 9. Models by name, and the other files of the project ---------------------------------------
@@ -896,8 +894,7 @@ register_backend(Backend())
 if checks is not None:
     for compiled in fastvim_kernels.backends(BACKENDS["python"], announce):
         register_backend(compiled)          # compiles nothing yet
-    configs = {name: Config(**model_fields(name)) for name in list_models()}
-    fastvim_hub.register(configs, create_model)             # if timm is there
+    fastvim_hub.register(list_models(), create_model)       # if timm is there
 
 if __name__ == "__main__":
     runpy.run_module("info", run_name="__main__")       # the table of models; doctor

@@ -297,16 +297,16 @@ def check_pool(cfg, global_pool):
 default_cfgs = {}                           # name -> default_cfg, where timm's registry looks
 
 
-def register(configs: dict, create: Callable) -> None:
-    """If timm is loaded, makes timm.create_model know the models of configs, name -> Config.
-    create(name, **fields) makes one."""
+def register(names: list[str], create: Callable) -> None:
+    """If timm is loaded, makes timm.create_model know the models; create(name, **fields) makes one."""
     models = getattr(sys.modules.get("timm"), "models", None)
     register_model = getattr(models, "register_model", None)
     if register_model is None:              # there is no timm, or one of before 2023
         return
-    for name, cfg in configs.items():
+    for name in names:
         if not models.is_model(name):
-            default_cfgs[name] = default_cfg(cfg)
+            with torch.device("meta"):
+                default_cfgs[name] = default_cfg(create(name, depth=1).cfg)
             entry = functools.partial(build, name, create)
             entry.__name__ = name
             entry.__module__ = __name__

@@ -13,6 +13,7 @@ import functools
 import logging
 import math
 import re
+import sys
 import threading
 import types
 from typing import NamedTuple
@@ -401,6 +402,8 @@ def lacks_transform() -> str:
         return "forward-mode derivatives"
     if torch.jit.is_tracing():
         return "torch.jit.trace"
+    if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+        return "torch.onnx.export"
     return ""
 
 

@@ -6,5 +6,4 @@ import timm  # noqa: F401
 import fastvim
 import fastvim_hub
 
-configs = {name: fastvim.Config(**fastvim.model_fields(name)) for name in fastvim.list_models()}
-fastvim_hub.register(configs, fastvim.create_model)
+fastvim_hub.register(fastvim.list_models(), fastvim.create_model)

@@ -222,6 +222,8 @@ class MaskedAutoencoder(fastvim.FastVim):
         patches = math.prod(self.grid_size)
         self.kept_patches(patches)  # raises early
         self.mask_token = nn.Parameter(torch.empty(1, 1, d))
+        if cfg.class_token:
+            self.class_row = 0  # the released order; checkpoints.load knows
         self.decoder_embed = nn.Linear(cfg.embed_dim, d)
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, patches + cfg.class_token, d))
         decoder = fastvim.Config(schedule="vim", embed_dim=d, depth=decoder_depth,
@@ -243,9 +245,6 @@ class MaskedAutoencoder(fastvim.FastVim):
         for pos in (self.pos_embed, self.decoder_pos_embed):
             pos.copy_(sincos_pos_embed(*self.grid_size, pos.shape[2], self.cfg.class_token))
             pos.requires_grad_(False)
-
-    def _class_row(self):
-        return 0 if self.cfg.class_token else None  # the released order; checkpoints.load knows
 
     def kept_patches(self, patches: int) -> int:
         """How many of them the encoder is shown. Raises ValueError if all or none."""
@@ -294,7 +293,7 @@ class MaskedAutoencoder(fastvim.FastVim):
         """The tokens (b s d) of patches keep (b s) of a grid (h, w) -> the image (b l p*p*c)."""
         length = math.prod(grid)
         pos, class_pos = fastvim.resize_pos_embed(self.decoder_pos_embed, self.grid_size, grid,
-                                                  self._class_row())
+                                                  self.class_row)
         tokens = self.decoder_embed(tokens)  # (b s d)
         own = tokens[:, :0]
         if self.cfg.class_token:  # from the middle of the kept tokens to the end of all

@@ -344,7 +344,8 @@ def test_copies_without_the_other_files_run(tmp_path):
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(ROOT / "fastvim.py", alone)
-    names = ("fastvim_kernels", "fastvim_build", "fastvim_hub", "checkpoints", "checks")
+    names = ("fastvim_kernels", "fastvim_build", "fastvim_export", "fastvim_hub",
+             "checkpoints", "checks")
     hide = f"import sys\nfor name in {names}: sys.modules[name] = None\n"   # it may be installed
     glue = tmp_path / "glue"
     glue.mkdir()

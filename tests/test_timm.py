@@ -373,9 +373,9 @@ import fastvim_timm
 
 def test_an_old_timm_is_left_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", argparse.Namespace(models=argparse.Namespace()))
-    fastvim_hub.register({"fastvim_tiny": fastvim.Config()}, fastvim.create_model)
+    fastvim_hub.register(["fastvim_tiny"], fastvim.create_model)
     monkeypatch.setitem(sys.modules, "timm", None)
-    fastvim_hub.register({"fastvim_tiny": fastvim.Config()}, fastvim.create_model)
+    fastvim_hub.register(["fastvim_tiny"], fastvim.create_model)
 
 
 # ---- torch.hub -----------------------------------------------------------------------------------

@@ -1,0 +1,35 @@
+"""The selective scan for programs that torch.export makes with the number of steps left open.
+
+fastvim.selective_scan is a loop, which an exported program repeats step by step: it serves one
+length. Here the steps of any length are taken together, in rounds."""
+import torch
+from torch import Tensor
+
+ROUNDS = 16                                 # up to 2 ** 16 steps
+
+
+def selective_scan(x, dt, A, B, C, D) -> Tensor:
+    """x, dt (k b p e), B, C (k b p n), D (k e) or None as in fastvim.selective_scan, dt after
+    softplus; A (k 1 n e) -> s (k b p e).
+
+    In round i, a step that knows of 2 ** i steps learns of as many before them: 16 times the work
+    of the loop and all states in memory, which is the price of an open length."""
+    first = [in_walking_order(v)[:, :, :, None] for v in (x, dt, B, C)]         # (k b p 1 e or n)
+    x_t, dt_t, B_t, C_t = first
+    decay = torch.exp(dt_t * A[:, :, None])                 # (k b p n e)
+    h = B_t.mT * (dt_t * x_t)                               # (k b p n e)
+    for i in range(ROUNDS):
+        before = torch.arange(x.shape[2], device=x.device) - 2 ** i
+        exists = (before >= 0)[:, None, None]
+        before = before.clamp(min=0)
+        h = h + exists * decay * h[:, :, before]
+        decay = decay * decay[:, :, before]
+    s = in_walking_order((C_t @ h)[:, :, :, 0])             # (k b p e)
+    if D is not None:
+        s = s + D[:, None, None] * x
+    return s
+
+
+def in_walking_order(v: Tensor) -> Tensor:
+    """Direction 1 reads from the other end. v (k b p ...) -> v[0], v[1] reversed."""
+    return torch.cat([v[:1], v[1:].flip(2)])
