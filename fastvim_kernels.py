@@ -26,7 +26,6 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import fastvim_build
 
@@ -359,7 +358,6 @@ class CompiledBackend:
         if runs_directly(xz):
             with no_autocast(xz.device):
                 return run_ssm(self.kernels, *arguments)[0]
-        teach_flop_counters()
         return torch.ops.fastvim.ssm(*arguments, self.name)[0]
 
     # One operation at a time, for tests and measurements: no gradients
@@ -674,29 +672,6 @@ def differentiate_add_norm(ctx, du, dout):
 
 
 add_norm.register_autograd(differentiate_add_norm, setup_context=save_add_norm)
-
-def teach_flop_counters():
-    """torch.utils.flop_counter.FlopCounterMode knows an operation by the formula it is given."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
-        return
-    for mode in _get_current_dispatch_mode_stack():
-        registry = getattr(getattr(mode, "counter", None), "flop_registry", {})
-        registry[torch.ops.fastvim.ssm] = count_ssm
-        registry[torch.ops.fastvim.ssm_backward] = count_ssm_backward
-
-
-def count_ssm(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, *rest, out_val) -> int:
-    """Floating-point operations of the convolution, the projections and the state's read-out."""
-    b, l, _ = xz.shape
-    p = out_val[1].shape[2]
-    e, n = A_log.shape[1:]
-    a_step = x_proj.shape[1] + dt_proj.shape[2] + n
-    return 2 * 2 * b * e * (l * conv_weight.shape[2] + p * a_step)
-
-
-def count_ssm_backward(dy, pooled, argmax, s, *rest, out_val) -> int:
-    return 2 * count_ssm(*rest, out_val=(None, pooled))
-
 
 # Gradients of gradients, and batches of gradients (is_grads_batched, jacobian(vectorize=True)): the
 # way back is then taken by plain PyTorch, which knows its own derivatives.

@@ -574,22 +574,16 @@ def test_transforms(backend, caplog):
 
 
 @pytest.mark.parametrize("backend", REAL, indirect=True)
-@pytest.mark.parametrize("schedule", ["fastvim", "vim"])
-def test_flops_are_counted(backend, schedule):
-    """As many as in plain PyTorch, of which the counter sees every product; twice as many on the
-    way back, where it counts plain PyTorch's convolutions as if their channels were mixed."""
-    model = tiny(torch.float32, schedule=schedule, embed_dim=32)        # rank 1 is no product
+def test_flops_are_counted(backend):
+    """The counter hooks every module, so that plain PyTorch serves, whose products it sees."""
+    model = tiny(torch.float32)
     x = images(model)
-    counts = {}
+    counts = []
     for name in ("python", backend.name):
         with fastvim.use_backend(name), flop_counter.FlopCounterMode(display=False) as counter:
-            y = model(x)
-            counts[name] = counter.get_total_flops()
-            y.sum().backward()
-    assert counts[backend.name] == counts["python"]
-    products = counter.get_flop_counts()["Global"]
-    ssm, backward = torch.ops.fastvim.ssm, torch.ops.fastvim.ssm_backward
-    assert products[backward] == 2 * products[ssm] > 0
+            model(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_compiled_models_run_by_kernels_and_as_use_backend_says():
