@@ -92,6 +92,12 @@ def processor() -> str:
     return platform.machine()
 
 
+def check_device(device: torch.device, right: str):
+    if device.type != right:
+        raise ValueError(f"the {right} kernels cannot run on {device}: use tensors on {right}, or "
+                         "another backend")
+
+
 def load_cpu():
     sources = [find_source("scan_cpu.cpp"), find_source("scan.h")]
     compilers = (os.environ.get("CXX"), *map(shutil.which, ("g++", "clang++", "c++")))
@@ -113,7 +119,14 @@ def load_cpu():
     library = ctypes.CDLL(path)
 
     def call(operation: str, numbers: list[int], device: torch.device):
-        getattr(library, operation)((ctypes.c_int64 * len(numbers))(*numbers), None)
+        check_device(device, "cpu")
+        error = getattr(library, operation)((ctypes.c_int64 * len(numbers))(*numbers), None)
+        if error == 1:
+            raise ValueError(f"{operation}: the tables of the walk must visit every token once, "
+                             "and agree on the step of each")
+        if error:
+            raise RuntimeError(f"{operation}: out of memory for what the kernels need besides "
+                               "their outputs")
 
     return call
 
@@ -154,7 +167,12 @@ def load_cuda():
     spec = importlib.util.spec_from_file_location(name, path)
     library = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(library)
-    return lambda operation, numbers, device: library.call(operation, numbers, device.index)
+
+    def call(operation: str, numbers: list[int], device: torch.device):
+        check_device(device, "cuda")
+        library.call(operation, numbers, device.index)
+
+    return call
 
 
 def build_extension(name, sources, flags, archs, folder):

@@ -24,6 +24,7 @@ import fastvim_build
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)     # kernels know them by their place here
 MAX_STATES = 64
+MAX_SIZE = 2 ** 31 - 1                      # of any axis: tables hold 32-bit integers
 EPS = 1e-5                                                  # of all norms
 PLAIN = (Tensor, nn.Parameter)              # not FakeTensor, DTensor and other subclasses
 MAY_BE_NULL = {"bias", "dbias", "dout", "dhidden", "argmax", "D", "dD", "dt_bias", "ddt_bias",
@@ -31,62 +32,143 @@ MAY_BE_NULL = {"bias", "dbias", "dout", "dhidden", "argmax", "D", "dD", "dt_bias
 
 # ---- 1. The boundary to C ------------------------------------------------------------------------
 #
-# scan.h says which fields the structure of each operation has, and of what type. Python reads it:
-# no list of arguments is kept twice. A field that is missing, or of another type, layout or device
-# than declared, is an error here and not a crash there.
+# scan.h says which fields the structure of each operation has, of what type and of what shape.
+# Python reads it: no list of arguments is kept twice. A field that is missing, or of another type,
+# shape, layout or device than declared, is an error here and not a crash there.
 
 
-def read_structures(path: str) -> dict[str, list[tuple[str, str]]]:
-    """scan.h -> {operation: [(field, type), ...]}, type one of int64_t, void, float and int32_t.
-    A structure within another, such as Walk, is laid out in its place."""
+class Field(NamedTuple):
+    name: str
+    type: str                               # int64_t, void, float or int32_t
+    axes: tuple                             # of an array, such as ("b", "l", "2 e")
+
+
+class Structure(tuple):
+    """The Fields of an operation. Equal to itself alone, so that it is looked up fast."""
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+def read_structures(path: str) -> dict[str, Structure]:
+    """scan.h -> {operation: its Fields}. A structure within another, such as Walk, is laid out in
+    its place. The comment behind pointers has the shape of each of them, or one for all."""
     with open(path) as file:
-        text = re.sub(r"//.*", "", file.read())
+        text = file.read()
     structures = {}
-    for name, body in re.findall(r"struct (\w+) \{(.*?)\};", text, re.DOTALL):
+    for name, body in re.findall(r"^struct (\w+) \{(.*?)\};", text, re.DOTALL | re.MULTILINE):
         fields = []
-        for kind, names in re.findall(r"(?:const )?(\w+) ([^;]+);", body):
-            own = [(field.strip(" *\n"), kind) for field in names.split(",")]
+        for kind, names, comment in re.findall(r"(?:const )?(\w+) ([^;/]+);([^\n]*)", body):
+            names = [field.strip(" *") for field in names.split(",")]
+            shapes = [()] * len(names)
+            if kind in ("void", "float", "int32_t"):
+                shapes = [re.findall(r"\[(.+?)\]", shape)
+                          for shape in re.findall(r"(?:\[[^]]+\])+", comment)]
+                shapes *= len(names) if len(shapes) == 1 else 1
+            own = [Field(field, kind, tuple(axes))
+                   for field, axes in zip(names, shapes, strict=True)]
             fields += structures.get(kind, own)
-        structures[name] = fields
+        structures[name] = Structure(fields)
     prototypes = re.findall(r"int (\w+)\(const (\w+) \*", text)
     return {operation: structures[name] for operation, name in prototypes}
 
 
-def to_c(operation: str, fields: list, device: torch.device, values: dict) -> list[int]:
-    """The fields of an operation's structure as numbers: a tensor as its address, None as 0."""
-    activations = DTYPES[values.get("dtype", 0)]
-    dtypes = {"float": torch.float32, "int32_t": torch.int32, "void": activations}
+def to_c(operation: str, fields: Structure, device: torch.device, values: dict) -> list[int]:
+    """The fields of an operation's structure as numbers: a tensor as its address, None as 0.
+    Raises TypeError or ValueError, naming the field, for what C could not read as declared."""
+    sizes = []
+    for name in integers(fields):
+        size = values[name]
+        if type(size) is not int:
+            raise TypeError(f"{operation}: {name} must be a Python integer, not {describe(size)}")
+        sizes.append(size)
+    batch = tuple(values["residual"].shape[:-1]) if "residual" in values else ()
     numbers = []
-    for name, kind in fields:
+    for name, dtype, shape, row in layout(operation, fields, tuple(sizes), batch):
         value = values[name]
-        if value is None and name in MAY_BE_NULL:
-            value = 0
-        elif kind != "int64_t":
-            right = type(value) in PLAIN and value.dtype == dtypes[kind] and value.device == device
-            if not right or not is_dense(value, values.get("stride") if name in "BC" else None):
-                raise TypeError(
-                    f"{operation}: {name} must be a contiguous {dtypes[kind]} tensor on {device}, "
-                    f"not {describe(value)}"
+        if dtype is None:
+            numbers.append(value)
+        elif value is None and name in MAY_BE_NULL:
+            numbers.append(0)
+        else:
+            try:                            # the layout last: sparse and nested tensors have none
+                right = (
+                    type(value) in PLAIN and value.dtype is dtype and value.device == device
+                    and value.shape == shape and not value.is_neg()
+                    and (value.is_contiguous() if row is None else is_dense(value, row))
                 )
-            value = value.data_ptr()                        # raises where there is no memory
-        numbers.append(value)
+                address = value.data_ptr() if right else 0
+            except RuntimeError:
+                right = False
+                address = 0
+            if not address and not (right and 0 in shape):
+                refuse(f"{operation}: {name}", value, dtype, shape, device)
+            numbers.append(address)
     return numbers
 
 
-def is_dense(t: Tensor, row: int | None) -> bool:
-    """Is t contiguous or, where row is given, do its rows lie evenly, `row` elements apart? Strides
-    of axes of length 1 say nothing."""
-    if row is None or t.numel() == 0:
-        return t.is_contiguous()
+@functools.cache
+def integers(fields: Structure) -> list[str]:
+    return [field.name for field in fields if field.type == "int64_t"]
+
+
+@functools.lru_cache(1024)
+def layout(operation: str, fields: Structure, sizes: tuple, batch: tuple) -> list[tuple]:
+    """What each field must be, for integers of these values: its name, dtype (None for an integer),
+    shape, and how far apart its rows lie where that is not their length. batch: the axes of which
+    the rows of add_norm are made."""
+    sizes = dict(zip(integers(fields), sizes))
+    for name, size in sizes.items():
+        least = 1 if name in ("l", "p", "e", "n", "d") else 0
+        if not least <= size <= MAX_SIZE:
+            raise ValueError(f"{operation}: {name} must be {least} to {MAX_SIZE}, not {size}")
+    if "d" in sizes and math.prod(batch) != sizes["rows"]:
+        raise ValueError(f"{operation}: residual must have rows of {sizes['d']} numbers")
+    activations = DTYPES[sizes.get("dtype", 0)]
+    dtypes = {"float": torch.float32, "int32_t": torch.int32, "void": activations, "int64_t": None}
+    expected = []
+    for name, kind, axes in fields:
+        if name == "ds" and sizes.get("shared"):
+            axes = axes[1:]
+        shape = tuple(length(axis, {"k": 2, **sizes}) for axis in axes)
+        if axes == ("rows", "d"):
+            shape = (*batch, sizes["d"])
+        row = sizes.get("stride") if name in ("B", "C") else None
+        expected.append((name, dtypes[kind], shape, row))
+    return expected
+
+
+def length(axis: str, sizes: dict) -> int:
+    """Of an axis as scan.h writes it: "b", "4", "2 e" or "p + 1"."""
+    terms = [term.split() for term in axis.split("+")]
+    return sum(math.prod(sizes.get(w) or int(w) for w in term) for term in terms)
+
+
+def is_dense(t: Tensor, row: int) -> bool:
+    """Do t's rows lie evenly, `row` elements apart? Strides of axes of length 1 say nothing."""
+    if t.numel() == 0:
+        return True
     _, b, p, _ = t.shape
-    layout = zip(t.shape, t.stride(), (b * p * row, p * row, row, 1))
-    return all(length == 1 or stride == right for length, stride, right in layout)
+    steps = zip(t.shape, t.stride(), (b * p * row, p * row, row, 1))
+    return all(length == 1 or stride == right for length, stride, right in steps)
+
+
+def refuse(field: str, value, dtype: torch.dtype, shape: tuple, device):
+    right = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+    if right and value.dtype == dtype and value.device == device and value.shape != shape:
+        raise ValueError(f"{field} must have the shape {shape}, not {tuple(value.shape)}")
+    raise TypeError(f"{field} must be a contiguous {dtype} tensor on {device}, "
+                    f"not {describe(value)}")
 
 
 def describe(value) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
-    return f"{type(value).__name__} of {value.dtype} {tuple(value.shape)} on {value.device}"
+    if value.is_nested:
+        return f"nested {type(value).__name__} of {value.dtype} on {value.device}"
+    said = f"{type(value).__name__} of {value.dtype} {tuple(value.shape)} on {value.device}"
+    if value.is_neg() or value._is_zerotensor():
+        return f"{said} whose numbers are not in memory: .clone() writes them there"
+    return said
 
 
 class Walk(NamedTuple):
@@ -114,7 +196,13 @@ def make_walk(token, group, steps, pool_weight) -> Walk:
 @functools.lru_cache(64)
 def full_walk(storage, order, pooled, lengths, scale, device) -> Walk:
     """The Walk of a full grid, remembered: its tables depend on the grid alone."""
-    sizes = dict(zip(storage.split(), lengths))
+    axes = storage.split()
+    sizes = dict(zip(axes, lengths))
+    known = all(axis.isidentifier() and axis.islower() for axis in axes)
+    if not known or sorted(axes) != sorted(order.split()) or not {*pooled.split()} <= {*axes} \
+            or not len(sizes) == len(axes) == len(lengths) or min(lengths) < 1:
+        raise ValueError(f"no grid is stored as {storage!r}, walked as {order!r} and pooled over "
+                         f"{pooled!r} with lengths {lengths}")
     kept = [axis for axis in order.split() if axis not in pooled.split()]
     steps = math.prod(sizes[axis] for axis in kept)
     with torch.inference_mode(False):       # the tables outlive this call, and may serve training
@@ -182,6 +270,8 @@ class Kernels:
     def run(self, operation: str, device: torch.device, v: dict, **own):
         if self._library is None and self.problem():
             raise RuntimeError(f"backend {self.name} cannot be used: {self._problem}")
+        if "dtype" in v and DTYPES[v["dtype"]] not in self.dtypes:
+            raise TypeError(f"backend {self.name} has no {DTYPES[v['dtype']]} activations")
         numbers = to_c(operation, self.structures[operation], device, {**v, **own})
         self._library(operation, numbers, device)
 
@@ -263,7 +353,13 @@ def empty_like(**tensors) -> dict:
 
 
 def norm_values(residual, weight, dtype) -> dict:
+    """Raises ValueError or TypeError where C has no such activations or widths."""
     d = weight.numel()
+    if dtype not in DTYPES:
+        raise TypeError(f"activations must be of {', '.join(map(str, DTYPES))}, not {dtype}")
+    if d < 1 or residual.shape[-1:] != weight.shape:
+        raise ValueError(f"the norm's weight {tuple(weight.shape)} does not fit activations "
+                         f"{tuple(residual.shape)}")
     return {"dtype": DTYPES.index(dtype), "rows": residual.numel() // d, "d": d,
             "residual": residual, "weight": weight.float()}
 
@@ -273,6 +369,10 @@ def ssm_values(xz, w: Weights, walk: Walk, skip: bool) -> dict:
     sizes. skip: the scan has D. Raises ValueError where the shapes do not fit together."""
     if xz.dtype not in DTYPES:
         raise TypeError(f"activations must be of {', '.join(map(str, DTYPES))}, not {xz.dtype}")
+    if (xz.ndim, w.dt_proj.ndim, w.A_log.ndim, walk.start.ndim) != (3, 3, 3, 2):
+        found = tuple(tuple(t.shape) for t in (xz, w.dt_proj, w.A_log, walk.start))
+        raise ValueError(f"expected xz (b l 2e), dt_proj (k e r), A_log (k e n), start (rows p+1), "
+                         f"not {', '.join(map(str, found))}")
     b, l, width = xz.shape
     e = width // 2
     r = w.dt_proj.shape[-1]
@@ -419,6 +519,8 @@ def pack(grid) -> tuple:
 def unpack(device, storage, order, pooled, lengths, scale, *tables) -> Walk:
     if storage:
         return full_walk(storage, order, pooled, tuple(lengths), scale, device)
+    if any(table is None for table in tables):
+        raise ValueError("a walk needs either the storage of a full grid or all five tables")
     return Walk(*tables)
 
 
@@ -488,7 +590,18 @@ def sort_arguments(xz, *rest):
     """The arguments of an operation after xz -> Weights, pool, skip, Walk."""
     tensors = rest[:len(Weights._fields)]
     pool, skip, *grid = rest[len(Weights._fields):]
+    if pool not in ("mean", "max"):
+        raise ValueError(f"pool={pool!r}: kernels know mean and max")
+    storage, _, _, lengths, *_ = grid
+    if storage and math.prod(lengths) != math.prod(xz.shape[1:2]):
+        raise ValueError(f"activations {tuple(xz.shape)} do not fit a grid of {list(lengths)}")
     return Weights(*tensors), pool, skip, unpack(xz.device, *grid)
+
+
+def kernels_of(backend: str) -> Kernels:
+    if backend not in KERNELS:
+        raise ValueError(f"no kernels are called {backend!r}; choose from {', '.join(KERNELS)}")
+    return KERNELS[backend]
 
 
 def no_autocast(device):
@@ -516,7 +629,7 @@ SSM = (
 def ssm(xz, *rest):
     *rest, backend = rest
     with no_autocast(xz.device):
-        return tuple(or_empty(xz, run_ssm(KERNELS[backend], xz, *rest)))
+        return tuple(or_empty(xz, run_ssm(kernels_of(backend), xz, *rest)))
 
 
 @functools.partial(
@@ -527,7 +640,7 @@ def ssm_backward(dy, pooled, argmax, s, xz, *rest):
     *rest, backend = rest
     saved = (dy.contiguous(), pooled, argmax, s)
     with no_autocast(xz.device):
-        return or_empty(xz, run_ssm_backward(KERNELS[backend], *saved, xz, *rest))
+        return or_empty(xz, run_ssm_backward(kernels_of(backend), *saved, xz, *rest))
 
 
 @ssm.register_fake
@@ -578,7 +691,7 @@ ssm.register_autograd(differentiate_ssm, setup_context=save_ssm)
            "-> (Tensor u, Tensor out)",
 )
 def add_norm(hidden, residual, weight, bias, backend):
-    return KERNELS[backend].add_norm(hidden, residual, weight, bias)
+    return kernels_of(backend).add_norm(hidden, residual, weight, bias)
 
 
 @functools.partial(
@@ -587,7 +700,7 @@ def add_norm(hidden, residual, weight, bias, backend):
            "-> Tensor[]",
 )
 def add_norm_backward(du, dout, out, weight, bias, backend):
-    return or_empty(du, KERNELS[backend].add_norm_backward(out, weight, bias, du, dout))
+    return or_empty(du, kernels_of(backend).add_norm_backward(out, weight, bias, du, dout))
 
 
 @add_norm.register_fake
