@@ -116,8 +116,11 @@ def load_cpu():
                 log.info("compiling %s", sources[0])
                 output_of(compiler, sources[0], *flags, "-o", f"{path}.tmp")
                 os.replace(f"{path}.tmp", path)                 # all or nothing, even if killed
-    library = ctypes.CDLL(path)
+    return caller(ctypes.CDLL(path))
 
+
+def caller(library):
+    """What runs the operations of a library that g++ made of scan_cpu.cpp."""
     def call(operation: str, numbers: list[int], device: torch.device):
         check_device(device, "cpu")
         error = getattr(library, operation)((ctypes.c_int64 * len(numbers))(*numbers), None)

@@ -81,7 +81,7 @@ def to_c(operation: str, fields: Structure, device: torch.device, values: dict) 
         if type(size) is not int:
             raise TypeError(f"{operation}: {name} must be a Python integer, not {describe(size)}")
         sizes.append(size)
-    batch = tuple(values["residual"].shape[:-1]) if "residual" in values else ()
+    batch = tuple(values["residual"].shape[:-1]) if "d" in values else ()
     numbers = []
     for name, dtype, shape, row in layout(operation, fields, tuple(sizes), batch):
         value = values[name]
@@ -140,7 +140,7 @@ def layout(operation: str, fields: Structure, sizes: tuple, batch: tuple) -> lis
 def length(axis: str, sizes: dict) -> int:
     """Of an axis as scan.h writes it: "b", "4", "2 e" or "p + 1"."""
     terms = [term.split() for term in axis.split("+")]
-    return sum(math.prod(sizes.get(w) or int(w) for w in term) for term in terms)
+    return sum(math.prod(int(w) if w.isdigit() else sizes[w] for w in term) for term in terms)
 
 
 def is_dense(t: Tensor, row: int) -> bool:
@@ -593,8 +593,9 @@ def sort_arguments(xz, *rest):
     if pool not in ("mean", "max"):
         raise ValueError(f"pool={pool!r}: kernels know mean and max")
     storage, _, _, lengths, *_ = grid
-    if storage and math.prod(lengths) != math.prod(xz.shape[1:2]):
-        raise ValueError(f"activations {tuple(xz.shape)} do not fit a grid of {list(lengths)}")
+    tokens = math.prod(lengths)
+    if storage and xz.shape[1:2] != (tokens,):  # before tables of any size are made
+        raise ValueError(f"activations {tuple(xz.shape)} do not fit a walk of {(1, tokens)} tokens")
     return Weights(*tensors), pool, skip, unpack(xz.device, *grid)
 
 

@@ -1,0 +1,527 @@
+"""The boundary to C, by random calls: whatever reaches it ends in an error of one sentence or in the
+numbers of plain PyTorch, never in a crash.
+
+    PYTHONPATH=. python tests/test_boundary.py --minutes 20 --seed 1
+
+runs as many calls as go into 20 minutes, with scan_cpu.cpp built under the address and
+undefined-behaviour sanitizers; a call that kills its process is printed. The test suite makes a few
+hundred, the same ones each time.
+"""
+import argparse
+import contextlib
+import copy
+import ctypes
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import time
+import warnings
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fastvim
+import fastvim_build
+import fastvim_kernels
+from fastvim import CLASS, HOLE, Grid, GridWithHoles
+from fastvim_kernels import KERNELS, pack, weights_of
+
+HERE = pathlib.Path(__file__).resolve().parent
+REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError)
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 4e-2}
+
+
+class Sub(torch.Tensor):
+    pass
+
+
+# ---- tensors of the same numbers in other forms, and of other numbers ----------------------------
+
+
+def with_offset(t):
+    """At an odd place of a larger storage."""
+    memory = torch.full((t.numel() + 7,), math.nan).to(t.dtype)
+    memory[3:3 + t.numel()] = t.flatten()
+    return memory[3:3 + t.numel()].view(t.shape)
+
+
+def negated(t):
+    """The imaginary part of a conjugate, which is stored with the other sign."""
+    return torch.complex(torch.zeros_like(t), -t).conj().imag
+
+
+def one_stride(t):
+    """Odd strides for axes of length 1."""
+    strides = [1000 + i if n == 1 else s for i, (n, s) in enumerate(zip(t.shape, t.stride()))]
+    return t.as_strided(t.shape, strides)
+
+
+FORMS = {
+    "as it is": lambda t: t,
+    "offset": with_offset,
+    "transposed": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+    "every second": lambda t: torch.stack([t, t], -1)[..., 0],
+    "strides of ones": one_stride,
+    "negated": lambda t: negated(t) if t.dtype == torch.float32 else t,
+    "negative view": lambda t: torch._neg_view(-t) if t.is_floating_point() else t,
+    "inference": lambda t: in_inference(t),
+    "leaf": lambda t: t.detach().requires_grad_(t.is_floating_point()),
+    "sparse": lambda t: t.to_sparse(),
+    "mkldnn": lambda t: t.to_mkldnn() if t.dtype == torch.float32 else t,
+    "subclass": lambda t: t.as_subclass(Sub),
+}
+OTHERS = {                                      # for these the call must not succeed
+    "double": lambda t: t.double(),
+    "integers": lambda t: t.long(),
+    "half": lambda t: t.half(),
+    "bool": lambda t: t.bool(),
+    "complex": lambda t: t + 0j,
+    "one more": lambda t: torch.cat([t, t[..., -1:]], -1) if t.ndim else t,
+    "flat": lambda t: t.flatten() if t.ndim != 1 else t[None],
+    "empty": lambda t: t.flatten()[:0],
+    "a number": lambda t: t.new_zeros(()),
+    "an axis more": lambda t: t[None],
+    "meta": lambda t: t.to("meta"),
+    "first half": lambda t: t[:len(t) // 2],
+    "nested": lambda t: torch.nested.nested_tensor([t]),
+    "quantized": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+}
+VALUES = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e38, -1e38, 1e-42]
+
+
+def in_inference(t):
+    with torch.inference_mode():
+        return t.clone()
+
+
+def draw_tensor(draw, *shape, scale=1.0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    t = torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu") * scale
+    if t.numel() and draw(st.integers(0, 15)) == 15:
+        t.view(-1)[draw(st.integers(0, t.numel() - 1))] = draw(st.sampled_from(VALUES))
+    return t.to(dtype)
+
+
+def change(draw, tensors: dict, least=0):
+    """Some of the tensors in other forms -> the same, and whether the numbers are others, too."""
+    tensors = dict(tensors)
+    other = False
+    names = [name for name, t in tensors.items() if isinstance(t, torch.Tensor)]
+    for _ in range(draw(st.integers(least, 2))):
+        how = draw(st.sampled_from(sorted(FORMS) * 2 + ([] if other else sorted(OTHERS))))
+        if not names:
+            break
+        name = draw(st.sampled_from(names))
+        try:
+            tensors[name] = {**FORMS, **OTHERS}[how](tensors[name])
+        except REFUSALS:                        # a combination that PyTorch does not know
+            continue
+        if how in OTHERS:
+            other = True
+            names.remove(name)
+    return tensors, other
+
+
+# ---- calls ---------------------------------------------------------------------------------------
+
+
+def draw_grid(draw, b):
+    """-> Grid or GridWithHoles, and the number of tokens that it walks."""
+    storage = draw(st.sampled_from(["h w", "h w c", "c h w"]))
+    axes = storage.split()
+    sizes = tuple((axis, draw(st.sampled_from([1, 1, 2, 3, 5, 9]))) for axis in axes)
+    order = " ".join(draw(st.permutations(axes)))
+    pooled = " ".join(draw(st.lists(st.sampled_from(axes), unique=True, max_size=len(axes) - 1)))
+    grid = Grid(storage, order, pooled, sizes, draw(st.sampled_from([1.0, 0.25])))
+    cells = math.prod(n for _, n in sizes)
+    if draw(st.booleans()) or not b:
+        return grid, cells
+    kept = draw(st.integers(1, cells))
+    rows = draw(st.sampled_from([1, b]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    ids = torch.stack([torch.randperm(cells, generator=generator)[:kept].sort().values
+                       for _ in range(rows)])
+    for row in ids:
+        row[kept - draw(st.integers(0, kept - 1)):] = HOLE
+    class_token = draw(st.booleans())
+    if class_token:
+        ids = torch.cat([torch.full((rows, 1), CLASS), ids], 1)
+    grid = GridWithHoles(grid, ids, class_token, draw(st.booleans()))
+    return grid, ids.shape[1]
+
+
+def draw_block(draw):
+    """-> xz, SSMWeights, grid"""
+    b = draw(st.sampled_from([0, 1, 2, 3]))
+    e = draw(st.sampled_from([1, 2, 5, 16, 17, 40]))
+    n = draw(st.sampled_from([1, 3, 4, 16]))
+    r = draw(st.sampled_from([1, 3]))
+    grid, length = draw_grid(draw, b)
+    norm = draw(st.sampled_from([None, "rmsnorm", "layernorm"]))
+    if norm is not None:
+        norm = fastvim.NORMS[norm](e, device="cpu", dtype=torch.float32)
+        for p in norm.parameters():
+            p.data = draw_tensor(draw, e)
+    w = fastvim.SSMWeights(
+        draw_tensor(draw, 2, e, 4), draw_tensor(draw, 2, e), draw_tensor(draw, 2, r + 2 * n, e),
+        draw_tensor(draw, 2, e, r), draw_tensor(draw, 2, e), draw_tensor(draw, 2, e, n),
+        draw_tensor(draw, 2, e), None, None, norm, draw(st.sampled_from(["mean", "max"])),
+        draw(st.booleans()))
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
+    return draw_tensor(draw, b, length, 2 * e, dtype=dtype), w, grid
+
+
+def plain_copy(v):
+    """The same in float64, contiguous, in memory of its own."""
+    if isinstance(v, nn.Module):
+        return copy.deepcopy(v).double()
+    if not isinstance(v, torch.Tensor):
+        return v
+    if v.layout != torch.strided:
+        v = v.to_dense()
+    v = v.detach().as_subclass(torch.Tensor).resolve_neg()
+    return (v.double() if v.is_floating_point() else v).clone(memory_format=torch.contiguous_format)
+
+
+def attempt(function, *arguments, **options):
+    """-> result or None, the refusal or None"""
+    try:
+        return function(*arguments, **options), None
+    except REFUSALS as error:
+        return None, error
+
+
+def check_refusal(error):
+    """One sentence, but for those that PyTorch itself says of kinds of tensors that it cannot add."""
+    said = str(error)
+    if said.startswith("Could not run 'aten::") or "NestedTensor" in said:
+        return
+    assert said and "\n" not in said.strip() and len(said) < 900, repr(error)
+
+
+def check_numbers(actual, expected, tolerance):
+    """Not finite at the same places; else near, relative to the largest number."""
+    actual = actual.detach().double()
+    assert actual.shape == expected.shape
+    finite = expected.isfinite()
+    if expected.numel() == 0 or not finite.all() or expected.abs().max() > 1e30:
+        return                                  # float32 overflows where float64 does not
+    assert actual.isfinite().all()
+    error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-2)
+    assert error < tolerance, f"error {error:.1e}"
+
+
+def grads_of(outputs, inputs):
+    """Of a loss that tells the outputs' numbers apart."""
+    loss = sum((y * torch.cos(torch.arange(y.numel(), device="cpu", dtype=torch.float64)
+                              .view(y.shape)).to(y.dtype)).sum()
+               for y in outputs if y is not None and y.requires_grad)
+    if not isinstance(loss, torch.Tensor):
+        return []
+    return torch.autograd.grad(loss, inputs, allow_unused=True)
+
+
+def compare(other, tolerance, call, plain, tensors: dict, rest: tuple, backward: bool):
+    """call and plain take (tensors, *rest). other: what they are given is wrong."""
+    if backward and not other:
+        tensors = {k: t.detach().requires_grad_() if isinstance(t, torch.Tensor)
+                   and t.is_floating_point() and not t.is_inference() else t
+                   for k, t in tensors.items()}
+
+    def run():
+        with contextlib.nullcontext() if backward else torch.no_grad():
+            outputs = call(tensors, *rest)
+        grads = []
+        leaves = [t for t in tensors.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+        if backward and leaves:
+            grads = grads_of(outputs, leaves)
+        return outputs, grads
+    result, refusal = attempt(run)
+    if refusal is not None:
+        check_refusal(refusal)
+        return False
+    if other:                                   # plain PyTorch served, or broadcasting is right
+        expected, error = attempt(plain, tensors, *rest)
+        assert error is None, f"plain PyTorch refuses: {error}"
+        return True
+    copies = {k: plain_copy(t) for k, t in tensors.items()}
+    if backward:
+        for k, t in tensors.items():
+            if isinstance(t, torch.Tensor) and t.requires_grad:
+                copies[k].requires_grad_()
+    rest = tuple(map(plain_copy, rest))
+    expected = plain(copies, *rest)
+    for a, b in zip(result[0], expected, strict=True):
+        if a is not None and b is not None:
+            check_numbers(a, b.detach(), tolerance)
+    leaves = [t for t in copies.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+    if backward and leaves:
+        for a, b in zip(result[1], grads_of(expected, leaves), strict=True):
+            assert (a is None) <= (b is None or not b.any())
+            if a is not None and b is not None:
+                a = a.to_dense() if a.layout != torch.strided else a
+                check_numbers(a.as_subclass(torch.Tensor), b, tolerance)
+    return True
+
+
+def one_scan(draw, backend):
+    k, b = draw(st.sampled_from([1, 2])), draw(st.sampled_from([0, 1, 3]))
+    p, e = draw(st.sampled_from([1, 2, 17, 33])), draw(st.sampled_from([1, 5, 16, 37]))
+    n = draw(st.sampled_from([1, 3, 4, 64]))
+    tensors = dict(
+        x=draw_tensor(draw, k, b, p, e), dt=draw_tensor(draw, k, b, p, e),
+        A=-draw_tensor(draw, k, e, n).abs(), B=draw_tensor(draw, k, b, p, n),
+        C=draw_tensor(draw, k, b, p, n), D=draw_tensor(draw, k, e),
+        dt_bias=draw(st.one_of(st.none(), st.just(draw_tensor(draw, k, e)))))
+    tensors, other = change(draw, tensors)
+    return compare(other, 2e-4, lambda t: [backend.selective_scan(**t)],
+                   lambda t: [fastvim.selective_scan(**t)], tensors, (), False)
+
+
+def one_block(draw, backend):
+    xz, w, grid = draw_block(draw)
+    tensors = {"xz": xz, **{k: t for k, t in w._asdict().items() if isinstance(t, torch.Tensor)}}
+    tensors, other = change(draw, tensors)
+    kind = draw(st.sampled_from(["ssm", "ssm", "conv_pool", "expand_gate"]))
+    bf16 = xz.dtype == torch.bfloat16
+    tolerance = TOLERANCE[xz.dtype]
+    backward = kind == "ssm" and draw(st.booleans()) and not (bf16 and w.pool == "max")
+
+    def weights(t, layernorm):
+        return w._replace(**{k: v for k, v in t.items() if k != "xz"}, layernorm=layernorm)
+
+    s = draw_tensor(draw, 2, len(xz), grid.steps, xz.shape[2] // 2)
+    c = torch.zeros(2, *xz.shape[:2], xz.shape[2] // 2, dtype=torch.float64)
+
+    def run(by, t, layernorm, s, convolve=None):
+        w = weights(t, layernorm)
+        if kind == "ssm":
+            return [by.ssm(t["xz"], w, grid)]
+        if kind == "conv_pool":
+            return [by.conv_pool(t["xz"], w, grid)[1]]
+        if convolve is not None:
+            x, _ = t["xz"].chunk(2, -1)
+            return [by.expand_gate(t["xz"], convolve(grid.flatten(x), w.conv_weight, w.conv_bias),
+                                   s, w, grid)]
+        return [by.expand_gate(t["xz"], c, s, w, grid)]
+
+    return compare(other, tolerance, lambda t, norm, s: run(backend, t, norm, s),
+                   lambda t, norm, s: run(fastvim.Backend, t, norm, s, fastvim.conv_silu),
+                   tensors, (w.layernorm, s), backward)
+
+
+def one_norm(draw, backend):
+    shape = draw(st.lists(st.sampled_from([0, 1, 2, 3]), min_size=1, max_size=2))
+    d = draw(st.sampled_from([1, 5, 16, 33]))
+    norm = fastvim.NORMS[draw(st.sampled_from(["rmsnorm", "layernorm"]))](
+        d, device="cpu", dtype=torch.float32)
+    tensors = dict(hidden=draw_tensor(draw, *shape, d), residual=draw_tensor(draw, *shape, d))
+    tensors, other = change(draw, tensors)
+    return compare(other, 2e-4, lambda t, norm: backend.add_norm(t["hidden"], t["residual"], norm),
+                   lambda t, norm: fastvim.add_norm(t["hidden"], t["residual"], norm),
+                   tensors, (norm,), draw(st.booleans()))
+
+
+INT_TABLES = ("token", "group", "member", "start")
+
+
+def one_operation(draw, backend):
+    """torch.ops.fastvim: arguments that the schema allows and that make no sense."""
+    xz, w, grid = draw_block(draw)
+    weights = weights_of(w)._asdict()
+    kind = draw(st.sampled_from(["ssm", "ssm_backward", "add_norm", "add_norm_backward"]))
+    name = draw(st.sampled_from([backend.name] * 12 + ["", "CPU", "python"]))
+    if kind.startswith("add_norm"):
+        d = draw(st.sampled_from([1, 5, 33]))
+        shape = (2, draw(st.sampled_from([0, 1, 3])), d)
+        tensors = dict(hidden=draw_tensor(draw, *shape), residual=draw_tensor(draw, *shape),
+                       weight=draw_tensor(draw, d), bias=draw_tensor(draw, d))
+        if kind == "add_norm_backward":
+            tensors = dict(du=tensors.pop("hidden"), dout=draw_tensor(draw, *shape), **tensors)
+        changed, other = change(draw, tensors, 1)
+        operation = getattr(torch.ops.fastvim, kind)
+
+        def call(t):
+            return operation(*t.values(), name)
+        return check_operation(call, tensors, changed, other)
+    tables = fastvim_kernels.unpack(torch.device("cpu"), *pack(grid))._asdict()
+    rest = dict(zip(("storage", "order", "pooled", "lengths", "scale"), pack(grid)))
+    if draw(st.booleans()):
+        rest.update(storage="")
+    else:
+        tables = dict.fromkeys(tables)
+    saved = {}
+    if kind == "ssm_backward":
+        with torch.no_grad():
+            y, *values = torch.ops.fastvim.ssm(
+                xz, *weights.values(), w.pool, w.skip_before_expand, *pack(grid), backend.name)
+        saved = dict(zip(("dy", "pooled", "argmax", "s"), (torch.ones_like(y), *values)))
+    tensors = {**saved, "xz": xz, **weights, **tables}
+    changed, other = change(draw, tensors, 1)
+    pool = draw(st.sampled_from([w.pool] * 9 + ["attention", "min", ""]))
+    wrong = pool != w.pool or name != backend.name
+    if draw(st.integers(0, 3)) == 0:
+        key = draw(st.sampled_from(sorted(rest)))
+        bad = {"lengths": [[], [-1], [0], [2 ** 62], [2 ** 31, 2 ** 33], [3, 3, 3, 3]],
+               "scale": [1.0, 0.25], "storage": ["h", "w h", "a b c", "h h", "-", "( )", "1 2"],
+               "order": ["", "h", "h w c x", "h h", "...", "w h"], "pooled": ["x", "h h h", "h w c"]}
+        rest[key] = draw(st.sampled_from(bad[key]))
+        wrong = True
+    table = draw(st.sampled_from(INT_TABLES))
+    if tables["token"] is not None and changed[table] is not None and draw(st.booleans()):
+        t = changed[table]
+        if type(t) is torch.Tensor and t.layout == torch.strided and t.device.type == "cpu" \
+                and not t.is_nested and t.numel() and not t.is_quantized and not t.is_inference():
+            t = changed[table] = t.clone()
+            t.view(-1)[draw(st.integers(0, t.numel() - 1))] = draw(st.sampled_from(
+                [-2 ** 31, -2, -1, 0, 1, 2, 1000, 10 ** 9, 2 ** 31 - 1])) \
+                if t.dtype == torch.int32 else 0
+            wrong = True
+
+    def call(t):
+        tables = [t[k] for k in fastvim_kernels.Walk._fields]
+        rows = [t[k] for k in (*saved, "xz", *weights)]
+        return getattr(torch.ops.fastvim, kind)(
+            *rows, pool, w.skip_before_expand, *rest.values(), *tables, name)
+    return check_operation(call, tensors, changed, other, wrong)
+
+
+def check_operation(call, tensors, changed, other, wrong=False):
+    """A refusal, or the bits that clean tensors give."""
+    with torch.no_grad():
+        result, refusal = attempt(call, changed)
+    if refusal is not None:
+        check_refusal(refusal)
+        return False
+    if not wrong and not other:
+        with torch.no_grad():
+            expected = call(tensors)
+        for a, b in zip(result, expected, strict=True):
+            torch.testing.assert_close(a.as_subclass(torch.Tensor), b, rtol=0, atol=0,
+                                       equal_nan=True)
+    return True
+
+
+def one_model(draw, backend):
+    fields = dict(img_size=16, patch_size=8, embed_dim=8, depth=2, d_state=2, num_classes=3)
+    fields.update(draw(st.sampled_from([
+        {}, dict(schedule="vim", class_token=True), dict(schedule="fastchannelvim", in_chans=3),
+        dict(pool="max"), dict(ssm_norm=None, block_norm="layernorm")])))
+    torch.manual_seed(0)
+    model = fastvim.FastVim(**fields).eval()
+    b = draw(st.sampled_from([0, 1, 2]))
+    tensors = dict(x=draw_tensor(draw, b, 3, *draw(st.sampled_from([(16, 16), (8, 24), (3, 1)]))))
+    tensors, other = change(draw, tensors)
+    keep = draw(st.sampled_from([None, None, [[0]], [[0, 1], [2, -1]], [[3, 0], [1, 2]], [[-1]],
+                                 [[99]], [[2 ** 40]], [], "x", 3, torch.zeros(b, 1),
+                                 torch.zeros(b, 1).long(), torch.zeros(b, 0).long()]))
+    channels = draw(st.sampled_from([None, None, None, [0, 1, 2], [2, 0, 1], [0, 0, 0], [7], 1]))
+    reference = copy.deepcopy(model).double()
+
+    def plain(t):
+        by_type = reference if t["x"].dtype == torch.float64 else model
+        return run_model(fastvim.BACKENDS["python"], by_type, t["x"])
+
+    def run_model(backend, model, x):
+        with fastvim.use_backend(backend.name):
+            return [model(x, keep, channels)]
+    return compare(other, 2e-4, lambda t: run_model(backend, model, t["x"]), plain, tensors, (),
+                   draw(st.booleans()))
+
+
+KINDS = [one_scan, one_block, one_norm, one_operation, one_operation, one_model]
+DEFAULTS = [torch.float32, torch.float32, torch.float64, torch.bfloat16]
+
+
+def random_call(draw, backend, log=lambda kind: None):
+    """-> whether it was computed, not refused"""
+    kind = draw(st.sampled_from(KINDS))
+    log(kind.__name__)
+    default = draw(st.sampled_from(DEFAULTS))
+    if kind is not one_model:                   # whose own parameters would be of that type
+        torch.set_default_dtype(default)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return kind(draw, backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+QUIET = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+@settings(max_examples=300, derandomize=True, **QUIET)
+@given(st.data())
+def test_random_calls(data):
+    backend = fastvim.BACKENDS["cpu"]
+    assert backend.problem() is None, backend.problem()
+    random_call(data.draw, backend)
+
+
+# ---- for longer, under the sanitizers ------------------------------------------------------------
+
+# What a bad call could lead to. All of -fsanitize=undefined compiles for many minutes.
+CHECKS = "address,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
+SANITIZERS = [f"-fsanitize={CHECKS}", f"-fno-sanitize-recover={CHECKS}"]
+
+
+def load_sanitized():
+    """scan_cpu.cpp on one thread, with checks of every access to memory and of every overflow."""
+    flags = ["-std=c++17", "-O1", "-g", "-march=native", "-shared", "-fPIC", *SANITIZERS]
+    sources = [str(HERE.parent / name) for name in ("scan_cpu.cpp", "scan.h")]
+    name = fastvim_build.name_build("scan_sanitized", sources, flags)
+    path = os.path.join(fastvim_build.cache_folder(), f"{name}.so")
+    if not os.path.exists(path):
+        subprocess.run(["g++", *flags, sources[0], "-o", f"{path}.tmp"], check=True)
+        os.replace(f"{path}.tmp", path)
+    return fastvim_build.caller(ctypes.CDLL(path))
+
+
+def run_for(minutes: float, first_seed: int):
+    """Calls under the sanitizers until the time is over; stops at the first that goes wrong."""
+    torch.set_num_threads(1)
+    KERNELS["cpu"]._load = load_sanitized
+    backend = fastvim.BACKENDS["cpu"]
+    assert backend.problem() is None, backend.problem()
+    counts = {}
+    end = time.monotonic() + 60 * minutes
+    round_ = first_seed
+    while time.monotonic() < end:
+        @seed(round_)
+        @settings(max_examples=500, phases=[Phase.generate], **QUIET)
+        @given(st.data())
+        def calls(data):
+            kind = []
+            computed = random_call(data.draw, backend, kind.append)
+            key = (kind[0], "computed" if computed else "refused")
+            counts[key] = counts.get(key, 0) + 1
+        print(f"seed {round_}", flush=True)     # the last one printed is the one that crashed
+        calls()
+        round_ += 1
+    print(f"seeds {first_seed} to {round_ - 1}, {sum(counts.values())} calls, nothing found")
+    for key, count in sorted(counts.items()):
+        print(f"{count:8}", *key)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    if "LD_PRELOAD" not in os.environ:          # the sanitizers must be loaded before Python
+        names = ("libasan.so", "libubsan.so")
+        paths = [subprocess.run(["g++", f"-print-file-name={name}"], check=True, text=True,
+                                capture_output=True).stdout.strip() for name in names]
+        environment = dict(os.environ, LD_PRELOAD=" ".join(paths), ASAN_OPTIONS="detect_leaks=0",
+                           UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1")
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+    run_for(args.minutes, args.seed)
+
+
+if __name__ == "__main__":
+    main()
