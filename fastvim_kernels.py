@@ -592,7 +592,9 @@ def sort_arguments(xz, *rest):
     pool, skip, *grid = rest[len(Weights._fields):]
     if pool not in ("mean", "max"):
         raise ValueError(f"pool={pool!r}: kernels know mean and max")
-    storage, _, _, lengths, *_ = grid
+    storage, _, _, lengths, scale, *_ = grid
+    if pool == "max" and scale != 1:
+        raise ValueError(f"scale={scale}: maxima are not scaled, means are")
     tokens = math.prod(lengths)
     if storage and xz.shape[1:2] != (tokens,):  # before tables of any size are made
         raise ValueError(f"activations {tuple(xz.shape)} do not fit a walk of {(1, tokens)} tokens")
@@ -603,6 +605,14 @@ def kernels_of(backend: str) -> Kernels:
     if backend not in KERNELS:
         raise ValueError(f"no kernels are called {backend!r}; choose from {', '.join(KERNELS)}")
     return KERNELS[backend]
+
+
+def check_devices(*arguments):
+    """For the operations on tensors without memory, to which PyTorch also takes a call that mixes
+    these with others: its outputs would be what lies in memory."""
+    devices = {str(t.device) for t in arguments if isinstance(t, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"tensors must be on one device, not on {' and '.join(sorted(devices))}")
 
 
 def no_autocast(device):
@@ -646,6 +656,7 @@ def ssm_backward(dy, pooled, argmax, s, xz, *rest):
 
 @ssm.register_fake
 def _(xz, *rest):
+    check_devices(xz, *rest)
     pool, _, storage, _, pooled, lengths, _, *tables, _ = rest[len(Weights._fields):]
     b, l, width = xz.shape
     if storage:
@@ -660,6 +671,7 @@ def _(xz, *rest):
 
 @ssm_backward.register_fake
 def _(dy, pooled, argmax, s, xz, *rest):
+    check_devices(dy, pooled, argmax, s, xz, *rest)
     like = (xz, *rest[:len(Weights._fields)])
     return or_empty(xz, [None if t is None else torch.empty_like(t) for t in like])
 
@@ -706,11 +718,13 @@ def add_norm_backward(du, dout, out, weight, bias, backend):
 
 @add_norm.register_fake
 def _(hidden, residual, weight, bias, backend):
+    check_devices(hidden, residual, weight, bias)
     return torch.empty_like(hidden), torch.empty_like(residual)
 
 
 @add_norm_backward.register_fake
 def _(du, dout, out, weight, bias, backend):
+    check_devices(du, dout, out, weight, bias)
     grads = empty_like(dout=out, du=du, dweight=weight.float(), dbias=float32(bias))
     if du.dtype == torch.float32:
         grads["du"] = None

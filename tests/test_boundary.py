@@ -129,14 +129,14 @@ def change(draw, tensors: dict, least=0):
 # ---- calls ---------------------------------------------------------------------------------------
 
 
-def draw_grid(draw, b):
+def draw_grid(draw, b, pool):
     """-> Grid or GridWithHoles, and the number of tokens that it walks."""
     storage = draw(st.sampled_from(["h w", "h w c", "c h w"]))
     axes = storage.split()
     sizes = tuple((axis, draw(st.sampled_from([1, 1, 2, 3, 5, 9]))) for axis in axes)
     order = " ".join(draw(st.permutations(axes)))
     pooled = " ".join(draw(st.lists(st.sampled_from(axes), unique=True, max_size=len(axes) - 1)))
-    grid = Grid(storage, order, pooled, sizes, draw(st.sampled_from([1.0, 0.25])))
+    grid = Grid(storage, order, pooled, sizes, 1.0 if pool == "max" else 0.25)
     cells = math.prod(n for _, n in sizes)
     if draw(st.booleans()) or not b:
         return grid, cells
@@ -160,7 +160,8 @@ def draw_block(draw):
     e = draw(st.sampled_from([1, 2, 5, 16, 17, 40]))
     n = draw(st.sampled_from([1, 3, 4, 16]))
     r = draw(st.sampled_from([1, 3]))
-    grid, length = draw_grid(draw, b)
+    pool = draw(st.sampled_from(["mean", "max"]))
+    grid, length = draw_grid(draw, b, pool)
     norm = draw(st.sampled_from([None, "rmsnorm", "layernorm"]))
     if norm is not None:
         norm = fastvim.NORMS[norm](e, device="cpu", dtype=torch.float32)
@@ -169,8 +170,7 @@ def draw_block(draw):
     w = fastvim.SSMWeights(
         draw_tensor(draw, 2, e, 4), draw_tensor(draw, 2, e), draw_tensor(draw, 2, r + 2 * n, e),
         draw_tensor(draw, 2, e, r), draw_tensor(draw, 2, e), draw_tensor(draw, 2, e, n),
-        draw_tensor(draw, 2, e), None, None, norm, draw(st.sampled_from(["mean", "max"])),
-        draw(st.booleans()))
+        draw_tensor(draw, 2, e), None, None, norm, pool, draw(st.booleans()))
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
     return draw_tensor(draw, b, length, 2 * e, dtype=dtype), w, grid
 
@@ -203,16 +203,14 @@ def check_refusal(error):
     assert said and "\n" not in said.strip() and len(said) < 900, repr(error)
 
 
-def check_numbers(actual, expected, tolerance):
-    """Not finite at the same places; else near, relative to the largest number."""
-    actual = actual.detach().double()
+def error_of(actual, expected) -> float:
+    """Relative to the largest number; of what overflows in float32, nothing is asked."""
+    actual = plain_copy(actual)
     assert actual.shape == expected.shape
-    finite = expected.isfinite()
-    if expected.numel() == 0 or not finite.all() or expected.abs().max() > 1e30:
-        return                                  # float32 overflows where float64 does not
-    assert actual.isfinite().all()
+    if expected.numel() == 0 or not expected.isfinite().all() or expected.abs().max() > 1e15:
+        return 0.0
     error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-2)
-    assert error < tolerance, f"error {error:.1e}"
+    return error.nan_to_num(math.inf).item()
 
 
 def grads_of(outputs, inputs):
@@ -225,47 +223,56 @@ def grads_of(outputs, inputs):
     return torch.autograd.grad(loss, inputs, allow_unused=True)
 
 
-def compare(other, tolerance, call, plain, tensors: dict, rest: tuple, backward: bool):
-    """call and plain take (tensors, *rest). other: what they are given is wrong."""
-    if backward and not other:
-        tensors = {k: t.detach().requires_grad_() if isinstance(t, torch.Tensor)
-                   and t.is_floating_point() and not t.is_inference() else t
-                   for k, t in tensors.items()}
+def is_huge(v):
+    return isinstance(v, torch.Tensor) and bool((plain_copy(v).abs() > 1e15).any())
 
-    def run():
+
+def compare(other, tolerance, call, plain, tensors: dict, rest: tuple, backward: bool):
+    """call and plain take (tensors, *rest) -> a list of outputs. other: some tensor is not what it
+    should be. -> whether the call was computed, and not refused"""
+    if backward and not other:
+        tensors = {k: t.detach().requires_grad_() if t is not None and t.is_floating_point()
+                   and not t.is_inference() else t for k, t in tensors.items()}
+
+    def run(function, tensors, *rest):
+        """-> outputs, then the gradients of what wants them, or None"""
         with contextlib.nullcontext() if backward else torch.no_grad():
-            outputs = call(tensors, *rest)
-        grads = []
-        leaves = [t for t in tensors.values() if isinstance(t, torch.Tensor) and t.requires_grad]
-        if backward and leaves:
-            grads = grads_of(outputs, leaves)
-        return outputs, grads
-    result, refusal = attempt(run)
+            outputs = list(function(tensors, *rest))
+        leaves = [t for t in tensors.values() if t is not None and t.requires_grad]
+        grads = grads_of(outputs, leaves) if backward and leaves else []
+        return [*outputs, *grads]
+
+    def run_copies(change_type):
+        copies = {k: change_type(plain_copy(t)) for k, t in tensors.items()}
+        for k, t in tensors.items():
+            if t is not None and t.requires_grad:
+                copies[k].requires_grad_()
+        return [None if t is None else plain_copy(t)
+                for t in run(plain, copies, *(change_type(plain_copy(v)) for v in rest))]
+    actual, refusal = attempt(run, call, tensors, *rest)
     if refusal is not None:
         check_refusal(refusal)
         return False
-    if other:                                   # plain PyTorch served, or broadcasting is right
-        expected, error = attempt(plain, tensors, *rest)
-        assert error is None, f"plain PyTorch refuses: {error}"
+    if other:                                   # plain PyTorch served it
+        _, refusal = attempt(run, plain, tensors, *rest)
+        assert refusal is None, f"plain PyTorch refuses: {refusal}"
         return True
-    copies = {k: plain_copy(t) for k, t in tensors.items()}
-    if backward:
-        for k, t in tensors.items():
-            if isinstance(t, torch.Tensor) and t.requires_grad:
-                copies[k].requires_grad_()
-    rest = tuple(map(plain_copy, rest))
-    expected = plain(copies, *rest)
-    for a, b in zip(result[0], expected, strict=True):
-        if a is not None and b is not None:
-            check_numbers(a, b.detach(), tolerance)
-    leaves = [t for t in copies.values() if isinstance(t, torch.Tensor) and t.requires_grad]
-    if backward and leaves:
-        for a, b in zip(result[1], grads_of(expected, leaves), strict=True):
-            assert (a is None) <= (b is None or not b.any())
-            if a is not None and b is not None:
-                a = a.to_dense() if a.layout != torch.strided else a
-                check_numbers(a.as_subclass(torch.Tensor), b, tolerance)
+    if any(map(is_huge, tensors.values())):
+        return True
+    expected = run_copies(lambda v: v)
+    errors = [0.0 if b is None else error_of(torch.zeros_like(b) if a is None else a, b)
+              for a, b in zip(actual, expected, strict=True)]
+    if max(errors, default=0.0) > tolerance:    # is the task so hard in float32?
+        usual = [0.0 if b is None else error_of(torch.zeros_like(b) if a is None else a, b)
+                 for a, b in zip(run_copies(to_float32), expected, strict=True)]
+        assert max(errors) < 20 * max(usual), f"error {max(errors):.1e}, usually {max(usual):.1e}"
     return True
+
+
+def to_float32(v):
+    if isinstance(v, nn.Module):
+        return v.float()
+    return v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
 
 
 def one_scan(draw, backend):
@@ -423,8 +430,8 @@ def one_model(draw, backend):
     reference = copy.deepcopy(model).double()
 
     def plain(t):
-        by_type = reference if t["x"].dtype == torch.float64 else model
-        return run_model(fastvim.BACKENDS["python"], by_type, t["x"])
+        model_of_type = reference if t["x"].dtype == torch.float64 else model
+        return run_model(fastvim.BACKENDS["python"], model_of_type, t["x"])
 
     def run_model(backend, model, x):
         with fastvim.use_backend(backend.name):
