@@ -150,7 +150,7 @@ def draw_grid(draw, b, pool):
     class_token = draw(st.booleans())
     if class_token:
         ids = torch.cat([torch.full((rows, 1), CLASS), ids], 1)
-    grid = GridWithHoles(grid, ids, class_token, draw(st.booleans()))
+    grid = GridWithHoles(grid, ids, class_token, pool == "mean" and draw(st.booleans()))
     return grid, ids.shape[1]
 
 
@@ -224,7 +224,9 @@ def grads_of(outputs, inputs):
 
 
 def is_huge(v):
-    return isinstance(v, torch.Tensor) and bool((plain_copy(v).abs() > 1e15).any())
+    if not isinstance(v, torch.Tensor) or v.device.type == "meta" or v.dtype == torch.bool:
+        return False
+    return bool((plain_copy(v).abs() > 1e15).any())
 
 
 def compare(other, tolerance, call, plain, tensors: dict, rest: tuple, backward: bool):
@@ -253,13 +255,14 @@ def compare(other, tolerance, call, plain, tensors: dict, rest: tuple, backward:
     if refusal is not None:
         check_refusal(refusal)
         return False
-    if other:                                   # plain PyTorch served it
-        _, refusal = attempt(run, plain, tensors, *rest)
-        assert refusal is None, f"plain PyTorch refuses: {refusal}"
-        return True
     if any(map(is_huge, tensors.values())):
         return True
-    expected = run_copies(lambda v: v)
+    expected, refusal = attempt(run_copies, lambda v: v)
+    if refusal is not None:                     # kernels convert types of which PyTorch makes none
+        assert other, f"plain PyTorch refuses: {refusal}"
+        return True
+    if other:
+        tolerance = max(tolerance, 4e-2)        # float16, perhaps
     errors = [0.0 if b is None else error_of(torch.zeros_like(b) if a is None else a, b)
               for a, b in zip(actual, expected, strict=True)]
     if max(errors, default=0.0) > tolerance:    # is the task so hard in float32?
