@@ -383,7 +383,8 @@ def ssm_values(xz, w: Weights, walk: Walk, skip: bool) -> dict:
     if any(t is not None and t.shape != shape for t, shape in zip(w, shapes)):
         found = {name: tuple(t.shape) for name, t in w._asdict().items() if t is not None}
         raise ValueError(f"activations {tuple(xz.shape)} do not fit weights of shapes {found}")
-    if l < 1 or rows not in (1, b) or walk.token.shape != (rows, l) or not 1 <= n <= MAX_STATES:
+    fits = l >= 1 and edges >= 2 and rows in (1, b) and walk.token.shape == (rows, l)
+    if not fits or not 1 <= n <= MAX_STATES:
         raise ValueError(
             f"activations {tuple(xz.shape)} do not fit a walk of {tuple(walk.token.shape)} tokens, "
             f"or {n} states are not 1 to {MAX_STATES}"

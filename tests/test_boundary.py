@@ -19,6 +19,8 @@ import sys
 import time
 import warnings
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -465,12 +467,204 @@ def random_call(draw, backend, log=lambda kind: None):
 QUIET = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(max_examples=300, derandomize=True, **QUIET)
+@settings(max_examples=200, derandomize=True, **QUIET)
 @given(st.data())
 def test_random_calls(data):
     backend = fastvim.BACKENDS["cpu"]
     assert backend.problem() is None, backend.problem()
     random_call(data.draw, backend)
+
+
+# ---- what random calls have found, and their neighbours -------------------------------------------
+
+
+def block(pool="mean"):
+    """-> (kind -> arguments of torch.ops.fastvim by name), in the order of the schema; the walk is
+    given by its tables: 3 x 2 tokens, pooled to 3 steps, two images."""
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(5)
+    w = fastvim.SSMWeights(
+        torch.randn(2, 5, 4), torch.randn(2, 5), torch.randn(2, 7, 5), torch.randn(2, 5, 1),
+        torch.randn(2, 5), torch.randn(2, 5, 3), torch.randn(2, 5), None, None, norm, pool, False)
+    grid = Grid("h w", "h w", "w", (("h", 3), ("w", 2)))
+    walk = fastvim_kernels.unpack(torch.device("cpu"), *pack(grid))
+    forward = dict(
+        xz=torch.randn(2, 6, 10), **weights_of(w)._asdict(), pool=pool, skip=False, storage="",
+        order="", pooled="", lengths=[], scale=1.0, **walk._asdict(), backend="cpu")
+    with torch.no_grad():
+        y, pooled, argmax, s = torch.ops.fastvim.ssm(*forward.values())
+    saved = dict(dy=torch.ones_like(y), saved_pooled=pooled, argmax=argmax, s=s)
+    return dict(ssm=forward, ssm_backward={**saved, **forward})
+
+
+def call_block(kind, pool="mean", **changes):
+    arguments = block(pool)[kind]
+    assert changes.keys() <= arguments.keys()
+    with torch.no_grad():
+        return getattr(torch.ops.fastvim, kind)(*{**arguments, **changes}.values())
+
+
+def int32(*rows):
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+ASTRAY = {                                      # of token 0 .. 5, group 0 0 1 1 2 2, start 0 2 4 6
+    "a token beyond the image": dict(token=int32([0, 1, 2, 3, 4, 6])),
+    "a token far beyond the image": dict(token=int32([0, 1, 2, 3, 4, 2 ** 31 - 1])),
+    "a token before the image": dict(token=int32([-1, 1, 2, 3, 4, 5])),
+    "a token twice": dict(token=int32([0, 1, 2, 3, 4, 4])),
+    "a step beyond the last": dict(group=int32([0, 0, 1, 1, 2, 3])),
+    "a step far beyond the last": dict(group=int32([0, 0, 1, 1, 2, 10 ** 9])),
+    "a step before holes": dict(group=int32([0, 0, 1, 1, 2, -2])),
+    "a hole that is a member": dict(group=int32([0, 0, 1, 1, 2, -1])),
+    "a member beyond the image": dict(member=int32([0, 1, 2, 3, 4, 6])),
+    "a member far beyond the image": dict(member=int32([0, 1, 2, 3, 4, 10 ** 9])),
+    "a member before the image": dict(member=int32([0, -10 ** 9, 2, 3, 4, 5])),
+    "members in another order": dict(member=int32([1, 0, 2, 3, 4, 5])),
+    "members of another step": dict(member=int32([0, 1, 2, 4, 3, 5])),
+    "a step that ends beyond the image": dict(start=int32([0, 2, 4, 7])),
+    "a step that ends far beyond the image": dict(start=int32([0, 2, 10 ** 9, 6])),
+    "a step that ends before it begins": dict(start=int32([0, 4, 2, 6])),
+    "a first step that begins late": dict(start=int32([1, 2, 4, 6])),
+    "a first step that begins before": dict(start=int32([-10 ** 9, 2, 4, 6])),
+}
+
+
+@pytest.mark.parametrize("kind", ["ssm", "ssm_backward"])
+@pytest.mark.parametrize("what", ASTRAY)
+def test_a_walk_that_leads_out_of_its_image(kind, what):
+    with pytest.raises(ValueError, match="tables of the walk must visit every token once"):
+        call_block(kind, **ASTRAY[what])
+
+
+def four(*shape):
+    return torch.zeros(*shape, dtype=torch.float32)
+
+
+SENSELESS = {                                   # arguments, what the sentence says
+    "no steps": (dict(start=int32([0])), "do not fit a walk"),
+    "no edges": (dict(start=int32([])), "do not fit a walk"),
+    "a group too short": (dict(group=int32([0, 0, 1])), r"group must have the shape \(1, 6\)"),
+    "members too short": (dict(member=int32([0, 1])), r"member must have the shape \(1, 6\)"),
+    "weights too short": (dict(weight=four(1, 3)), r"weight must have the shape \(1, 6\)"),
+    "no token table": (dict(token=None), "storage of a full grid or all five tables"),
+    "an odd width": (dict(xz=four(2, 6, 11)), r"xz must have the shape \(2, 6, 10\)"),
+    "no images' axis": (dict(xz=four(6, 10)), r"expected xz \(b l 2e\)"),
+    "no backend": (dict(backend="abacus"), "no kernels are called 'abacus'.*cpu"),
+    "no pooling": (dict(pool="attention"), "pool='attention'"),
+    "float16": (dict(xz=torch.zeros(2, 6, 10, dtype=torch.float16)), "no torch.float16"),
+    "a grid that is huge": (dict(storage="h w", order="h w", pooled="w", lengths=[2 ** 40, 2 ** 9]),
+                            "do not fit a walk"),
+    "no such order": (dict(storage="h w", order="h h", pooled="w", lengths=[3, 2]),
+                      "no grid is stored as 'h w', walked as 'h h'"),
+    "no such axis": (dict(storage="h w", order="h w", pooled="c", lengths=[3, 2]), "pooled over"),
+    "one length": (dict(storage="h w", order="h w", pooled="w", lengths=[6]), "lengths"),
+    "a pattern": (dict(storage="(h w)", order="(h w)", pooled="", lengths=[3, 2]), "no grid"),
+    "negative lengths": (dict(storage="h w", order="h w", pooled="w", lengths=[-3, -2]), "lengths"),
+    "tensors without memory": (dict(D=torch.zeros(2, 5, device="meta")), "on one device"),
+}
+
+
+@pytest.mark.parametrize("kind", ["ssm", "ssm_backward"])
+@pytest.mark.parametrize("what", SENSELESS)
+def test_senseless_arguments_of_a_block(kind, what):
+    changes, sentence = SENSELESS[what]
+    with pytest.raises((ValueError, TypeError), match=sentence) as caught:
+        call_block(kind, **changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("s", four(2, 2, 2, 5)), ("s", four(2, 2, 3, 4)), ("saved_pooled", four(2, 2, 2, 5)),
+    ("argmax", torch.zeros(0)), ("argmax", torch.zeros(2, 2, 1, 5, dtype=torch.int32)),
+    ("dy", four(2, 5, 5)), ("dy", four(1, 6, 5))])
+def test_what_the_way_back_is_given(name, value):
+    with pytest.raises((ValueError, TypeError), match="must"):
+        call_block("ssm_backward", pool="max", **{name: value})
+
+
+def test_maxima_have_no_scale():
+    with pytest.raises(ValueError, match=r"scale=0.5"):
+        call_block("ssm", pool="max", scale=0.5)
+
+
+@pytest.mark.parametrize("kind, shapes, match", [
+    ("add_norm", [(2, 3, 5), (2, 2, 5), (5,), (5,)], "hidden must have the shape"),
+    ("add_norm", [(2, 2, 5), (2, 3, 5), (5,), (5,)], "hidden must have the shape"),
+    ("add_norm", [(3, 2, 5), (2, 3, 5), (5,), (5,)], "hidden must have the shape"),
+    ("add_norm", [(2, 3, 5), (2, 3, 5), (5,), (4,)], "bias must have the shape"),
+    ("add_norm", [(2, 3, 5), (2, 3, 5), (6,), (6,)], "does not fit"),
+    ("add_norm", [(2, 3, 0), (2, 3, 0), (0,), (0,)], "does not fit"),
+    ("add_norm", [(), (), (), ()], "hidden must have the shape"),
+    ("add_norm_backward", [(2, 2, 5), (2, 3, 5), (2, 3, 5), (5,), (5,)], "du must have the shape"),
+    ("add_norm_backward", [(2, 3, 5), (2, 1, 5), (2, 3, 5), (5,), (5,)], "dout must have the"),
+])
+def test_add_norm_of_other_shapes(kind, shapes, match):
+    with pytest.raises(ValueError, match=match):
+        getattr(torch.ops.fastvim, kind)(*map(four, shapes), "cpu")
+
+
+def resized(t):
+    """As fully_shard leaves a parameter between its uses."""
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
+SCAN = dict(k=2, b=1, p=3, e=4, n=2)
+
+
+def scan_values():
+    k, b, p, e, n = SCAN.values()
+    return fastvim_kernels.scan_values(
+        four(k, b, p, e), four(k, b, p, e), four(k, e, n), four(k, b, p, n), four(k, b, p, n))
+
+
+@pytest.mark.parametrize("value", [
+    resized(four(2, 1, 3, 4)), torch._neg_view(four(2, 1, 3, 4)),
+    torch._efficientzerotensor((2, 1, 3, 4)), four(2, 1, 3, 4).to_mkldnn(),
+    four(2, 3, 4).to_sparse_csr(), four(2, 1, 3, 4).to("meta")],
+    ids=["resized", "negative", "zeros", "mkldnn", "sparse rows", "meta"])
+def test_tensors_whose_numbers_are_not_in_memory(value):
+    with pytest.raises(TypeError, match="dt must be a contiguous torch.float32 tensor on cpu"):
+        KERNELS["cpu"].selective_scan({**scan_values(), "dt": value})
+
+
+@pytest.mark.parametrize("value", [np.int64(3), torch.tensor(3), 3.0, True, None], ids=repr)
+def test_sizes_that_are_no_python_integers(value):
+    with pytest.raises(TypeError, match="p must be a Python integer"):
+        KERNELS["cpu"].selective_scan({**scan_values(), "p": value})
+
+
+@pytest.mark.parametrize("size", [0, -1, 2 ** 31, 2 ** 62, 2 ** 80])
+def test_sizes_out_of_range(size):
+    with pytest.raises(ValueError, match="p must be 1 to"):
+        KERNELS["cpu"].selective_scan({**scan_values(), "p": size})
+
+
+@pytest.mark.parametrize("field", ["x", "A", "B", "s"])
+def test_tensors_smaller_than_the_sizes_say(field):
+    with pytest.raises(ValueError, match=rf"{field} must have the shape"):
+        KERNELS["cpu"].run("selective_scan", torch.device("cpu"),
+                           {**scan_values(), "s": four(2, 1, 3, 4), field: four(2, 1, 1, 1)})
+
+
+def test_kernels_of_another_device():
+    """All tensors agree, so it is the library that says what it runs on."""
+    assert KERNELS["cpu"].problem() is None
+    with pytest.raises(ValueError, match="cpu kernels cannot run on cuda:0"):
+        KERNELS["cpu"]._library("selective_scan", [0] * 14, torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize("operation, sizes", [
+    ("selective_scan_backward", dict(k=1, b=1, p=2 ** 57, e=1, n=1)),       # before the threads
+    ("selective_scan", dict(k=1, b=1, p=1, e=1, n=2 ** 55))])               # in one of them
+def test_short_of_memory_is_an_error_and_not_the_end(operation, sizes):
+    assert KERNELS["cpu"].problem() is None
+    fields = KERNELS["cpu"].structures[operation]
+    numbers = [sizes.get(field.name, 0) for field in fields]
+    with pytest.raises(RuntimeError, match=f"{operation}: out of memory"):
+        KERNELS["cpu"]._library(operation, numbers, torch.device("cpu"))
 
 
 # ---- for longer, under the sanitizers ------------------------------------------------------------
