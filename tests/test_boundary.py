@@ -183,6 +183,8 @@ def plain_copy(v):
         return copy.deepcopy(v).double()
     if not isinstance(v, torch.Tensor):
         return v
+    if v.is_quantized:
+        v = v.dequantize()
     if v.layout != torch.strided:
         v = v.to_dense()
     v = v.detach().as_subclass(torch.Tensor).resolve_neg()
@@ -620,12 +622,21 @@ def scan_values():
         four(k, b, p, e), four(k, b, p, e), four(k, e, n), four(k, b, p, n), four(k, b, p, n))
 
 
-@pytest.mark.parametrize("value", [
-    resized(four(2, 1, 3, 4)), torch._neg_view(four(2, 1, 3, 4)),
-    torch._efficientzerotensor((2, 1, 3, 4)), four(2, 1, 3, 4).to_mkldnn(),
-    four(2, 3, 4).to_sparse_csr(), four(2, 1, 3, 4).to("meta")],
-    ids=["resized", "negative", "zeros", "mkldnn", "sparse rows", "meta"])
-def test_tensors_whose_numbers_are_not_in_memory(value):
+NOT_IN_MEMORY = {
+    "resized": resized,
+    "negative": torch._neg_view,
+    "zeros": lambda t: torch._efficientzerotensor(t.shape),
+    "mkldnn": lambda t: t.to_mkldnn(),
+    "sparse rows": lambda t: t[0].to_sparse_csr(),
+    "nested": lambda t: torch.nested.nested_tensor([t, t]),
+    "meta": lambda t: t.to("meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR|The PyTorch API of nested")
+@pytest.mark.parametrize("kind", NOT_IN_MEMORY)
+def test_tensors_whose_numbers_are_not_in_memory(kind):
+    value = NOT_IN_MEMORY[kind](four(2, 1, 3, 4))
     with pytest.raises(TypeError, match="dt must be a contiguous torch.float32 tensor on cpu"):
         KERNELS["cpu"].selective_scan({**scan_values(), "dt": value})
 
