@@ -48,6 +48,9 @@ class Structure(tuple):
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
+    def __init__(self, fields):
+        self.integers = [field.name for field in fields if field.type == "int64_t"]
+
 
 def read_structures(path: str) -> dict[str, Structure]:
     """scan.h -> {operation: its Fields}. A structure within another, such as Walk, is laid out in
@@ -75,15 +78,13 @@ def read_structures(path: str) -> dict[str, Structure]:
 def to_c(operation: str, fields: Structure, device: torch.device, values: dict) -> list[int]:
     """The fields of an operation's structure as numbers: a tensor as its address, None as 0.
     Raises TypeError or ValueError, naming the field, for what C could not read as declared."""
-    sizes = []
-    for name in integers(fields):
-        size = values[name]
+    sizes = tuple([values[name] for name in fields.integers])
+    for name, size in zip(fields.integers, sizes):
         if type(size) is not int:
             raise TypeError(f"{operation}: {name} must be a Python integer, not {describe(size)}")
-        sizes.append(size)
     batch = tuple(values["residual"].shape[:-1]) if "d" in values else ()
     numbers = []
-    for name, dtype, shape, row in layout(operation, fields, tuple(sizes), batch):
+    for name, dtype, shape, row in layout(operation, fields, sizes, batch):
         value = values[name]
         if dtype is None:
             numbers.append(value)
@@ -106,17 +107,12 @@ def to_c(operation: str, fields: Structure, device: torch.device, values: dict) 
     return numbers
 
 
-@functools.cache
-def integers(fields: Structure) -> list[str]:
-    return [field.name for field in fields if field.type == "int64_t"]
-
-
 @functools.lru_cache(1024)
 def layout(operation: str, fields: Structure, sizes: tuple, batch: tuple) -> list[tuple]:
     """What each field must be, for integers of these values: its name, dtype (None for an integer),
     shape, and how far apart its rows lie where that is not their length. batch: the axes of which
     the rows of add_norm are made."""
-    sizes = dict(zip(integers(fields), sizes))
+    sizes = dict(zip(fields.integers, sizes))
     for name, size in sizes.items():
         least = 1 if name in ("l", "p", "e", "n", "d") else 0
         if not least <= size <= MAX_SIZE:
@@ -210,7 +206,8 @@ def full_walk(storage, order, pooled, lengths, scale, device) -> Walk:
         token = rearrange(token, f"({storage}) -> ({order})", **sizes)
         group = torch.arange(steps, device=device)
         group = repeat(group, f"({' '.join(kept)}) -> ({order})", **sizes)
-        weight = torch.full((1, steps), scale if pooled else 1.0, device=device)
+        scale = scale if pooled else 1.0
+        weight = torch.full((1, steps), scale, dtype=torch.float32, device=device)
         return make_walk(token[None], group[None], steps, weight)
 
 
@@ -220,7 +217,7 @@ def walk_with_holes(grid) -> Walk:
         rows, length = grid.walk.shape
         step = torch.arange(grid.steps, device=grid.walk.device).expand(1, rows, -1)
         group = grid.expand(step[..., None])[0, ..., 0].masked_fill(grid.hole, -1)      # (rows l)
-        ones = torch.ones(1, rows, length, 1, device=grid.walk.device)
+        ones = torch.ones(1, rows, length, 1, dtype=torch.float32, device=grid.walk.device)
         grid.tables = make_walk(grid.walk, group, grid.steps, grid.pool(ones)[0, ..., 0])
     return grid.tables
 

@@ -458,6 +458,7 @@ def random_call(draw, backend, log=lambda kind: None):
     default = draw(st.sampled_from(DEFAULTS))
     if kind is not one_model:                   # whose own parameters would be of that type
         torch.set_default_dtype(default)
+    fastvim_kernels.full_walk.cache_clear()     # tables of earlier calls could hide wrong ones
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -583,6 +584,24 @@ def test_senseless_arguments_of_a_block(kind, what):
 def test_what_the_way_back_is_given(name, value):
     with pytest.raises((ValueError, TypeError), match="must"):
         call_block("ssm_backward", pool="max", **{name: value})
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_tables_do_not_depend_on_the_default_type(masked):
+    """Shares of a third, which bfloat16 has not."""
+    def tables():
+        fastvim_kernels.full_walk.cache_clear()
+        grid = Grid("h w", "h w", "w", (("h", 2), ("w", 3)), 0.7)
+        if masked:
+            grid = GridWithHoles(grid, torch.tensor([[0, 1, 3]]))
+        return fastvim_kernels.unpack(torch.device("cpu"), *pack(grid)).weight
+    expected = tables()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert tables().equal(expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        fastvim_kernels.full_walk.cache_clear()
 
 
 def test_maxima_have_no_scale():
