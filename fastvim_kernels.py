@@ -41,6 +41,7 @@ class Field(NamedTuple):
     name: str
     type: str                               # int64_t, void, float or int32_t
     axes: tuple                             # of an array, such as ("b", "l", "2 e")
+    is_input: bool                          # const
 
 
 class Structure(tuple):
@@ -60,14 +61,14 @@ def read_structures(path: str) -> dict[str, Structure]:
     structures = {}
     for name, body in re.findall(r"^struct (\w+) \{(.*?)\};", text, re.DOTALL | re.MULTILINE):
         fields = []
-        for kind, names, comment in re.findall(r"(?:const )?(\w+) ([^;/]+);([^\n]*)", body):
+        for const, kind, names, comment in re.findall(r"(const )?(\w+) ([^;/]+);([^\n]*)", body):
             names = [field.strip(" *") for field in names.split(",")]
             shapes = [()] * len(names)
             if kind in ("void", "float", "int32_t"):
                 shapes = [re.findall(r"\[(.+?)\]", shape)
                           for shape in re.findall(r"(?:\[[^]]+\])+", comment)]
                 shapes *= len(names) if len(shapes) == 1 else 1
-            own = [Field(field, kind, tuple(axes))
+            own = [Field(field, kind, tuple(axes), bool(const))
                    for field, axes in zip(names, shapes, strict=True)]
             fields += structures.get(kind, own)
         structures[name] = Structure(fields)
@@ -83,35 +84,32 @@ def to_c(operation: str, fields: Structure, device: torch.device, values: dict) 
         if type(size) is not int:
             raise TypeError(f"{operation}: {name} must be a Python integer, not {describe(size)}")
     batch = tuple(values["residual"].shape[:-1]) if "d" in values else ()
-    numbers = []
-    for name, dtype, shape, row in layout(operation, fields, sizes, batch):
+    numbers, arrays = layout(operation, fields, sizes, batch)
+    numbers = numbers.copy()
+    for place, name, dtype, shape, row, is_input in arrays:
         value = values[name]
-        if dtype is None:
-            numbers.append(value)
-        elif value is None and name in MAY_BE_NULL:
-            numbers.append(0)
-        else:
-            try:                            # the layout last: sparse and nested tensors have none
-                right = (
-                    type(value) in PLAIN and value.dtype is dtype and value.device == device
-                    and value.shape == shape and not value.is_neg()
-                    and (value.is_contiguous() if row is None else is_dense(value, row))
-                )
-                address = value.data_ptr() if right else 0
-            except RuntimeError:
-                right = False
-                address = 0
-            if not address and not (right and 0 in shape):
-                refuse(f"{operation}: {name}", value, dtype, shape, device)
-            numbers.append(address)
+        if value is None and name in MAY_BE_NULL:
+            continue
+        try:                                # the layout last: sparse and nested tensors have none
+            right = (
+                type(value) in PLAIN and value.dtype is dtype and value.device == device
+                and value.shape == shape and not (is_input and value.is_neg())
+                and (value.is_contiguous() if row is None else is_dense(value, row))
+            )
+            address = value.data_ptr() if right else 0
+        except RuntimeError:
+            address = right = 0
+        if not address and not (right and 0 in shape):
+            refuse(f"{operation}: {name}", value, dtype, shape, device)
+        numbers[place] = address
     return numbers
 
 
 @functools.lru_cache(1024)
-def layout(operation: str, fields: Structure, sizes: tuple, batch: tuple) -> list[tuple]:
-    """What each field must be, for integers of these values: its name, dtype (None for an integer),
-    shape, and how far apart its rows lie where that is not their length. batch: the axes of which
-    the rows of add_norm are made."""
+def layout(operation: str, fields: Structure, sizes: tuple, batch: tuple) -> tuple[list, list]:
+    """For integers of these values: the fields as numbers, with 0 for arrays; and what each array
+    must be: its place, name, dtype, shape, how far apart its rows lie where that is not their
+    length, and whether it is read. batch: the axes of which the rows of add_norm are made."""
     sizes = dict(zip(fields.integers, sizes))
     for name, size in sizes.items():
         least = 1 if name in ("l", "p", "e", "n", "d") else 0
@@ -120,17 +118,20 @@ def layout(operation: str, fields: Structure, sizes: tuple, batch: tuple) -> lis
     if "d" in sizes and math.prod(batch) != sizes["rows"]:
         raise ValueError(f"{operation}: residual must have rows of {sizes['d']} numbers")
     activations = DTYPES[sizes.get("dtype", 0)]
-    dtypes = {"float": torch.float32, "int32_t": torch.int32, "void": activations, "int64_t": None}
-    expected = []
-    for name, kind, axes in fields:
+    dtypes = {"float": torch.float32, "int32_t": torch.int32, "void": activations}
+    numbers = [sizes.get(field.name, 0) for field in fields]
+    arrays = []
+    for place, (name, kind, axes, is_input) in enumerate(fields):
+        if kind == "int64_t":
+            continue
         if name == "ds" and sizes.get("shared"):
             axes = axes[1:]
         shape = tuple(length(axis, {"k": 2, **sizes}) for axis in axes)
         if axes == ("rows", "d"):
             shape = (*batch, sizes["d"])
         row = sizes.get("stride") if name in ("B", "C") else None
-        expected.append((name, dtypes[kind], shape, row))
-    return expected
+        arrays.append((place, name, dtypes[kind], shape, row, is_input))
+    return numbers, arrays
 
 
 def length(axis: str, sizes: dict) -> int:
