@@ -103,6 +103,12 @@ def check_has_head(cfg):
                          "forward_intermediates")
 
 
+def check_sampling():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise RuntimeError("in training, every call draws how many channels it takes, which an "
+                           "exported program cannot: call model.eval(), or build it with hcs=False")
+
+
 def check_images(x: Tensor, channels, cfg):
     if not isinstance(x, Tensor):
         raise TypeError(f"images must be a float tensor (B, C, H, W), not {type(x).__name__}")

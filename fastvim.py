@@ -725,6 +725,7 @@ def choose_channels(x, channels, cfg, training):
     channels = torch.as_tensor(channels, device=x.device).long()
     if not cfg.hcs or not training:
         return x, channels
+    check("sampling")
     sample = sample_channels(x.shape[1], cfg.hcs_sorted).to(x.device)
     return x[:, sample], channels[sample]
 
@@ -732,8 +733,7 @@ def choose_channels(x, channels, cfg, training):
 def sample_channels(count: int, keep_order: bool = True) -> Tensor:
     """Hierarchical channel sampling (section 3.3), once a batch: how many channels, then which ->
     places (c) int64. keep_order: sorted, as a sequence model needs them (Table 19)."""
-    sample = torch.randperm(count, device="cpu")
-    sample = sample[:int(torch.randint(1, count + 1, (), device="cpu"))]
+    sample = torch.randperm(count, device="cpu")[:torch.randint(1, count + 1, (), device="cpu")]
     return sample.sort().values if keep_order else sample
 
 

@@ -69,6 +69,10 @@ class Backbone(nn.Module):
     default_cfg = Described()
     pretrained_cfg = Described()            # timm's other name for it
 
+    def __prepare_scriptable__(self):       # torch.jit.script asks for it
+        raise RuntimeError("torch.jit.script cannot read these models: use torch.export.export, "
+                           "torch.jit.trace or torch.onnx.export")
+
     @property
     def num_features(self) -> int:
         """The width of the tokens, and of what the head is given."""

@@ -194,7 +194,7 @@ def make_walk(token, group, steps, pool_weight) -> Walk:
     mean its tokens make together."""
     key = group.masked_fill(group < 0, steps)               # (rows l)
     key, member = key.sort(dim=1, stable=True)
-    edges = torch.arange(steps + 1, device=key.device).repeat(len(key), 1)
+    edges = torch.arange(steps + 1, device=key.device).repeat(key.shape[0], 1)
     start = torch.searchsorted(key, edges)                  # (rows p+1)
     weight = pool_weight / start.diff(dim=1).clamp(min=1)   # (rows p)
     weight = weight.gather(1, group.clamp(min=0))           # (rows l)
@@ -484,7 +484,7 @@ class CompiledBackend:
             lacks = f"{dtype} activations"
         if not lacks:
             lacks = lacks_transform()
-        if lacks and not torch.compiler.is_compiling():
+        if lacks and not torch.compiler.is_dynamo_compiling():
             said = "backend %s has no %s: python runs this model"
             self.announce(logging.WARNING, said, self.name, lacks)
         return not lacks
