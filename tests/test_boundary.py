@@ -390,7 +390,7 @@ def one_operation(draw, backend):
         t = changed[table]
         if type(t) is torch.Tensor and t.layout == torch.strided and t.device.type == "cpu" \
                 and not t.is_nested and t.numel() and not t.is_quantized and not t.is_inference():
-            t = changed[table] = t.clone()
+            t = changed[table] = t.clone(memory_format=torch.contiguous_format)
             t.view(-1)[draw(st.integers(0, t.numel() - 1))] = draw(st.sampled_from(
                 [-2 ** 31, -2, -1, 0, 1, 2, 1000, 10 ** 9, 2 ** 31 - 1])) \
                 if t.dtype == torch.int32 else 0
