@@ -404,7 +404,7 @@ def draw_examples(args: runs.Options, ctx: training.Context, model: nn.Module, d
 
 
 def main() -> None:
-    with runs.plain_errors("finetune_dense.py", data.BadDataError, OSError):
+    with runs.plain_errors("finetune_dense.py"):
         args, start = get_args()
         ctx = training.setup(args, training=not (args.eval or args.predict))
         if args.predict and ctx.is_main:
