@@ -173,8 +173,7 @@ def gradients(model, x):
 PARTS = ["", "norm", "mixer", "mixer.in_proj", "mixer.layernorm", "mixer.out_proj"]
 
 
-@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("norm, again", [("rmsnorm", False), ("layernorm", True)])
 @pytest.mark.parametrize("backend", ["python", "cpu"])
 @pytest.mark.parametrize("path", PARTS)
 def test_fully_shard_at_any_level(path, backend, again, norm, mesh):
@@ -233,8 +232,8 @@ def test_a_mixers_weights_are_split_evenly(count):
     assert split(torch.empty(3)).dim == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"gradient_as_bucket_view": True}])
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("options, again", [({}, False), ({"static_graph": True}, True),
+                                            ({"gradient_as_bucket_view": True}, True)])
 def test_distributed_data_parallel(options, again, mesh):
     plain = tiny(torch.float32, class_token=True).train()
     x = images(plain)
