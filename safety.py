@@ -213,7 +213,7 @@ def write_whole(path: Path, write: Callable, required: bool = True) -> None:
               f"{error}\n", file=sys.stderr, flush=True)
 
 
-LOCKS = {}  # {folder: the open file of its lock} of this process
+LOCKS = {}  # {folder: the open file of its lock, a descriptor} of this process
 
 
 def lock_folder(out: str) -> None:
@@ -226,7 +226,7 @@ def lock_folder(out: str) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")  # noqa: SIM115  held open
+        file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written ({error.strerror}): choose another --out"
                          ) from error
@@ -234,16 +234,17 @@ def lock_folder(out: str) -> None:
         import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise ValueError(f"--out {out}: another run is at work there ({file.read()}). Wait for its "
-                         "end, or choose another --out") from None
+        holder = os.read(file, 1000).decode(errors="replace")
+        os.close(file)
+        raise ValueError(f"--out {out}: another run is at work there ({holder}). Wait for its end, "
+                         "or choose another --out") from None
     except (ImportError, OSError):  # a system or a file server without locks
-        file.close()
+        os.close(file)
         return
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
     LOCKS[folder] = file
+    with contextlib.suppress(OSError):  # on a full disk it says nothing
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 @contextlib.contextmanager
@@ -253,8 +254,8 @@ def unlocked_after(out: str) -> Iterator[None]:
         yield
     finally:
         file = LOCKS.pop(Path(out).resolve(), None)
-        if file:
-            file.close()
+        if file is not None:
+            os.close(file)
 
 
 def git_revision() -> str:

@@ -749,7 +749,7 @@ def test_home_is_found_in_every_option(monkeypatch):
     parser.add_argument("--predict", nargs="+")
     parser.add_argument("--images")
     runs.add_training_arguments(parser, RECIPE)
-    args = parser.parse_args("--out=~/a --resume ~/b --predict ~/c d~ --images s3://x=~/y --steps 3".split())
+    args = parser.parse_args(["--out=~/a", "--resume", "~/b", "--predict", "~/c", "d~", "--images", "s3://x=~/y", "--steps", "3"])
     assert vars(args) == {"out": "/home/me/a", "resume": "/home/me/b", "predict": ["/home/me/c", "d~"],
                           "images": "s3://x=/home/me/y", "steps": 3}
 
