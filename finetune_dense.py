@@ -100,7 +100,11 @@ def get_args(argv=None) -> tuple[runs.Options, runs.Saved]:
     if not typed.keys() & {"data", "eval", "predict"}:
         toy = SCENES[task]
     chosen = {**runs.defaults(parsers[task]), **RECIPES[task], **toy, **typed}
-    start = runs.starting_point(chosen, starting_path(chosen))
+    path = starting_path(chosen)
+    if typed.keys() & {"eval", "predict"}:
+        start = runs.read(path)  # whatever --out holds: nothing is trained
+    else:
+        start = runs.starting_point(chosen, path)
     return runs.Options({**chosen, **options_of(start, chosen, typed), **typed}), start
 
 
@@ -404,7 +408,7 @@ def draw_examples(args: runs.Options, ctx: training.Context, model: nn.Module, d
 
 
 def main() -> None:
-    with runs.plain_errors("finetune_dense.py", data.BadDataError, OSError):
+    with runs.plain_errors("finetune_dense.py"):
         args, start = get_args()
         ctx = training.setup(args, training=not (args.eval or args.predict))
         if args.predict and ctx.is_main:

@@ -18,7 +18,9 @@ import contextlib
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,9 @@ MODEL_FIELDS = ("img_size", "patch_size", "depth", "schedule", "pool", "pool_sca
                 "block_norm", "ssm_norm", "d_conv", "skip_before_expand", "mask_divisor",
                 "drop_path_rate", "vit_pool", "vit_conv")
 
+# Folders in the --data of those readers that do not take every folder there for a class.
+SPLITS = ("train", "val", "test", "images", "annotations", "train2017", "val2017")
+
 # What a script's recipe leaves open of the options that every script has.
 TRAINING = dict(batch_size=128, accum=1, weight_decay=0.0, clip=0.0, ema=0.0, amp=False,
                 eval_every=1, save_minutes=10.0, seed=0, workers=min(4, os.cpu_count() or 1),
@@ -55,10 +60,26 @@ class Options(argparse.Namespace):
 
 
 class Parser(argparse.ArgumentParser):
-    """Keeps what was typed: any other option is absent from what it returns."""
+    """Keeps what was typed: any other option is absent from what it returns. ~ is the user's home:
+    shells leave it in --out=~/runs and OLD=~/images as it is."""
 
     def __init__(self, **settings):
         super().__init__(argument_default=argparse.SUPPRESS, **settings)
+
+    def parse_args(self, args=None, namespace=None):
+        found = super().parse_args(args, namespace)
+        for name, value in vars(found).items():
+            setattr(found, name, at_home(value))
+        return found
+
+
+def at_home(value):
+    """An option with the ~ that paths begin with replaced, also those after a =."""
+    if isinstance(value, list):
+        return [at_home(item) for item in value]
+    if isinstance(value, str):
+        return "=".join(os.path.expanduser(part) for part in value.split("="))
+    return value
 
 
 def defaults(parser: argparse.ArgumentParser) -> dict:
@@ -193,6 +214,7 @@ def built_from_options(options: dict) -> dict:
 
 def starting_point(options: dict, path: str | None) -> Saved:
     """What a run starts from: with --resume its own checkpoint, else that at `path`, else none."""
+    refuse_out_inside_data(options["out"], options.get("data"))
     own = safety.checkpoint_to_resume(options["out"], options["resume"])
     if own is None:
         return read(path) if path else Saved()
@@ -200,6 +222,20 @@ def starting_point(options: dict, path: str | None) -> Saved:
         return read(own, resumed=True)
     except ValueError as error:
         raise ValueError(f"{error}. Try --resume {options['out']}/best.pt") from error
+
+
+def refuse_out_inside_data(out: str, root: str | None) -> None:
+    """ValueError: --out is where the readers look for the images of --data."""
+    if not root or not os.path.isdir(root):
+        return
+    folder = Path(root).resolve()
+    inside = Path(out).resolve()
+    if folder not in inside.parents:
+        return
+    splits = [name for name in SPLITS if (folder / name).is_dir()]
+    if not splits or inside.relative_to(folder).parts[0] in splits:
+        raise ValueError(f"--out {out} lies among the images of --data {root}, where it would be a "
+                         "class: choose another --out")
 
 
 def encoder_options(saved: Saved, typed: dict) -> dict:
@@ -229,11 +265,15 @@ def whole_image_scale(saved: Saved, options: dict) -> dict:
 # ---- Running -------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def plain_errors(prog: str, *kinds: type) -> Iterator[None]:
-    """For main(): what the user can put right, and `kinds`, ends in a line, not in a traceback."""
+def plain_errors(prog: str) -> Iterator[None]:
+    """For main(): what the user or the administrator can put right ends in a line on stderr, not in
+    a traceback. Names of files that are no text of the terminal's are printed escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (ValueError, FileNotFoundError, ImportError, safety.NonFiniteError, *kinds) as error:
+    except (ValueError, OSError, ImportError, data.BadDataError, safety.NonFiniteError) as error:
         text = str(error)
         if "Original Traceback" in text:  # from a loading process: only the message is wanted
             text = text.rpartition(f"{type(error).__name__}: ")[2].strip()
@@ -259,6 +299,12 @@ def count_bad(ctx: training.Context, *datasets) -> int:
     return sum(int(bad.sum()) for bad in found)
 
 
+def require_images(count: float) -> None:
+    """ValueError: an evaluation has seen none."""
+    if not count:
+        raise ValueError("none of the images to evaluate on can be read: the warnings name them")
+
+
 def evaluate_classifier(model, loader, ctx: training.Context, amp: bool = False) -> dict:
     """-> {"top1", "top5": percent, "loss": mean cross-entropy, "images": how many}.
 
@@ -276,6 +322,7 @@ def evaluate_classifier(model, loader, ctx: training.Context, amp: bool = False)
             sums[2] += hits.sum()
             sums[3] += len(labels)
     loss, top1, top5, count = ctx.sum(sums).tolist()
+    require_images(count)
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count,
             "images": count}
 

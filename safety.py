@@ -2,6 +2,8 @@
 What keeps a run safe: whole files, signals that wait for a checkpoint, words for what fails.
 
     with stop_signals() as signals: ...           the first Ctrl-C only goes into the list
+    with lasting_output(): ...                    a full log disk ends nothing
+    lock_folder(out)                              of two runs in one folder the second is refused
     write_whole(path, write)                      the old file or the new one, never half of it
     nonfinite_source(model, forward, batches)     which module made the nan
     checkpoint_to_resume(out, resume)             nothing is overwritten that could be continued
@@ -9,6 +11,7 @@ What keeps a run safe: whole files, signals that wait for a checkpoint, words fo
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -104,24 +107,38 @@ def out_of_memory_advice(error: Exception, args) -> str:
             f"{advice}, or --amp; a checkpoint goes on with it with --resume --resume-changed")
 
 
+# What schedulers, launchers and terminals announce the end by: SLURM any of them, submitit SIGUSR2,
+# a connection that breaks SIGHUP.
+STOP_SIGNALS = [getattr(signal, name)
+                for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+                if hasattr(signal, name)]
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list]:
-    """Yields a list of what came: SIGTERM, SIGINT. A second Ctrl-C ends the process at once."""
+    """Yields a list of what came of STOP_SIGNALS. A second Ctrl-C ends the process at once.
+
+    Whoever has set another action (nohup ignores SIGHUP) keeps it, but for SIGTERM and SIGINT."""
     received = []
     pid = os.getpid()
     on_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    ours = [signum for signum in STOP_SIGNALS if signum in (signal.SIGTERM, signal.SIGINT)
+            or signal.getsignal(signum) == signal.SIG_DFL]
 
     def handle(signum, frame):
         received.append(signum)
         # Schedulers and torchrun send a wish to stop several times, and SIGKILL when they lose
         # patience. A second Ctrl-C is meant: it gets the system's own action, which works even
         # inside a hung kernel.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN if on_torchrun else signal.SIG_DFL)
+        for other in ours:
+            signal.signal(other, signal.SIG_IGN)
+        if not on_torchrun:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         if os.getpid() == pid:  # forked loading processes inherit the handler
-            os.write(2, b"\nstopping after this step; a second Ctrl-C: at once, without saving\n")
+            with contextlib.suppress(OSError):  # the terminal may have gone
+                os.write(2, b"\nstopping after this step; a second Ctrl-C: at once, without saving\n")
 
-    old = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
+    old = {signum: signal.signal(signum, handle) for signum in ours}
     try:
         yield received
     finally:
@@ -129,12 +146,55 @@ def stop_signals() -> Iterator[list]:
             signal.signal(signum, handler)
 
 
+# ---- Output --------------------------------------------------------------------------------------
+
+class Lasting:
+    """A text stream of which what cannot be written is lost: its disk is full, its reader gone."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def close_if_broken(self) -> None:
+        """What is still to be written would make Python fail at its exit."""
+        try:
+            self.stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """What is printed inside ends nothing if it cannot be written."""
+    streams = [Lasting(sys.stdout), Lasting(sys.stderr)]
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        try:
+            yield
+        finally:
+            for stream in streams:
+                stream.close_if_broken()
+
+
 # ---- Files ---------------------------------------------------------------------------------------
 
 def write_whole(path: Path, write: Callable, required: bool = True) -> None:
     """write(file) on a temporary file, which is then renamed: `path` is always an old or new whole.
 
-    Not required: failure is a warning. A disk full for an hour should not end the run of a week."""
+    Not required: failure is a warning. A disk full for an hour should not end the run of a week.
+    OSError: required, and it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")  # same folder: renaming is atomic within a disk
     try:
         with open(temporary, "wb") as file:
@@ -145,11 +205,57 @@ def write_whole(path: Path, write: Callable, required: bool = True) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        expected = isinstance(error, (OSError, RuntimeError))  # the second: torch.save, full disk
-        if required or not expected:
+        if not isinstance(error, (OSError, RuntimeError)):  # the second: torch.save, full disk
             raise
+        if required:
+            raise OSError(f"cannot write {path}: {error}") from error
         print(f"\nWARNING: cannot write {path}. The previous one is kept and training goes on.\n"
               f"{error}\n", file=sys.stderr, flush=True)
+
+
+LOCKS = {}  # {folder: the open file of its lock, a descriptor} of this process
+
+
+def lock_folder(out: str) -> None:
+    """Makes the folder and locks it for this process, until unlocked_after or the process's end.
+
+    The system holds the lock, not the file OUT/.lock: a dead process has none, whatever it left.
+    ValueError: another process has it, or nothing can be written there."""
+    folder = Path(out).resolve()
+    if folder in LOCKS:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written ({error.strerror}): choose another --out"
+                         ) from error
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        holder = os.read(file, 1000).decode(errors="replace")
+        os.close(file)
+        raise ValueError(f"--out {out}: another run is at work there ({holder}). Wait for its end, "
+                         "or choose another --out") from None
+    except (ImportError, OSError):  # a system or a file server without locks
+        os.close(file)
+        return
+    LOCKS[folder] = file
+    with contextlib.suppress(OSError):  # on a full disk it says nothing
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+@contextlib.contextmanager
+def unlocked_after(out: str) -> Iterator[None]:
+    """What is done inside is the last that needs the lock."""
+    try:
+        yield
+    finally:
+        file = LOCKS.pop(Path(out).resolve(), None)
+        if file is not None:
+            os.close(file)
 
 
 def git_revision() -> str:

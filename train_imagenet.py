@@ -30,7 +30,6 @@ import torch
 from torch import nn
 
 import classification
-import data
 import fastvim
 import runs
 import training
@@ -115,7 +114,7 @@ def adamw(model: nn.Module, args: runs.Options, lr: float) -> torch.optim.Optimi
 
 
 def main() -> None:
-    with runs.plain_errors("train_imagenet.py", data.BadDataError):
+    with runs.plain_errors("train_imagenet.py"):
         args, start = get_args()
         ctx = training.setup(args, training=not (args.eval or args.predict))
         if args.predict:

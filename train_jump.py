@@ -332,7 +332,7 @@ def write(args, name: str, content) -> None:
 
 
 def main() -> None:
-    with runs.plain_errors("train_jump.py", data.BadDataError, OSError):
+    with runs.plain_errors("train_jump.py"):
         args, start = get_args()
         ctx = training.setup(args, training=not (args.eval or args.predict or args.stats))
         if args.predict:

@@ -407,6 +407,7 @@ def masked_loss(model: MaskedAutoencoder, loader, ctx: training.Context, amp=Fal
         even = (even * mask).sum() / mask.sum()
         sums += len(images) * torch.stack([loss, even, torch.ones_like(loss)]).double()
     loss, even, count = ctx.sum(sums).tolist()
+    runs.require_images(count)
     return {"loss": loss / count, "patch_mean": even / count, "images": count}
 
 
@@ -527,7 +528,7 @@ def linear(args: runs.Options, ctx: training.Context, start: runs.Saved) -> list
 
 
 def main() -> None:
-    with runs.plain_errors("train_mae.py", data.BadDataError, OSError):
+    with runs.plain_errors("train_mae.py"):
         args, start = get_args()
         paints = args.stage == "pretrain" and args.reconstruct
         ctx = training.setup(args, training=not paints)

@@ -24,98 +24,54 @@ b x --accum x w. On several GPUs: torchrun --nproc-per-node 8 train_imagenet.py 
 import contextlib
 import json
 import math
-import os
-import random
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
+import logs
 import safety
+import sharding
+from processes import Context, join, seed_everything
 
-# ---- Processes -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Context:
-    """This process, the rank-th of world_size."""
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def print(self, *words) -> None:
-        if self.is_main:
-            print(*words, flush=True)
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes, in place; no communication when there is one."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def total(self, number: float) -> float:
-        """The sum of a number over all processes, each of which waits for the others."""
-        return self.sum(torch.tensor(float(number), device=self.device)).item()
-
-    def close(self) -> None:
-        if self.world_size > 1:
-            dist.destroy_process_group()
+# ---- Options, and what follows from them -----------------------------------------------------------
 
 
 def setup(args, training: bool = True) -> Context:
-    """Joins the processes that torchrun started, if it did; chooses the device, seeds.
+    """Joins the processes that a launcher started, if it did; chooses the device, seeds.
 
-    training=False: prints nothing of batch and learning rate. SystemExit: no such device."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    device = choose_device(args.device, world_size)
+    training=False: neither locks --out nor prints batch and learning rate. SystemExit: no such
+    device. ValueError: another run works in --out; the processes do not fit together."""
+    ctx = join(args.device, training)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if world_size > 1 and device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
-    elif world_size > 1:
-        dist.init_process_group("gloo")
-    ctx = Context(int(os.environ.get("RANK", "0")), world_size, device)
     seed_everything(args.seed)  # without the rank: all processes build the same model
-    if training:
-        effective = effective_batch(args, ctx)
-        rule = "scaled linearly with the batch"
-        if args.lr is not None:
-            rule = "given by --lr, not scaled"
-        elif effective == args.recipe_batch:
-            rule = "the recipe's"
-        ctx.print(f"effective batch {effective} = {args.batch_size} x {args.accum} micro-steps x "
-                  f"{world_size} processes, learning rate {peak_lr(args, ctx):g} ({rule}; recipe: "
-                  f"{args.recipe_lr:g} at {args.recipe_batch}), {device}")
+    if not training:
+        return ctx
+    problem = None
+    if ctx.is_main:
+        try:
+            safety.lock_folder(args.out)
+        except ValueError as error:
+            problem = error
+    if problem := ctx.gather(problem)[0]:  # none waits for a process that has been refused
+        raise problem
+    effective = effective_batch(args, ctx)
+    rule = "scaled linearly with the batch"
+    if args.lr is not None:
+        rule = "given by --lr, not scaled"
+    elif effective == args.recipe_batch:
+        rule = "the recipe's"
+    ctx.print(f"effective batch {effective} = {args.batch_size} x {args.accum} micro-steps x "
+              f"{ctx.world_size} processes, learning rate {peak_lr(args, ctx):g} ({rule}; recipe: "
+              f"{args.recipe_lr:g} at {args.recipe_batch}), {ctx.device}")
     return ctx
-
-
-def choose_device(name: str, world_size: int) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"--device {name} cannot be used: {str(error).splitlines()[0]}")
-    if device.type == "cuda":
-        if world_size > 1 or device.index is None:  # one GPU per process
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-        torch.cuda.init()  # so that seed_everything reaches it
-    return device
 
 
 def effective_batch(args, ctx: Context) -> int:
@@ -145,16 +101,6 @@ def run_length(args, loader) -> tuple[int, int]:
                          f"{args.epochs}, --steps {args.steps}: give one of the last two, at least "
                          "one step, and an --accum of at most the number of batches")
     return min(limits), per_epoch
-
-
-def seed_everything(*key: int) -> None:
-    """Seeds all global generators: random, NumPy's legacy one (timm's mixup has it), torch's."""
-    words = [int(word) for word in np.random.SeedSequence(key).generate_state(3)]
-    random.seed(words[0])
-    np.random.seed(words[1])
-    torch.default_generator.manual_seed(words[2])  # torch.manual_seed takes 0.1 ms, every step
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(words[2])
 
 
 # ---- Schedules: functions of the step, 0 .. total-1, after a linear warmup from start to value ---
@@ -236,7 +182,7 @@ class Run:
     running: dict = field(default_factory=NO_SUMS.copy)
     first_step: int = 0  # of this process
     saved: float = field(default_factory=time.monotonic)
-    drawn: float = -math.inf
+    drawn: float = -math.inf  # when the curve was
 
     @property
     def out(self) -> Path:
@@ -260,16 +206,10 @@ class Run:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "ema": self.ema and self.ema.module.state_dict()}
         if self.sharded:  # all processes are here
-            state = safety.map_tensors(self.gather, state)
+            state = safety.map_tensors(lambda x: sharding.whole(x, self.ctx.is_main), state)
         state |= {**{key: getattr(self, key) for key in PROGRESS}, **self.identity}
         if self.ctx.is_main:
             safety.write_whole(self.out / name, lambda file: torch.save(state, file), required)
-
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """The whole of a tensor of which each process has a part, for the first one."""
-        if hasattr(tensor, "full_tensor"):
-            tensor = tensor.full_tensor()
-        return tensor.cpu() if self.ctx.is_main else None
 
     def leave(self, signals: list) -> None:
         """Ends the process as a signal asks for that this process or another one got."""
@@ -311,6 +251,14 @@ def open_run(args, ctx, model, optimizer, total, per_epoch, harmless, about) -> 
     return run
 
 
+def data_of(loader) -> dict:
+    """What a checkpoint says of the training set, if that can tell itself from others."""
+    dataset = getattr(loader, "dataset", None)
+    if not hasattr(dataset, "fingerprint"):
+        return {}
+    return {"training_set": dataset.fingerprint()}
+
+
 def take_up(run: Run, path: Path, harmless) -> None:
     """Goes on where the checkpoint is. SystemExit: it is damaged, or another run's."""
     try:
@@ -338,57 +286,6 @@ def take_up(run: Run, path: Path, harmless) -> None:
         run.best = None  # the new folder gets a best.pt of its own
     run.ctx.print(f"resuming {path} at step {run.step} of {run.total}",
                   changed and f"with changed {changed}")
-
-
-def shard(run: Run, blocks) -> None:
-    """Splits weights, moving average and optimizer state over all processes, in place (FSDP2).
-
-    It is done to a run that was taken up whole: any number of processes can go on. Weights and
-    their gradients stay float32: --amp is autocast, as without, so that the run is the same."""
-    from torch.distributed.fsdp import fully_shard  # here: these take a second to import
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh = dist.init_device_mesh(run.ctx.device.type, (run.ctx.world_size,))
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # nothing is changed in place
-    whole = list(run.model.parameters())
-    names = [name for name, module in run.model.named_modules() if module in blocks]
-    for model in filter(None, (run.model, run.ema and run.ema.module)):
-        for module in (*map(model.get_submodule, names), model):
-            fully_shard(module, mesh=mesh, shard_placement_fn=even_axis(run.ctx.world_size))
-    parts = dict(zip(whole, run.model.parameters()))
-    for group in run.optimizer.param_groups:
-        group["params"] = [parts[param] for param in group["params"]]
-    for param, part in parts.items():
-        for name, value in run.optimizer.state.pop(param, {}).items():
-            if value.shape == param.shape:  # no counter of steps
-                value = distribute_tensor(value, mesh, part.placements, src_data_rank=None)
-            run.optimizer.state[part][name] = value
-    run.sharded = True
-
-
-def even_axis(count: int) -> Callable:
-    """parameter -> Shard(its first axis that makes `count` equal parts, else 0). The first axis of
-    a mixer's parameters, the two directions, would leave most of the processes nothing."""
-    from torch.distributed.tensor import Shard
-
-    def split(param):
-        even = [i for i, length in enumerate(param.shape) if length % count == 0]
-        return Shard(even[0] if even else 0)
-
-    return split
-
-
-@contextlib.contextmanager
-def unsharded(model) -> Iterator[None]:
-    """Every process has all weights: evaluations, unlike steps, need not keep in time."""
-    modules = [module for module in model.modules() if hasattr(module, "unshard")]
-    for module in modules:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    yield
-    for module in modules:
-        module.set_reshard_after_forward(True, recurse=False)
-        module.reshard()
 
 
 # ---- One step ------------------------------------------------------------------------------------
@@ -449,10 +346,9 @@ def source_of_nonfinite_loss(run: Run, loss_fn: Callable, batches: list) -> str:
     """In words, the same on every process: each repeats the step's forward passes."""
     where = safety.nonfinite_source(
         run.model, lambda batch, micro: micro_step(run, run.model, loss_fn, batch, micro), batches)
-    everyone = [where]
-    if run.ctx.world_size > 1:
-        everyone = [None] * run.ctx.world_size
-        dist.all_gather_object(everyone, where and f"{where}, process {run.ctx.rank}")
+    if where and run.ctx.world_size > 1:
+        where = f"{where}, process {run.ctx.rank}"
+    everyone = run.ctx.gather(where)
     return next(filter(None, everyone), "unknown: repeated, the loss is finite (faulty kernel?)")
 
 
@@ -478,28 +374,25 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
         gathering these one at a time, instead of having a copy each. So the model ends.
 
     Raises NonFiniteError; SystemExit for a refused start or full memory (status 1) and, after a
-    checkpoint, for SIGTERM or SIGINT (128 + its number); OSError or RuntimeError when the final
-    checkpoint cannot be written."""
+    checkpoint, for a signal of safety.STOP_SIGNALS (128 + its number); OSError when the final
+    checkpoint cannot be written; ValueError when no validation image can be read."""
     total, per_epoch = run_length(args, loader)
-    run = open_run(args, ctx, model, optimizer, total, per_epoch, harmless, about or {})
+    about = {**(about or {}), **data_of(loader)}
+    run = open_run(args, ctx, model, optimizer, total, per_epoch, harmless, about)
     if ctx.world_size > 1 and shard_blocks:
-        shard(run, shard_blocks)
+        sharding.shard(run, shard_blocks)
     elif ctx.world_size > 1:
         run.net = DistributedDataParallel(model)
-    # disable=None: a bar only on a terminal. Elsewhere a line per epoch is enough.
-    bar = tqdm(total=total, initial=run.step, unit="step", disable=None if ctx.is_main else True)
-    with safety.stop_signals() as signals, bar:
+    with (safety.unlocked_after(args.out), safety.lasting_output(),
+          safety.stop_signals() as signals, logs.bar(run) as bar):
         for epoch in range(run.epoch, run.epochs):
             end = min((epoch + 1) * per_epoch, total)
             batches = start_epoch(run, loader, epoch)
             while run.step < end:
                 began = time.perf_counter()
                 set_schedules(optimizer, lr(run.step), weight_decay and weight_decay(run.step))
-                try:
+                with progress_kept(run):
                     loss, norm, stop, save = train_step(run, loss_fn, batches, signals)
-                except Exception as error:
-                    keep_progress(run, error)
-                    raise
                 step = {"loss": loss, "grad_norm": norm, "steps": 1,
                         "seconds": time.perf_counter() - began}
                 run.running = {key: run.running[key] + step[key] for key in NO_SUMS}
@@ -510,16 +403,18 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
                     run.leave(signals)
                 if save:
                     run.save("last.pt")
-            finished = epoch + 1 == run.epochs
             metrics = {}
-            if evaluate and (finished or (epoch + 1) % args.eval_every == 0):
-                metrics = measure(run, evaluate)
-            log_epoch(run, lr(end - 1), metrics, metric, bar)
+            if evaluate and (end == total or (epoch + 1) % args.eval_every == 0):
+                with progress_kept(run):
+                    metrics = measure(run, evaluate)
+            end_epoch(run, lr(end - 1), metrics)
             if is_better(metrics.get(metric), run.best, lower_is_better):
                 run.best = metrics[metric]
                 run.save("best.pt")
-            run.save("last.pt", required=finished)
-            if not finished and ctx.total(len(signals)):
+            run.save("last.pt", required=end == total)
+            if ctx.is_main:
+                logs.tell(run, metric, bar)
+            if end < total and ctx.total(len(signals)):
                 run.leave(signals)
     ctx.total(0)  # now all processes may read the checkpoints
     return run.history
@@ -540,77 +435,60 @@ def set_schedules(optimizer, lr: float, weight_decay: float | None) -> None:
             group["weight_decay"] = weight_decay * group.get("wd_scale", 1.0)
 
 
-def keep_progress(run: Run, error: Exception) -> None:
+@contextlib.contextmanager
+def progress_kept(run: Run) -> Iterator[None]:
     """After an error, when nothing has moved in this step: saves what was learnt before, unless
-    this takes all processes and the error is this one's."""
-    together = not run.sharded or isinstance(error, safety.NonFiniteError)
-    if run.step > run.first_step and together:
-        with contextlib.suppress(Exception):
-            run.save("last.pt")
-    if safety.is_out_of_memory(error):
-        raise SystemExit(safety.out_of_memory_advice(error, run.args)) from error
+    this takes all processes and the error is this one's. SystemExit: the memory is full."""
+    try:
+        yield
+    except Exception as error:
+        together = not run.sharded or isinstance(error, safety.NonFiniteError)
+        if run.step > run.first_step and together:
+            with contextlib.suppress(Exception):
+                run.save("last.pt")
+        if safety.is_out_of_memory(error):
+            raise SystemExit(safety.out_of_memory_advice(error, run.args)) from error
+        raise
 
 
 def measure(run: Run, evaluate: Callable) -> dict:
     """What evaluate(model, epoch) finds, {name: float}, with the moving average if there is one."""
-    if run.ctx.total(time.monotonic() - run.saved > 60):  # evaluations can be long, and schedulers impatient
+    # Evaluations can be long, and schedulers impatient.
+    if run.ctx.total(time.monotonic() - run.saved > 60):
         run.save("last.pt")
     target = run.ema.module if run.ema else run.model
     if run.ctx.world_size > 1:  # a BatchNorm has seen other samples on each process
         for buffer in target.buffers():
             dist.broadcast(buffer, 0)
     target.eval()
-    with torch.no_grad(), unsharded(target):  # inference_mode would spoil what models cache
+    with torch.no_grad(), sharding.unsharded(target):  # inference_mode would spoil what models cache
         metrics = evaluate(target, run.epoch + 1) or {}
+    if metrics.get("images") == 0:
+        raise ValueError("none of the validation images can be read: the warnings name them")
     return {key: float(value) for key, value in metrics.items()}
 
 
-def log_epoch(run: Run, lr: float, metrics: dict, metric: str | None, bar: tqdm) -> None:
-    """Ends an epoch: a line on the terminal and in OUT/log.jsonl, OUT/curve.png."""
+def end_epoch(run: Run, lr: float, metrics: dict) -> None:
+    """Adds the epoch's line to the log, in OUT/log.jsonl too: what is no number there is null."""
     sums = run.running
     line = {"epoch": run.epoch + 1, "step": run.step, "lr": lr, "seconds": sums["seconds"],
             "loss": sums["loss"] / sums["steps"], "grad_norm": sums["grad_norm"] / sums["steps"],
-            "metrics": metrics, "img_per_s": run.speed, "peak_mib": None}
+            "metrics": {name: value if math.isfinite(value) else None
+                        for name, value in metrics.items()},
+            "img_per_s": run.speed, "peak_mib": None}
     if run.ctx.device.type == "cuda":
         line["peak_mib"] = torch.cuda.max_memory_allocated(run.ctx.device) / 2**20
     run.epoch += 1
     run.history = [*run.history, line]
     run.running = NO_SUMS.copy()
-    if not run.ctx.is_main:
-        return
-    numbers = {"loss": line["loss"], "lr": lr, "img/s": line["img_per_s"]}
-    numbers |= {f"val {name}": value for name, value in metrics.items()}
-    words = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-    bar.write(f"epoch {run.epoch}/{run.epochs}: {words}")
-    log = "".join(json.dumps(line) + "\n" for line in run.history).encode()
-    # Before the checkpoint, else a kill may lose a line.
-    safety.write_whole(run.out / "log.jsonl", lambda file: file.write(log), required=False)
-    if run.epoch == run.epochs or time.monotonic() - run.drawn > 60:  # drawing takes a while
-        draw_curve(run.out / "curve.png", run.history, metric)
-        run.drawn = time.monotonic()
-
-
-def draw_curve(path: Path, history: list[dict], metric: str | None) -> None:
-    """A PNG of the training loss and the metric against the epoch."""
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-    except ImportError:
-        print("matplotlib is not installed: no curve.png", flush=True)
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    left = figure.subplots()
-    left.plot([line["epoch"] for line in history], [line["loss"] for line in history], ".-C0")
-    left.set(xlabel="epoch", ylabel="training loss (blue)")
-    points = [(line["epoch"], line["metrics"][metric]) for line in history
-              if metric in line["metrics"]]
-    if points:
-        right = left.twinx()
-        right.plot(*zip(*points), ".-C1")
-        right.set_ylabel(f"{metric} (orange)")
-    safety.write_whole(path, lambda file: figure.savefig(file, format="png"), required=False)
+    if run.ctx.is_main:
+        logs.write(run)  # before the checkpoint, else a kill may lose a line
 
 
 def is_better(value: float | None, best: float | None, lower_is_better: bool) -> bool:
-    if value is None or best is None:
-        return value is not None
+    """A value that is not there or no number never is."""
+    if value is None or not math.isfinite(value):
+        return False
+    if best is None:
+        return True
     return value < best if lower_is_better else value > best

@@ -261,9 +261,10 @@ def cell_folder(root: str, split: str, transform: Callable, classes: list[str] |
     if os.path.isdir(os.path.join(root, "train")):
         return ImageFolder(root, split, transform, classes, load_cells, CELL_EXTENSIONS)
     files = ImageFolder(root, "", transform, classes, load_cells, CELL_EXTENSIONS)
+    found = list(files.samples)
     samples = []
     for label, name in enumerate(files.classes):
-        of_class = [sample for sample in files.samples if sample[1] == label]
+        of_class = [sample for sample in found if sample[1] == label]
         chosen = split_of(len(of_class), split)
         if not len(chosen):
             raise ValueError(

@@ -312,16 +312,9 @@ class Coco(DenseFiles):
                              f"({type(error).__name__}: {error})") from error
         if left_out:
             warnings.warn(f"{path}: left out {left_out}")
-        samples = [(os.path.join(folder, image["file"]), i) for i, image in enumerate(images)]
-        # As one array of text: a loading process that only looks at 860,000 lists copies them all,
-        # because looking counts references.
-        texts = [json.dumps(image).encode() for image in images]
-        self.text = np.frombuffer(b"".join(texts), np.uint8)
-        self.ends = np.cumsum([0, *map(len, texts)])
-        super().__init__(samples, classes, self.load_one, transform, folder)
-
-    def load_one(self, path: str, i: int) -> tuple[torch.Tensor, dict]:
-        return load_objects(path, self.text[self.ends[i]:self.ends[i + 1]].tobytes())
+        samples = [(os.path.join(folder, image["file"]), json.dumps(image).encode())
+                   for image in images]
+        super().__init__(samples, classes, load_objects, transform, folder)
 
 
 def sort_objects(content: dict, category_ids: list, train: bool) -> tuple[list, list, str]:

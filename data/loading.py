@@ -13,15 +13,19 @@ import functools
 import hashlib
 import importlib
 import multiprocessing
+import os
+import pickle
 import random
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+
+from safety import STOP_SIGNALS
 
 MAX_BAD = 0.01      # a larger share of unreadable files stops the run
 
@@ -112,6 +116,12 @@ class Seeded(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def fingerprint(self) -> str:
+        """What tells this list of samples from others; "1437 samples" if there is no list."""
+        text = f"{len(self)} samples"
+        samples = getattr(self.dataset, "samples", None)
+        return text if samples is None else f"{text}, list {hash_samples(samples)}"
+
     def __getitem__(self, key: tuple[int, int]):
         if get_worker_info():
             return self.draw(*key)
@@ -154,8 +164,8 @@ def collate(samples: Sequence, refill: bool, merge: Callable = default_collate):
 
 def ignore_interrupt(worker: int) -> None:
     """Ctrl-C and torchrun's SIGTERM must not end the workers before the training has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)   # torch ends workers whose process has gone
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)       # torch ends workers whose process has gone
 
 
 @atexit.register
@@ -176,17 +186,50 @@ class BadDataError(RuntimeError):
     """Too much of the data cannot be read."""
 
 
+class Samples(Sequence):
+    """A list of tuples as two arrays. A loading process that only looks at a list of a million
+    tuples copies it, because looking counts references: 217 bytes a sample."""
+
+    def __init__(self, samples: Iterable[tuple]):
+        texts = [pickle.dumps(sample, pickle.HIGHEST_PROTOCOL) for sample in samples]
+        self.ends = np.cumsum([0, *map(len, texts)])
+        self.text = np.frombuffer(b"".join(texts), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, i: int | slice):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        i = range(len(self))[i]             # IndexError; from the end, where negative
+        return pickle.loads(self.text[self.ends[i]:self.ends[i + 1]])
+
+
+def hash_samples(samples: Iterable[tuple]) -> str:
+    """Of names as they are below the folder that all share, so that data may be moved."""
+    digest = hashlib.blake2b(digest_size=8)
+    for column in zip(*samples):
+        if isinstance(column[0], str):
+            shared = os.path.commonprefix([min(column), max(column)])
+            start = shared.rfind("/") + 1
+            column = (os.fsencode(path[start:]) for path in column)
+        for value in column:
+            digest.update(value if isinstance(value, bytes) else str(value).encode())
+            digest.update(b"\0")
+    return digest.hexdigest()
+
+
 class Files(Dataset):
     """Labelled files. Item i is (transform(load(path)), label), None when the file is bad.
 
     samples: list of (path, label); load(path) may raise anything; where: what the data set is
     called in messages. .bad: flags (n) uint8 of the files found bad so far, by all workers.
-    BadDataError, from an item: more than one file and more than 1% of the files are bad.
+    BadDataError, from an item: all files are bad, or more than one and more than 1% of them.
     """
 
-    def __init__(self, samples: list[tuple], classes: list[str], load: Callable,
+    def __init__(self, samples: Iterable[tuple], classes: list[str], load: Callable,
                  transform: Callable | None, where: str):
-        self.samples = samples
+        self.samples = Samples(samples)
         self.classes = classes
         self.load = load
         self.transform = transform
@@ -218,7 +261,7 @@ class Files(Dataset):
             self.bad[i] = 1
             warnings.warn(f"{self.samples[i][0]}: skipped, {reason}")
         names = [self.samples[j][0] for j in self.bad.nonzero().flatten().tolist()]
-        if len(names) > max(1, MAX_BAD * len(self)):
+        if len(names) > max(1, MAX_BAD * len(self)) or len(names) == len(self):
             raise BadDataError(
                 f"{len(names)} of the {len(self)} images in {self.where} cannot be read, more than "
                 f"{MAX_BAD:.0%}: {first_few(names)}. Check the disk; replace or delete them. "

@@ -83,7 +83,8 @@ class Child:
     def __init__(self, function, *arguments, output, **environment):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
-            ["timm.utils", "matplotlib.figure", "sklearn.datasets", "train_imagenet"])
+            ["timm.utils", "matplotlib.figure", "sklearn.datasets", "sklearn.model_selection",
+             "torch.distributed.fsdp", "train_imagenet"])
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)                # for the server
         self.output = output
         arguments = (function, arguments, str(output), environment)

@@ -556,7 +556,7 @@ def test_missing_and_damaged_images_are_skipped(base):
     tables = make_plate(base, images=400)
     plate = data.JumpCP(*tables, "train", np.asarray)
     write(base, f"images/{plate.samples[0][0].rpartition('/')[2]}", b"")
-    plate.samples[1] = (f"{base}/images/none.npy", 0)
+    plate.samples = [plate.samples[0], (f"{base}/images/none.npy", 0), *plate.samples[2:]]
     with pytest.warns(UserWarning, match="skipped"):
         assert plate[0] is None and plate[1] is None and plate[2] is not None
     assert plate.bad.sum() == 2

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import fastvim
 import safety
+import sharding
 import train_imagenet
 import training
 from helpers import Child, assert_close, images, outputs_and_gradients, run_script, tiny
@@ -172,8 +173,7 @@ def gradients(model, x):
 PARTS = ["", "norm", "mixer", "mixer.in_proj", "mixer.layernorm", "mixer.out_proj"]
 
 
-@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("norm, again", [("rmsnorm", False), ("layernorm", True)])
 @pytest.mark.parametrize("backend", ["python", "cpu"])
 @pytest.mark.parametrize("path", PARTS)
 def test_fully_shard_at_any_level(path, backend, again, norm, mesh):
@@ -213,7 +213,7 @@ def test_evaluations_wait_for_nobody(mesh):
     """All weights are there, and stay: the processes' parts of a validation set differ in length."""
     model = sharded("", mesh)
     x = images(tiny(torch.float32))
-    with torch.no_grad(), training.unsharded(model):
+    with torch.no_grad(), sharding.unsharded(model):
         model.eval()
         first = model(x)
         assert not any(hasattr(p, "full_tensor") for p in model.parameters())
@@ -225,15 +225,15 @@ def test_evaluations_wait_for_nobody(mesh):
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_a_mixers_weights_are_split_evenly(count):
     """Two directions would else be on two processes, and the others' parts empty."""
-    split = training.even_axis(count)
+    split = sharding.even_axis(count)
     mixer = tiny(embed_dim=32).layers[0].mixer
     assert [split(p).dim for p in (mixer.D, mixer.x_proj, mixer.in_proj.weight)] == (
         [0, 0, 0] if count < 8 else [1, 2, 0])
     assert split(torch.empty(3)).dim == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"gradient_as_bucket_view": True}])
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("options, again", [({}, False), ({"static_graph": True}, True),
+                                            ({"gradient_as_bucket_view": True}, True)])
 def test_distributed_data_parallel(options, again, mesh):
     plain = tiny(torch.float32, class_token=True).train()
     x = images(plain)

@@ -16,6 +16,7 @@ import channels
 import checkpoints
 import data
 import fastvim
+import logs
 import runs
 import train_jump
 import training
@@ -43,7 +44,7 @@ def only_training(monkeypatch):
     """Without pictures and the table at the end, which take longer than so short a training."""
     monkeypatch.setattr(train_jump, "write", lambda *args: None)
     monkeypatch.setattr(train_jump, "evaluate", lambda *args: None)
-    monkeypatch.setattr(training, "draw_curve", lambda *args: None)
+    monkeypatch.setattr(logs, "draw_curve", lambda *args: None)
 
 
 def error_of(*argv):
@@ -97,7 +98,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(map(str, options)))
 def test_every_option_trains_an_epoch(tmp_path, monkeypatch, capsys, options):
     monkeypatch.setattr(channels, "draw_accuracy", lambda *args: None)      # half of the time
-    monkeypatch.setattr(training, "draw_curve", lambda *args: None)
+    monkeypatch.setattr(logs, "draw_curve", lambda *args: None)
     run(*SMALL, *options, "--out", tmp_path)
     line = json.loads((tmp_path / "log.jsonl").read_text())
     assert line["epoch"] == 1 and 0 < line["loss"] < 10 and line["metrics"]["images"] == 32
@@ -175,7 +176,7 @@ def test_wrong_command_lines(capsys, options, message):
 
 def test_recipe_on_data():
     args, _ = options_of("--data", "d", "--batch-size", 32, "--device", "cpu")
-    assert training.peak_lr(args, training.setup(args)) == 1e-3 * 32 / 256
+    assert training.peak_lr(args, training.setup(args, training=False)) == 1e-3 * 32 / 256
     assert (args.epochs, args.warmup, args.weight_decay, args.weight_decay_end) == (
         100, 10, 0.04, 0.4)
     assert (args.model, args.patch_size, args.img_size, args.drop_path_rate) == (

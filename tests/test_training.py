@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import data
+import logs
+import processes
 import runs
 import safety
 import training
@@ -227,7 +230,8 @@ def test_two_dimensional_bias_is_not_decayed():
     (["--batch-size", 4, "--accum", 4], 0.04, "scaled linearly"),
     (["--batch-size", 4, "--lr", 0.5], 0.5, "not scaled"),
 ])
-def test_learning_rate_rule(argv, lr, words, capsys):
+def test_learning_rate_rule(argv, lr, words, capsys, tmp_path):
+    argv = [*argv, "--out", tmp_path]
     parser = runs.Parser()
     runs.add_training_arguments(parser, RECIPE)
     args = runs.Options({**runs.defaults(parser), **RECIPE, **vars(parser.parse_args([str(arg) for arg in argv]))})
@@ -347,6 +351,33 @@ def test_best_is_by_the_metric_and_on_the_average(tmp_path):
     assert_same(dict(models[0].state_dict()), dict(load(tmp_path / "last.pt")["ema"])) and not models[0].training
 
 
+@pytest.mark.parametrize("lower, values, best", [
+    (False, [math.nan, 50.0, 60.0], 3), (False, [50.0, math.nan, 40.0], 1), (True, [math.nan, 2.0, math.inf], 2),
+    (True, [3.0, math.nan, 2.0], 3), (False, [math.inf, 1.0, 0.5], 2)])
+def test_no_number_is_never_the_best_and_null_in_the_log(lower, values, best, tmp_path):
+    given = iter(values)
+    toy("--out", tmp_path, metric="score", lower_is_better=lower,
+        evaluate=lambda model, epoch: {"score": next(given), "other": math.nan})
+    assert load(tmp_path / "best.pt")["epoch"] == best
+    assert load(tmp_path / "last.pt")["best"] == values[best - 1]
+
+    def refuse(name):
+        raise ValueError(f"{name} is no JSON")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "log.jsonl").open()]
+    assert [line["metrics"]["score"] for line in lines] == [v if math.isfinite(v) else None for v in values]
+    assert {line["metrics"]["other"] for line in lines} == {None} and (tmp_path / "curve.png").exists()
+
+
+def test_an_evaluation_of_no_image_keeps_what_was_learnt(tmp_path):
+    ctx = training.Context(0, 1, torch.device("cpu"))
+    with pytest.raises(ValueError, match="none of the images to evaluate on can be read"):
+        evaluate_classifier(nn.Identity(), [None, None], ctx)
+    with pytest.raises(ValueError, match="none of the validation images can be read"):
+        toy("--out", tmp_path, evaluate=lambda model, epoch: {"top1": math.nan, "images": 0})
+    assert load(tmp_path / "last.pt")["step"] == 6
+
+
 def test_eval_every(tmp_path):
     log = toy("--out", tmp_path, "--eval-every", 2)[1]
     assert [bool(line["metrics"]) for line in log] == [False, True, True]
@@ -407,7 +438,8 @@ def test_resume_between_micro_steps_skips_the_right_batches(tmp_path):
     assert_same(load(tmp_path / "parts" / "last.pt"), load(tmp_path / "whole" / "last.pt"))
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129),
+                                            (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)])
 def test_signal_saves_then_resume_is_exact(tmp_path, whole, number, status):
     stopped = process(tmp_path / "said", "--out", tmp_path, "--kill-at", 7, "--kill-with", int(number))
     assert stopped.wait() == status and "with --resume continues" in stopped.said(), stopped.said()
@@ -435,6 +467,23 @@ def test_only_a_second_ctrl_c_ends_at_once(environment, status, last, tmp_path):
     assert child.wait() == status
     lines = [line for line in child.said().splitlines() if line in ("[2]", "here")]
     assert lines[0] == "[2]" and lines[-1] == last
+
+
+def test_actions_of_others_on_signals_stay():
+    """nohup ignores SIGHUP, submitit has an action of its own on SIGUSR2."""
+    seen = []
+    old = [signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGUSR2, lambda *args: seen.append(args))]
+    try:
+        with safety.stop_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR2)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert received == [signal.SIGUSR1] and len(seen) == 1
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, old[0])
+        signal.signal(signal.SIGUSR2, old[1])
 
 
 def test_signal_during_the_evaluation_ends_after_it(tmp_path, whole):
@@ -560,6 +609,191 @@ def test_failing_last_save_is_an_error(tmp_path, monkeypatch, name):
         toy("--out", tmp_path, "--epochs", 1, "--save-minutes", 0,
             on_step=lambda step: monkeypatch.setattr(safety.os, name, fail) if step == 3 else None)
     assert load(tmp_path / "last.pt")["step"] == 3 and not list(tmp_path.glob("*.tmp"))
+
+
+# ---- Other people's processes and folders --------------------------------------------------------------------------
+
+def launched(monkeypatch, variables):
+    """What the launcher says that sets these "A=1 B=2"; the machine's own are gone."""
+    for names in processes.LAUNCHERS.values():
+        for name in (*names, "SLURM_STEP_NUM_TASKS", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name, raising=False)
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("="))
+    return processes.place()
+
+
+@pytest.mark.parametrize("variables, expected", [
+    ("", (0, 1, 0)), ("RANK=1 WORLD_SIZE=4 LOCAL_RANK=1", (1, 4, 1)), ("RANK=0 WORLD_SIZE=1", (0, 1, 0)),
+    ("SLURM_NTASKS=8", (0, 1, 0)), ("SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0", (0, 1, 0)), ("SLURM_PROCID=0", (0, 1, 0)),
+    ("SLURM_PROCID=3 SLURM_NTASKS=8 SLURM_LOCALID=1", (3, 8, 1)),
+    ("SLURM_PROCID=0 SLURM_NTASKS=8 SLURM_STEP_NUM_TASKS=1", (0, 1, 0)),
+    ("OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_RANK=1", (1, 2, 1)), ("PMI_RANK=1 PMI_SIZE=2", (1, 2, 0)),
+    ("RANK=5 WORLD_SIZE=16 LOCAL_RANK=5 SLURM_PROCID=0 SLURM_NTASKS=2", (5, 16, 5)),        # a torchrun a node
+    ("RANK=0 WORLD_SIZE=1 SLURM_PROCID=1 SLURM_NTASKS=2 SLURM_LOCALID=1", (1, 2, 1)),      # the first two are left over
+    ("TORCHELASTIC_RUN_ID=x RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 SLURM_PROCID=0 SLURM_NTASKS=8", (0, 1, 0))])
+def test_what_launchers_say(variables, expected, monkeypatch):
+    assert launched(monkeypatch, variables) == expected
+
+
+@pytest.mark.parametrize("variables", [
+    "RANK=1", "RANK=0", "LOCAL_RANK=1", "WORLD_SIZE=2", "RANK=2 WORLD_SIZE=2", "RANK=-1 WORLD_SIZE=2", "RANK=a WORLD_SIZE=2",
+    "RANK=1 LOCAL_RANK=1", "WORLD_SIZE=2 LOCAL_RANK=0", "SLURM_PROCID=1", "SLURM_PROCID=2 SLURM_NTASKS=2", "PMI_RANK=1",
+    "OMPI_COMM_WORLD_RANK=1", "RANK=0 WORLD_SIZE=0", "RANK= WORLD_SIZE=1"])
+def test_half_a_launcher_is_refused(variables, monkeypatch):
+    with pytest.raises(ValueError, match=f"{variables.split()[0]}.* in the environment.*start with torchrun"):
+        launched(monkeypatch, variables)
+
+
+@pytest.mark.parametrize("variables", ["RANK=1 WORLD_SIZE=2", "SLURM_PROCID=0 SLURM_NTASKS=2", "PMI_RANK=1 PMI_SIZE=2 MASTER_ADDR=x"])
+def test_processes_that_cannot_find_each_other_are_refused(variables, monkeypatch):
+    launched(monkeypatch, variables)
+    with pytest.raises(ValueError, match="of 2, and .*MASTER_PORT not set"):
+        processes.join("cpu", True)
+
+
+def hold(folder):
+    safety.lock_folder(folder)
+    print("locked", flush=True)
+    signal.pause()
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    """The lock of a process that was killed is none, whatever its file says."""
+    holder = Child(hold, str(tmp_path / "run"), output=tmp_path / "said")
+    while not (tmp_path / "said").exists() or "locked" not in holder.said():
+        assert holder.poll() is None
+    with pytest.raises(ValueError, match=f"another run is at work there \\(process {holder.pid} on "):
+        toy("--out", tmp_path / "run", "--steps", 1)
+    toy("--out", tmp_path / "other", "--steps", 1)
+    os.kill(holder.pid, signal.SIGKILL)
+    assert holder.wait() == -signal.SIGKILL and "process" in (tmp_path / "run" / ".lock").read_text()
+    toy("--out", tmp_path / "run", "--steps", 1)
+    holder = Child(hold, str(tmp_path / "run"), output=tmp_path / "again")           # a run that has ended gives it back
+    while not (tmp_path / "again").exists() or "locked" not in holder.said():
+        assert holder.poll() is None
+    os.kill(holder.pid, signal.SIGKILL)
+    assert holder.wait()
+
+
+@pytest.mark.parametrize("out", ["file", "file/run", "x" * 300, "/proc/run"])
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(out, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SystemExit, match="script: .*(cannot be written|File name too long)") as caught, runs.plain_errors("script"):
+        toy("--out", tmp_path / out)
+    assert "\n" not in str(caught.value)
+
+
+class Full:
+    """A text stream on a full disk, or without a reader."""
+
+    def __init__(self, real):
+        self.real = real
+
+    def write(self, text=""):
+        raise OSError(28, "No space left on device")
+
+    flush = write
+
+    def fileno(self):
+        return self.real.fileno()
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_full_log_disk_ends_nothing(name, tmp_path, monkeypatch, whole):
+    with open(tmp_path / "log", "w") as file:
+        monkeypatch.setattr("sys." + name, Full(file))
+        toy("--out", tmp_path / "run")
+    assert_same(load(tmp_path / "run" / "last.pt"), load(whole / "last.pt"))
+
+
+def flood(*argv):
+    """Every print fails, those at the exit too."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    toy(*argv)
+
+
+def test_a_full_log_disk_makes_no_bad_exit_status(tmp_path):
+    assert Child(flood, "--out", str(tmp_path), "--steps", "8", output=tmp_path / "said").wait() == 0
+    assert load(tmp_path / "last.pt")["step"] == 8
+
+
+def test_an_epoch_is_saved_before_it_is_told(tmp_path, monkeypatch):
+    def fail(run, *rest):
+        raise RuntimeError(load(run.out / "last.pt")["epoch"])
+
+    monkeypatch.setattr(logs, "tell", fail)
+    with pytest.raises(RuntimeError, match="^1$"):
+        toy("--out", tmp_path)
+
+
+def test_another_list_of_samples_is_refused(tmp_path, monkeypatch, capsys):
+    def again(paths, *flags):
+        files = data.Files([(path, i % 3) for i, path in enumerate(paths)], ["a", "b", "c"], None, None, "x")
+        monkeypatch.setattr(Loader, "dataset", data.Seeded(files, 0), raising=False)
+        toy("--out", tmp_path, "--epochs", 1, "--resume", *flags)
+
+    paths = [f"/data/train/{i:02}/\udcff.png" for i in range(48)]              # a name that is no UTF-8
+    again(paths)
+    again([path.replace("/data", "/moved/elsewhere") for path in paths])       # the same below the folder
+    for other in ([*paths[1:], "/data/train/new"], paths[::-1], [*paths, "/data/train/49"]):
+        with pytest.raises(SystemExit, match="training_set '.* samples, list .*--resume-changed"):
+            again(other)
+    again([*paths, "/data/train/49"], "--resume-changed")
+    assert "with changed training_set '49 samples" in capsys.readouterr().out
+
+
+def test_home_is_found_in_every_option(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = runs.Parser()
+    parser.add_argument("--predict", nargs="+")
+    parser.add_argument("--images")
+    runs.add_training_arguments(parser, RECIPE)
+    args = parser.parse_args(["--out=~/a", "--resume", "~/b", "--predict", "~/c", "d~", "--images", "s3://x=~/y", "--steps", "3"])
+    assert vars(args) == {"out": "/home/me/a", "resume": "/home/me/b", "predict": ["/home/me/c", "d~"],
+                          "images": "s3://x=/home/me/y", "steps": 3}
+
+
+@pytest.mark.parametrize("folders, out, fine", [
+    ("a b", "runs/x", False), ("a b", "a", False), ("a b", ".", True), ("a b", "../runs", True),
+    ("train val", "runs/x", True), ("train val", "train/x", False), ("train val", "val", False),
+    ("images annotations", "runs", True), ("train2017 annotations", "annotations/x", False)])
+def test_out_among_the_images_is_refused(folders, out, fine, tmp_path):
+    for name in folders.split():
+        (tmp_path / "data" / name).mkdir(parents=True)
+    options = {"out": str(tmp_path / "data" / out), "data": str(tmp_path / "data"), "resume": None}
+    if fine:
+        assert runs.starting_point(options, None) == runs.Saved()
+    else:
+        with pytest.raises(ValueError, match="--out .* lies among the images of --data"):
+            runs.starting_point(options, None)
+
+
+@pytest.mark.parametrize("error", [OSError(40, "Too many levels of symbolic links"), FileExistsError("x"),
+                                   data.BadDataError("x"), ValueError("x"), PermissionError(13, "x")])
+def test_expected_faults_end_in_a_line(error):
+    with pytest.raises(SystemExit, match="^script: [^\n]*$"), runs.plain_errors("script"):
+        raise error
+    with pytest.raises(KeyError), runs.plain_errors("script"):
+        raise KeyError("a bug")
+
+
+def test_names_that_are_no_text_are_printed_escaped(tmp_path, monkeypatch):
+    with open(tmp_path / "log", "w", encoding="ascii") as file:
+        monkeypatch.setattr("sys.stdout", file)
+        with runs.plain_errors("script"):
+            print("/d/\udcff\u00e9.png")
+    assert (tmp_path / "log").read_text() == "/d/\\udcff\\xe9.png\n"
+
+
+def test_samples_read_as_the_list_they_were_made_of():
+    listed = [(f"/d/\udcff{i}", i) for i in range(5)] + [("/d/x", b"text")]
+    samples = data.loading.Samples(listed)
+    assert len(samples) == 6 and list(samples) == listed and samples[-1] == listed[-1] and samples[1:3] == listed[1:3]
+    assert samples[np.int64(3)] == listed[3]
+    with pytest.raises(IndexError):
+        samples[6]
+    assert list(data.loading.Samples([])) == []
 
 
 # ---- Stopping --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,56 @@
+"""
+What a run says of each epoch: OUT/log.jsonl, a line on the terminal, OUT/curve.png.
+"""
+import json
+import math
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+import safety
+
+
+def bar(run) -> tqdm:
+    """A bar of a training.Run's steps, on a terminal; elsewhere a line per epoch is enough."""
+    hidden = None if run.ctx.is_main else True  # None: unless it is a terminal
+    return tqdm(total=run.total, initial=run.step, unit="step", disable=hidden)
+
+
+def write(run) -> None:
+    """The whole log, a JSON object a line; what is no number is null."""
+    log = "".join(json.dumps(line) + "\n" for line in run.history).encode()
+    safety.write_whole(run.out / "log.jsonl", lambda file: file.write(log), required=False)
+
+
+def tell(run, metric: str | None, bar: tqdm) -> None:
+    """The last line of the log in words, and OUT/curve.png."""
+    line = run.history[-1]
+    numbers = {"loss": line["loss"], "lr": line["lr"], "img/s": line["img_per_s"]}
+    for name, value in line["metrics"].items():
+        numbers[f"val {name}"] = math.nan if value is None else value
+    words = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    bar.write(f"epoch {run.epoch}/{run.epochs}: {words}")
+    if run.epoch == run.epochs or time.monotonic() - run.drawn > 60:  # drawing takes a while
+        draw_curve(run.out / "curve.png", run.history, metric)
+        run.drawn = time.monotonic()
+
+
+def draw_curve(path: Path, history: list[dict], metric: str | None) -> None:
+    """A PNG of the training loss and the metric against the epoch."""
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+    except ImportError:
+        print("matplotlib is not installed: no curve.png", flush=True)
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    left = figure.subplots()
+    left.plot([line["epoch"] for line in history], [line["loss"] for line in history], ".-C0")
+    left.set(xlabel="epoch", ylabel="training loss (blue)")
+    points = [(line["epoch"], line["metrics"][metric]) for line in history
+              if line["metrics"].get(metric) is not None]
+    if points:
+        right = left.twinx()
+        right.plot(*zip(*points), ".-C1")
+        right.set_ylabel(f"{metric} (orange)")
+    safety.write_whole(path, lambda file: figure.savefig(file, format="png"), required=False)
