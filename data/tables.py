@@ -6,6 +6,7 @@ import gzip
 import io
 import re
 import zlib
+from collections.abc import Iterable
 
 from .loading import extra, first_few
 
@@ -28,12 +29,22 @@ def parse_table(content: bytes) -> dict[str, list]:
             table = read_parquet(content)
         else:
             table = read_text(content)
+    except RepeatedColumn:
+        raise
     except (ValueError, OSError, NotImplementedError, csv.Error, EOFError, zlib.error) as error:
-        raise ValueError(f"neither a Parquet nor a text table ({error})") from error
-    names = [name for name, _ in table if name]
-    if repeated := [name for name, count in collections.Counter(names).items() if count > 1]:
-        raise ValueError(f"column {first_few(repeated)} comes twice: rename or remove one of them")
-    return dict(table)
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"neither a Parquet nor a text table ({reason})") from error
+    return table
+
+
+class RepeatedColumn(ValueError):
+    """Which of them is meant is not said."""
+
+
+def check_names(names: Iterable[str]) -> None:
+    counts = collections.Counter(name for name in names if name)
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        raise RepeatedColumn(f"column {first_few(repeated)} comes twice: rename or remove one")
 
 
 def unpack(content: bytes) -> bytes:
@@ -44,18 +55,23 @@ def unpack(content: bytes) -> bytes:
     return text
 
 
-def read_parquet(content: bytes) -> list[tuple[str, list]]:
+def read_parquet(content: bytes) -> dict[str, list]:
     pyarrow = extra("pyarrow")
     parquet = extra("pyarrow.parquet")
-    try:                    # a Python file in the hands of pyarrow's threads can abort at exit
+    sink = pyarrow.BufferOutputStream()     # a Python object that pyarrow's threads still hold when
+    sink.write(content)                     # the interpreter ends aborts: so its own memory
+    try:
+        content = sink.getvalue()
+        check_names(parquet.read_schema(pyarrow.BufferReader(content)).names)
         table = parquet.read_table(pyarrow.BufferReader(content), use_threads=False)
-        return [(name, column.to_pylist())
-                for name, column in zip(table.column_names, table.columns)]
+        return table.to_pydict()
+    except RepeatedColumn:
+        raise
     except (pyarrow.ArrowException, KeyError, TypeError, MemoryError, OverflowError) as error:
         raise ValueError(str(error)) from error
 
 
-def read_text(content: bytes) -> list[tuple[str, list[str | None]]]:
+def read_text(content: bytes) -> dict[str, list[str | None]]:
     encoding = "utf-8-sig"
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):          # a spreadsheet's Unicode text
         encoding = "utf-16"
@@ -65,8 +81,10 @@ def read_text(content: bytes) -> list[tuple[str, list[str | None]]]:
     if "\t" in header:
         delimiter = "\t"
     rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
-    return [(name.strip(), [None if v in NOTHING else v for v in values])
-            for name, *values in zip(*rows, strict=True)]
+    columns = list(zip(*rows, strict=True))
+    check_names(name.strip() for name, *_ in columns)
+    return {name.strip(): [None if v in NOTHING else v for v in values]
+            for name, *values in columns}
 
 
 def normal_well(name: str | None) -> str | None:

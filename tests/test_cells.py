@@ -13,10 +13,13 @@ pytest.importorskip("PIL")
 pytest.importorskip("torchvision")
 pytest.importorskip("pyarrow")
 pytest.importorskip("fsspec")
+pytest.importorskip("tifffile")
+pytest.importorskip("imagecodecs")
 import fsspec
 import pyarrow
 import pyarrow.parquet
-from PIL import Image
+import tifffile
+from PIL import Image, ImageOps
 
 import data
 
@@ -151,6 +154,252 @@ def test_damaged_tiff(tmp_path, damage):
         path.write_text("hello")
     with pytest.raises(Exception):
         data.load_cells(str(path))
+
+
+# ---- TIFF: every kind that tifffile writes ---------------------------------------------------------
+
+def tiff(image, **options):
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, image, **options)
+    return buffer.getvalue()
+
+
+def load_tiff(tmp_path, content, **planes):
+    path = tmp_path / "image.tif"
+    path.write_bytes(content)
+    return data.load_cells(str(path), planes)
+
+
+def check_tiff(tmp_path, stored, expected=None, planes=None, **options):
+    expected = stored if expected is None else expected
+    found = load_tiff(tmp_path, tiff(stored, **options), **(planes or {}))
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == expected.dtype.newbyteorder("=")
+
+
+PAGES = dict(photometric="minisblack", metadata=None)
+
+
+@pytest.mark.parametrize("dtype", ["?", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4",
+                                   "f8"])
+def test_tiff_number_types(tmp_path, dtype):
+    image = (pixels(3, 20, 24) % 2 if dtype == "?" else pixels(3, 20, 24)).astype(dtype)
+    if dtype[0] in "iu" and dtype[1] != "1":
+        image[0, 0, 0] = np.iinfo(image.dtype).max
+    for byteorder in "<>":
+        check_tiff(tmp_path, image, byteorder=byteorder, **PAGES)
+    check_tiff(tmp_path, image, bigtiff=True, **PAGES)
+
+
+@pytest.mark.parametrize("compression", ["lzw", "zlib", "deflate", "zstd", "lzma", "packbits",
+                                         "jpeg2000", "lerc"])
+@pytest.mark.parametrize("dtype", ["u1", "u2"])
+def test_tiff_compressions(tmp_path, compression, dtype):
+    image = pixels(3, 20, 24).astype(dtype)
+    check_tiff(tmp_path, image, compression=compression, **PAGES)
+    check_tiff(tmp_path, image, compression=compression, tile=(16, 16), **PAGES)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "f4"])
+@pytest.mark.parametrize("byteorder", "<>")
+def test_tiff_predictors(tmp_path, dtype, byteorder):
+    check_tiff(tmp_path, pixels(3, 20, 24).astype(dtype), compression="zlib", predictor=True,
+               byteorder=byteorder, **PAGES)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "f4"])
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
+def test_tiff_samples_of_a_pixel_are_channels(tmp_path, dtype, count):
+    image = pixels(count, 20, 24).astype(dtype)
+    last = np.moveaxis(image, 0, -1)
+    for kind in ["minisblack", "rgb"][:1 + (count > 2)]:
+        options = dict(photometric=kind, metadata=None)
+        options["extrasamples"] = ["unspecified"] * (count - (3 if kind == "rgb" else 1))
+        check_tiff(tmp_path, last, image, planarconfig="contig", **options)
+        check_tiff(tmp_path, last, image, planarconfig="contig", compression="lzw", predictor=True,
+                   **options)
+        check_tiff(tmp_path, image, planarconfig="separate", **options)
+
+
+@pytest.mark.parametrize("dtype", ["?", "u1", "u2", "f4"])
+def test_tiff_white_at_zero_is_left_as_stored(tmp_path, dtype):
+    image = pixels(2, 20, 24).astype(dtype)
+    check_tiff(tmp_path, image, photometric="miniswhite", metadata=None)
+    check_tiff(tmp_path, image, photometric="miniswhite", compression="lzw", metadata=None)
+
+
+def test_tiff_orientation_turns_the_pixels(tmp_path):
+    image = Image.fromarray(pixels(1, 20, 24, "u1")[0])
+    for orientation in range(1, 9):
+        image.save(tmp_path / "a.tif", tiffinfo={274: orientation})
+        image.getexif()[274] = orientation
+        expected = np.asarray(ImageOps.exif_transpose(image))
+        np.testing.assert_array_equal(data.load_cells(str(tmp_path / "a.tif"))[0], expected)
+
+
+@pytest.mark.parametrize("kind", [dict(imagej=True), dict(ome=True), dict()])
+@pytest.mark.parametrize("byteorder", "<>")
+def test_described_axes(tmp_path, kind, byteorder):
+    """Channels are channels; slices and time points are refused, or chosen."""
+    kind = dict(kind, byteorder=byteorder, photometric="minisblack")
+    image = pixels(3, 20, 24)
+    check_tiff(tmp_path, image, metadata={"axes": "CYX"}, **kind)
+    check_tiff(tmp_path, image[0], image[:1], metadata={"axes": "YX"}, **kind)
+    for axis in "ZT":
+        stack = tiff(image, metadata={"axes": f"{axis}YX"}, **kind)
+        with pytest.raises(ValueError, match=f"not channels.*--planes {axis.lower()}=0"):
+            load_tiff(tmp_path, stack)
+        np.testing.assert_array_equal(load_tiff(tmp_path, stack, **{axis.lower(): 2}), image[2:])
+        with pytest.raises(ValueError, match=f"no {axis.lower()}=3: its axes are"):
+            load_tiff(tmp_path, stack, **{axis.lower(): 3})
+    both = pixels(6, 20, 24).reshape(2, 3, 20, 24)
+    check_tiff(tmp_path, both, both[1], {"z": 1}, metadata={"axes": "ZCYX"}, **kind)
+    check_tiff(tmp_path, both, both[0], {"t": 0}, metadata={"axes": "TCYX"}, **kind)
+    if "imagej" not in kind:                                # which knows one order only
+        check_tiff(tmp_path, both, both[:, 2], {"z": 2}, metadata={"axes": "CZYX"}, **kind)
+        check_tiff(tmp_path, both, both[:, 2], {"t": 2}, metadata={"axes": "CTYX"}, **kind)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("channels=5\nhyperstack=true\n", None), ("slices=5\n", "not channels"),
+    ("frames=5\nhyperstack=true\n", "not channels"), ("", "images=5, 1 can be read"),
+    ("channels=6\n", "does not fit"),
+])
+def test_imagej_stack_with_one_directory(tmp_path, text, message):
+    """ImageJ leaves the other planes behind the first, and only its description speaks of them."""
+    image = pixels(5, 20, 24)
+    content = tiff(image[0], metadata=None, description=f"ImageJ=1.53t\nimages=5\n{text}")
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        assert file.pages.first.dataoffsets[0] + image[0].nbytes == len(content)
+    content += image[1:].tobytes()
+    if message is None:
+        np.testing.assert_array_equal(load_tiff(tmp_path, content), image)
+        content = content[:-image[0].nbytes]
+        message = "does not fit"
+    with pytest.raises(ValueError, match=message):
+        load_tiff(tmp_path, content)
+
+
+def test_series_are_refused_or_chosen_and_previews_left_out(tmp_path):
+    image = pixels(4, 40, 48)
+    preview = pixels(3, 10, 12, "u1").transpose(1, 2, 0)
+
+    def file(**options):
+        buffer = io.BytesIO()
+        with tifffile.TiffWriter(buffer) as writer:
+            writer.write(image, **PAGES)
+            writer.write(preview, photometric="rgb", metadata=None, **options)
+        return buffer.getvalue()
+
+    np.testing.assert_array_equal(load_tiff(tmp_path, file(subfiletype=1)), image)
+    with pytest.raises(ValueError, match="2 series of images .*--planes series=0"):
+        load_tiff(tmp_path, file())
+    np.testing.assert_array_equal(load_tiff(tmp_path, file(), series=0), image)
+    np.testing.assert_array_equal(load_tiff(tmp_path, file(), series=1),
+                                  preview.transpose(2, 0, 1))
+    with pytest.raises(ValueError, match="no series 2: there are 2"):
+        load_tiff(tmp_path, file(), series=2)
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer, ome=True) as writer:
+        writer.write(image, metadata={"axes": "CYX"})
+        writer.write(image + 1, metadata={"axes": "CYX"})
+    with pytest.raises(ValueError, match="2 series"):
+        load_tiff(tmp_path, buffer.getvalue())
+    np.testing.assert_array_equal(load_tiff(tmp_path, buffer.getvalue(), series=1), image + 1)
+
+
+@pytest.mark.parametrize("content, message", [
+    (tiff(pixels(1, 20, 24, "u1")[0], photometric="palette", colormap=np.zeros((3, 256), "u2")),
+     "a palette"),
+    (tiff(pixels(6, 20, 24).reshape(2, 20, 24, 3), photometric="rgb", metadata=None), "its axes"),
+    (tiff(pixels(5, 20, 24), ome=True, metadata={"axes": "CYX"}).replace(
+        b'SizeC="5"', b'SizeC="3"'), "3 of its 5 pages"),
+    (tiff(pixels(5, 20, 24), ome=True, metadata={"axes": "CYX"}).replace(
+        b'SizeC="5"', b'SizeC="7"'), "7 planes, it has 5"),
+    (tiff(pixels(5, 20, 24), ome=True, metadata={"axes": "CYX"}).replace(b"<OME", b"<OMX"),
+     "does not fit"),
+    (tiff(pixels(3, 20, 24), **PAGES)[:1000], "cut off or damaged|corrupted"),
+    (tiff(pixels(1, 20, 24)[0], compression="jpegxl"), "compression 50002 is not read"),
+])
+def test_tiffs_that_are_refused(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        load_tiff(tmp_path, content)
+
+
+def with_tag(content, tag, value):
+    """The first page's tag with another value, in place."""
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        at = file.pages.first.tags[tag].valueoffset
+        size = {3: 2, 4: 4}[file.pages.first.tags[tag].dtype]
+    return content[:at] + value.to_bytes(size, "little") + content[at + size:]
+
+
+@pytest.mark.parametrize("compression", [None, "zlib", "zstd"])
+def test_tiff_bombs_are_refused_by_their_size(tmp_path, compression, monkeypatch):
+    content = tiff(pixels(1, 20, 24)[0], compression=compression, **PAGES)
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", None)     # nothing is decoded
+    for width in (60000, 65535):
+        bomb = with_tag(with_tag(with_tag(content, 256, width), 257, width), 278, width)
+        with pytest.raises(ValueError, match="too large"):
+            load_tiff(tmp_path, bomb)
+
+
+def test_coded_images_are_measured_before_they_are_decoded(tmp_path, monkeypatch):
+    content = tiff(pixels(1, 20, 24, "u1")[0], compression="jpeg2000", **PAGES)
+    at = content.index(b"\xff\x4f\xff\x51") + 8
+    bomb = content[:at] + struct.pack(">II", 60000, 60000) + content[at + 8:]
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", None)
+    with pytest.raises(ValueError, match="3600000000 pixels: too large"):
+        load_tiff(tmp_path, bomb)
+
+
+def test_tiff_with_missing_strips_is_refused(tmp_path):
+    content = tiff(pixels(1, 20, 24)[0], compression="zlib", **PAGES)
+    with pytest.raises(ValueError, match="parts of the pixels are missing"):
+        load_tiff(tmp_path, with_tag(content, 279, 0))
+    with pytest.raises(ValueError, match="parts of the pixels are missing"):
+        load_tiff(tmp_path, with_tag(content, 273, 0))
+
+
+# ---- Arrays whose channels come last, .npz --------------------------------------------------------
+
+@pytest.mark.parametrize("shape, last", [
+    ((32, 32, 5), True), ((224, 224, 3), True), ((40, 32, 5), True), ((64, 64, 8), True),
+    ((5, 32, 32), False), ((8, 4, 4), False), ((36, 30, 28), False), ((20, 16, 16), False),
+    ((3, 6, 5), False), ((100, 64, 64), False), ((1, 32, 4), False),
+])
+def test_channels_that_come_last_are_refused(tmp_path, shape, last):
+    image = np.random.default_rng(0).integers(0, 99, shape).astype(np.uint16)
+    for name, content in (("a.npy", npy(image)), ("a.npz", npz(image))):
+        (tmp_path / name).write_bytes(content)
+        if last:
+            with pytest.raises(ValueError, match="channels come first.*moveaxis"):
+                data.load_cells(str(tmp_path / name))
+        else:
+            np.testing.assert_array_equal(data.load_cells(str(tmp_path / name)), image)
+
+
+def test_npz_holds_one_array_that_is_no_pickle(tmp_path):
+    path = str(tmp_path / "a.npz")
+    np.savez_compressed(path, pixels())
+    np.testing.assert_array_equal(data.load_cells(path), pixels())
+    np.savez(path, a=pixels(), b=pixels())
+    with pytest.raises(ValueError, match="needs one array, it has 2: a.npy, b.npy"):
+        data.load_cells(path)
+    np.savez(path, np.array([Bomb()], object))
+    with pytest.raises(ValueError, match="pickle"):
+        data.load_cells(path)
+    (tmp_path / "a.npz").write_bytes(npz(pixels())[:-30])
+    with pytest.raises(ValueError, match="no .npz file, or damaged"):
+        data.load_cells(path)
+    assert not Bomb.exploded
+
+
+def test_npz_bomb_is_refused_by_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.cells, "MAX_BYTES", 1000)
+    np.savez_compressed(tmp_path / "a.npz", np.zeros((3, 100, 100)))
+    with pytest.raises(ValueError, match="240128 bytes when unpacked: too large"):
+        data.load_cells(str(tmp_path / "a.npz"))
 
 
 def test_take_channels():
