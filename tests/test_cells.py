@@ -1,5 +1,6 @@
 """Multi-channel images: files, object stores, JUMP-CP's tables, augmentation, the drawn cells."""
 import functools
+import gzip
 import io
 import pickle
 import struct
@@ -675,7 +676,8 @@ def test_unknown_stores_and_missing_files(tmp_path):
 
 def parquet(columns):
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
+    table = columns if isinstance(columns, pyarrow.Table) else pyarrow.table(columns)
+    pyarrow.parquet.write_table(table, buffer)
     return buffer.getvalue()
 
 
@@ -829,6 +831,180 @@ def test_loading_processes_read_from_a_store():
     loader = data.make_loader(plate, 4, train=False, workers=2)
     assert sorted(images[0, 0, 0, 0].item() for images, _ in loader) == sorted(
         data.cells.split_of(40, "train")[::4].tolist())
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+ROWS = dict(path=["a,1.npy", "b.npy"], well_loc=["A01", None])
+
+
+@pytest.mark.parametrize("content", [
+    text(ROWS), text({**ROWS, "path": ["a|1.npy", "b.npy"]}, ",").replace(b"a|1", b'"a,1"').replace(
+        b'"a,1".npy', b'"a,1.npy"'), text(ROWS, ";"), parquet(ROWS),
+    b"\xef\xbb\xbf" + text(ROWS, ";"), text(ROWS).decode().encode("utf-16"),
+    text(ROWS).replace(b"\n", b"\r\n"), text(ROWS).replace(b"\t", b" \t ", 1), b"\n" + text(ROWS),
+])
+def test_tables_as_spreadsheets_write_them(tmp_path, content):
+    expected = [ROWS["path"], ROWS["well_loc"]]
+    for packed in (content, gzip.compress(content), gzip.compress(content[:9]) + gzip.compress(
+            content[9:])):
+        path = write(str(tmp_path), "table", packed)
+        assert data.read_table(path, "path", "well_loc") == expected
+        assert data.read_table(path, ("path", "well|well_loc")) == expected
+
+
+def test_parquet_is_read_from_memory_that_is_not_pythons(tmp_path, monkeypatch):
+    seen = []
+    read = pyarrow.parquet.read_table
+    monkeypatch.setattr(pyarrow.parquet, "read_table", lambda source, **options: (
+        seen.append((source, options)), read(source, **options))[1])
+    data.read_table(write(str(tmp_path), "t", parquet(ROWS)), "path")
+    (source, options), = seen
+    assert isinstance(source, pyarrow.BufferReader) and options == {"use_threads": False}
+
+
+@pytest.mark.parametrize("content", [
+    b"path,path,x\n1,2,3\n", b"path;well; path\n1;2;3\n", b"\xef\xbb\xbfpath\tpath\n1\t2\n",
+    gzip.compress(b"path,path\n1,2\n"),
+    parquet(pyarrow.table([pyarrow.array([1]), pyarrow.array([2])], names=["path", "path"])),
+])
+def test_repeated_columns_are_an_error_of_one_line(tmp_path, content):
+    with pytest.raises(ValueError, match=r"t: column path comes twice") as caught:
+        data.read_table(write(str(tmp_path), "t", content), "path")
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_and_oversized_gzip(tmp_path, monkeypatch):
+    packed = gzip.compress(text(ROWS))
+    for content in (packed[:-9], packed[:5], packed[:12] + b"x" + packed[13:]):
+        with pytest.raises(ValueError, match="neither a Parquet nor a text table"):
+            data.read_table(write(str(tmp_path), "t", content), "path")
+    monkeypatch.setattr(data.tables, "MAX_BYTES", 20)
+    with pytest.raises(ValueError, match="more than 20 bytes when unpacked"):
+        data.read_table(write(str(tmp_path), "t", packed), "path")
+
+
+def test_names_of_wells():
+    names = {"A01": "A01", "A1": "A01", "a01": "A01", " A01 ": "A01", "A001": "A01", "p24": "P24",
+             "AF48": "AF48", "aa1": "AA01", "A10": "A10", "r01c01": "r01c01", " 7 ": "7", None: None}
+    assert {name: data.tables.normal_well(name) for name in names} == names
+
+
+@pytest.mark.parametrize("wells", [("A1", "a01", " A01 "), ("A001", "a1 ", "A01")])
+def test_wells_go_by_their_normal_names(base, wells):
+    plates = [data.JumpCP(*make_plate(base, wells=wells), split, np.asarray)
+              for split in ("train", "val", "test")]
+    assert sum(map(len, plates)) == 40 and {label for p in plates for _, label in p.samples} == {1}
+
+
+def test_sites_of_a_well_stay_together_when_asked(base):
+    tables = make_plate(base)
+    index = data.read_table(tables[0], "path", "well_loc")
+    well_of = {path.rpartition("/")[2]: well for path, well in zip(*index)}
+
+    def wells(split, **options):
+        plate = data.JumpCP(*tables, split, np.asarray, **options)
+        return {well_of[path.rpartition("/")[2]] for path, _ in plate.samples}
+
+    splits = [wells(split, split_by="well") for split in ("train", "val", "test")]
+    assert [len(s) for s in splits] == [3, 1, 1] and len(set.union(*splits)) == 5
+    assert wells("train") & wells("test")                   # the benchmark's own split
+
+
+# ---- A file per channel --------------------------------------------------------------------------
+
+NAME = r"(?P<well>r\d+c\d+)f(?P<site>\d+)p\d+-ch(?P<channel>\d+)"
+
+
+def make_raw(root, wells=5, sites=4, channels=(1, 2, 10), classes="ab"):
+    """As Harmony writes them; a channel's pixels tell class, well, site and channel."""
+    for k, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for well in range(wells):
+            for site in range(sites):
+                for channel in channels:
+                    image = np.array([[k, 10 * k + well, site, channel]], np.uint16)
+                    path = root / name / f"r01c{10 * k + well:02d}f{site:02d}p01-ch{channel}sk1.tiff"
+                    tifffile.imwrite(path, image)
+    return str(root)
+
+
+def test_a_file_per_channel_is_an_image_per_site(tmp_path):
+    root = make_raw(tmp_path)
+    parts = {split: data.cell_folder(root, split, np.asarray, pattern=NAME)
+             for split in ("train", "val", "test")}
+    assert [len(part) for part in parts.values()] == [24, 8, 8]
+    assert parts["train"].channels == ["1", "2", "10"]
+    wells = {}
+    for split, part in parts.items():
+        for image, label in part:
+            assert image.shape == (3, 1, 4) and image[:, 0, 3].tolist() == [1, 2, 10]
+            assert (image[:, 0, :3] == image[0, 0, :3]).all() and image[0, 0, 0] == label
+            wells.setdefault(int(image[0, 0, 1]), []).append(split)
+    assert len(wells) == 10 and all(len(set(w)) == 1 and len(w) == 4 for w in wells.values())
+    by_site = [data.cell_folder(root, split, np.asarray, pattern=NAME, split_by="site")
+               for split in ("train", "test")]
+    well_of = [{int(image[0, 0, 1]) for image, _ in part} for part in by_site]
+    assert well_of[0] & well_of[1]
+
+
+def test_wells_of_several_classes_stay_together(tmp_path):
+    """A class for each kind of cell: a well's images lie in several folders."""
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        for well in range(10):
+            for site in range(2):
+                np.save(tmp_path / name / f"{name}_A{well:02d}_s{site}.npy", pixels())
+    seen = {}
+    for split in ("train", "val", "test"):
+        part = data.cell_folder(str(tmp_path), split, np.asarray,
+                                pattern=r"_(?P<well>[A-P]\d+)_s(?P<site>\d)\.")
+        assert part.channels == []
+        for path, _ in part.samples:
+            seen.setdefault(path.rpartition("/")[2].split("_")[1], set()).add(split)
+    assert len(seen) == 10 and all(len(splits) == 1 for splits in seen.values())
+
+
+def test_sites_that_are_incomplete_or_double(tmp_path):
+    root = make_raw(tmp_path / "d")
+    (tmp_path / "d/a/thumb.tiff").write_bytes(b"")
+    next((tmp_path / "d/a").glob("*f01*ch2*")).unlink()
+    with pytest.warns(UserWarning, match="1 of 121 files do not match|1 of 40 sites lack some"):
+        parts = [data.cell_folder(root, split, np.asarray, pattern=NAME)
+                 for split in ("train", "val", "test")]
+    assert sum(map(len, parts)) == 39
+    for path in list((tmp_path / "d/a").glob("*f02*ch2*"))[:3]:
+        path.unlink()
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="4 of 40 sites lack some.*1, 2"):
+        data.cell_folder(root, "train", np.asarray, pattern=NAME)
+    with pytest.raises(ValueError, match=r"both channel '\d+' of one site.*plate"):
+        data.cell_folder(root, "train", np.asarray, pattern=r"(?P<well>r\d+c\d+).*-ch(?P<channel>\d+)")
+    with pytest.raises(ValueError, match="none of .* files matches"):
+        data.cell_folder(root, "train", np.asarray, pattern="(?P<channel>xyz)")
+    with pytest.raises(ValueError, match="--split-by well: the wells are not known"):
+        data.cell_folder(root, "train", np.asarray, split_by="well")
+
+
+def test_files_of_a_site_have_one_channel_of_one_size(tmp_path):
+    paths = [str(tmp_path / f"{i}.npy") for i in range(2)]
+    for second in (pixels(1, 7, 5), pixels(2)):
+        np.save(paths[0], pixels(1))
+        np.save(paths[1], second)
+        with pytest.raises(ValueError, match="one channel each, of one size"):
+            data.load_cells(" + ".join(paths))
+
+
+@pytest.mark.parametrize("names, by_channel", [
+    (["r01c01f01p01-ch1sk1fk1fl1.tiff", "r01c01f01p01-ch2sk1fk1fl1.tiff"], True),
+    (["IXM_A01_s1_w1E89359D7-AB.tif", "IXM_A01_s1_w2AF3F2BD9-CD.tif"], True),
+    (["IXM_A01_s1_w1.tif", "IXM_A01_s1_w2.tif"], True),
+    (["A01_T0001F001L01A01Z01C01.tif", "A01_T0001F001L01A01Z01C02.tif"], True),
+    (["img_c0.tif", "img_c1.tif"], True), (["A01_Channel1.tif", "A01_Channel2.tif"], True),
+    (["A01_s1.tif", "A01_s2.tif"], False), (["cell1.tif", "cell2.tif"], False),
+    (["r01c01f01p01-ch1.tiff", "r01c01f02p01-ch1.tiff"], False),
+])
+def test_names_that_number_channels(names, by_channel):
+    assert data.named_by_channel([f"d/{name}" for name in names]) == by_channel
 
 
 # ---- Drawn cells ---------------------------------------------------------------------------------
