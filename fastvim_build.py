@@ -126,6 +126,12 @@ def newest(pattern: str) -> str | None:
     return max(built, key=os.path.getmtime, default=None)
 
 
+def check_device(device: torch.device, right: str):
+    if device.type != right:
+        raise ValueError(f"the {right} kernels cannot run on {device}: use tensors on {right}, or "
+                         "another backend")
+
+
 def load_cpu():
     sources = [find_source("scan_cpu.cpp"), find_source("scan.h")]
     flags = ["-std=c++17", "-O3", "-march=native", "-fopenmp", *torch_openmp(), "-shared", "-fPIC"]
@@ -145,10 +151,20 @@ def load_cpu():
                 log.info("compiling %s", sources[0])
                 output_of(*compiler, sources[0], *flags, "-o", f"{path}.tmp")
                 os.replace(f"{path}.tmp", path)                 # all or nothing, even if killed
-    library = ctypes.CDLL(path)
+    return caller(ctypes.CDLL(path))
 
+
+def caller(library):
+    """What runs the operations of a library that g++ made of scan_cpu.cpp."""
     def call(operation: str, numbers: list[int], device: torch.device):
-        getattr(library, operation)((ctypes.c_int64 * len(numbers))(*numbers), None)
+        check_device(device, "cpu")
+        error = getattr(library, operation)((ctypes.c_int64 * len(numbers))(*numbers), None)
+        if error == 1:
+            raise ValueError(f"{operation}: the tables of the walk must visit every token once, "
+                             "and agree on the step of each")
+        if error:
+            raise RuntimeError(f"{operation}: out of memory for what the kernels need besides "
+                               "their outputs")
 
     return call
 
@@ -198,7 +214,12 @@ def load_cuda():
     spec = importlib.util.spec_from_file_location(name, path)
     library = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(library)
-    return lambda operation, numbers, device: library.call(operation, numbers, device.index)
+
+    def call(operation: str, numbers: list[int], device: torch.device):
+        check_device(device, "cuda")
+        library.call(operation, numbers, device.index)
+
+    return call
 
 
 def build_extension(name, sources, flags, archs, folder):

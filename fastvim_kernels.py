@@ -32,6 +32,7 @@ import fastvim_build
 _source = fastvim_build.find_source                          # where pip put the kernels' sources
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)     # kernels know them by their place here
 MAX_STATES = 64
+MAX_SIZE = 2 ** 31 - 1                      # of any axis: tables hold 32-bit integers
 EPS = 1e-5                                                  # of all norms
 GLOBAL_HOOKS = (module._global_forward_hooks, module._global_forward_pre_hooks,
                 module._global_backward_hooks, module._global_backward_pre_hooks)
@@ -42,62 +43,140 @@ MAY_BE_NULL = {"bias", "dbias", "dout", "dhidden", "argmax", "D", "dD", "dt_bias
 
 # ---- 1. The boundary to C ------------------------------------------------------------------------
 #
-# scan.h says which fields the structure of each operation has, and of what type. Python reads it:
-# no list of arguments is kept twice. A field that is missing, or of another type, layout or device
-# than declared, is an error here and not a crash there.
+# scan.h says which fields the structure of each operation has, of what type and of what shape.
+# Python reads it: no list of arguments is kept twice. A field that is missing, or of another type,
+# shape, layout or device than declared, is an error here and not a crash there.
 
 
-def read_structures(path: str) -> dict[str, list[tuple[str, str]]]:
-    """scan.h -> {operation: [(field, type), ...]}, type one of int64_t, void, float and int32_t.
-    A structure within another, such as Walk, is laid out in its place."""
+class Field(NamedTuple):
+    name: str
+    type: str                               # int64_t, void, float or int32_t
+    axes: tuple                             # of an array, such as ("b", "l", "2 e")
+    is_input: bool                          # const
+
+
+class Structure(tuple):
+    """The Fields of an operation. Equal to itself alone, so that it is looked up fast."""
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __init__(self, fields):
+        self.integers = [field.name for field in fields if field.type == "int64_t"]
+
+
+def read_structures(path: str) -> dict[str, Structure]:
+    """scan.h -> {operation: its Fields}. A structure within another, such as Walk, is laid out in
+    its place. The comment behind pointers has the shape of each of them, or one for all."""
     with open(path) as file:
-        text = re.sub(r"//.*", "", file.read())
+        text = file.read()
     structures = {}
-    for name, body in re.findall(r"struct (\w+) \{(.*?)\};", text, re.DOTALL):
+    for name, body in re.findall(r"^struct (\w+) \{(.*?)\};", text, re.DOTALL | re.MULTILINE):
         fields = []
-        for kind, names in re.findall(r"(?:const )?(\w+) ([^;]+);", body):
-            own = [(field.strip(" *\n"), kind) for field in names.split(",")]
+        for const, kind, names, comment in re.findall(r"(const )?(\w+) ([^;/]+);([^\n]*)", body):
+            names = [field.strip(" *") for field in names.split(",")]
+            shapes = [()] * len(names)
+            if kind in ("void", "float", "int32_t"):
+                shapes = [re.findall(r"\[(.+?)\]", shape)
+                          for shape in re.findall(r"(?:\[[^]]+\])+", comment)]
+                shapes *= len(names) if len(shapes) == 1 else 1
+            own = [Field(field, kind, tuple(axes), bool(const))
+                   for field, axes in zip(names, shapes, strict=True)]
             fields += structures.get(kind, own)
-        structures[name] = fields
+        structures[name] = Structure(fields)
     prototypes = re.findall(r"int (\w+)\(const (\w+) \*", text)
     return {operation: structures[name] for operation, name in prototypes}
 
 
-def to_c(operation: str, fields: list, device: torch.device, values: dict) -> list[int]:
-    """The fields of an operation's structure as numbers: a tensor as its address, None as 0."""
-    activations = DTYPES[values.get("dtype", 0)]
-    dtypes = {"float": torch.float32, "int32_t": torch.int32, "void": activations}
-    numbers = []
-    for name, kind in fields:
+def to_c(operation: str, fields: Structure, device: torch.device, values: dict) -> list[int]:
+    """The fields of an operation's structure as numbers: a tensor as its address, None as 0.
+    Raises TypeError or ValueError, naming the field, for what C could not read as declared."""
+    sizes = tuple([values[name] for name in fields.integers])
+    for name, size in zip(fields.integers, sizes):
+        if type(size) is not int:
+            raise TypeError(f"{operation}: {name} must be a Python integer, not {describe(size)}")
+    batch = tuple(values["residual"].shape[:-1]) if "d" in values else ()
+    numbers, arrays = layout(operation, fields, sizes, batch)
+    numbers = numbers.copy()
+    for place, name, dtype, shape, row, is_input in arrays:
         value = values[name]
         if value is None and name in MAY_BE_NULL:
-            value = 0
-        elif kind != "int64_t":
-            right = type(value) in PLAIN and value.dtype == dtypes[kind] and value.device == device
-            if not right or not is_dense(value, values.get("stride") if name in "BC" else None):
-                raise TypeError(
-                    f"{operation}: {name} must be a contiguous {dtypes[kind]} tensor on {device}, "
-                    f"not {describe(value)}"
-                )
-            value = value.data_ptr()                        # raises where there is no memory
-        numbers.append(value)
+            continue
+        try:                                # the layout last: sparse and nested tensors have none
+            right = (
+                type(value) in PLAIN and value.dtype is dtype and value.device == device
+                and value.shape == shape and not (is_input and value.is_neg())
+                and (value.is_contiguous() if row is None else is_dense(value, row))
+            )
+            address = value.data_ptr() if right else 0
+        except RuntimeError:
+            address = right = 0
+        if not address and not (right and 0 in shape):
+            refuse(f"{operation}: {name}", value, dtype, shape, device)
+        numbers[place] = address
     return numbers
 
 
-def is_dense(t: Tensor, row: int | None) -> bool:
-    """Is t contiguous or, where row is given, do its rows lie evenly, `row` elements apart? Strides
-    of axes of length 1 say nothing."""
-    if row is None or t.numel() == 0:
-        return t.is_contiguous()
+@functools.lru_cache(1024)
+def layout(operation: str, fields: Structure, sizes: tuple, batch: tuple) -> tuple[list, list]:
+    """For integers of these values: the fields as numbers, with 0 for arrays; and what each array
+    must be: its place, name, dtype, shape, how far apart its rows lie where that is not their
+    length, and whether it is read. batch: the axes of which the rows of add_norm are made."""
+    sizes = dict(zip(fields.integers, sizes))
+    for name, size in sizes.items():
+        least = 1 if name in ("l", "p", "e", "n", "d") else 0
+        if not least <= size <= MAX_SIZE:
+            raise ValueError(f"{operation}: {name} must be {least} to {MAX_SIZE}, not {size}")
+    if "d" in sizes and math.prod(batch) != sizes["rows"]:
+        raise ValueError(f"{operation}: residual must have rows of {sizes['d']} numbers")
+    activations = DTYPES[sizes.get("dtype", 0)]
+    dtypes = {"float": torch.float32, "int32_t": torch.int32, "void": activations}
+    numbers = [sizes.get(field.name, 0) for field in fields]
+    arrays = []
+    for place, (name, kind, axes, is_input) in enumerate(fields):
+        if kind == "int64_t":
+            continue
+        if name == "ds" and sizes.get("shared"):
+            axes = axes[1:]
+        shape = tuple(length(axis, {"k": 2, **sizes}) for axis in axes)
+        if axes == ("rows", "d"):
+            shape = (*batch, sizes["d"])
+        row = sizes.get("stride") if name in ("B", "C") else None
+        arrays.append((place, name, dtypes[kind], shape, row, is_input))
+    return numbers, arrays
+
+
+def length(axis: str, sizes: dict) -> int:
+    """Of an axis as scan.h writes it: "b", "4", "2 e" or "p + 1"."""
+    terms = [term.split() for term in axis.split("+")]
+    return sum(math.prod(int(w) if w.isdigit() else sizes[w] for w in term) for term in terms)
+
+
+def is_dense(t: Tensor, row: int) -> bool:
+    """Do t's rows lie evenly, `row` elements apart? Strides of axes of length 1 say nothing."""
+    if t.numel() == 0:
+        return True
     _, b, p, _ = t.shape
-    layout = zip(t.shape, t.stride(), (b * p * row, p * row, row, 1))
-    return all(length == 1 or stride == right for length, stride, right in layout)
+    steps = zip(t.shape, t.stride(), (b * p * row, p * row, row, 1))
+    return all(length == 1 or stride == right for length, stride, right in steps)
+
+
+def refuse(field: str, value, dtype: torch.dtype, shape: tuple, device):
+    right = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+    if right and value.dtype == dtype and value.device == device and value.shape != shape:
+        raise ValueError(f"{field} must have the shape {shape}, not {tuple(value.shape)}")
+    raise TypeError(f"{field} must be a contiguous {dtype} tensor on {device}, "
+                    f"not {describe(value)}")
 
 
 def describe(value) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
-    return f"{type(value).__name__} of {value.dtype} {tuple(value.shape)} on {value.device}"
+    if value.is_nested:
+        return f"nested {type(value).__name__} of {value.dtype} on {value.device}"
+    said = f"{type(value).__name__} of {value.dtype} {tuple(value.shape)} on {value.device}"
+    if value.is_neg() or value._is_zerotensor():
+        return f"{said} whose numbers are not in memory: .clone() writes them there"
+    return said
 
 
 class Walk(NamedTuple):
@@ -125,7 +204,13 @@ def make_walk(token, group, steps, pool_weight) -> Walk:
 @functools.lru_cache(64)
 def full_walk(storage, order, pooled, lengths, scale, device) -> Walk:
     """The Walk of a full grid, remembered: its tables depend on the grid alone."""
-    sizes = dict(zip(storage.split(), lengths))
+    axes = storage.split()
+    sizes = dict(zip(axes, lengths))
+    known = all(axis.isidentifier() and axis.islower() for axis in axes)
+    if not known or sorted(axes) != sorted(order.split()) or not {*pooled.split()} <= {*axes} \
+            or not len(sizes) == len(axes) == len(lengths) or min(lengths) < 1:
+        raise ValueError(f"no grid is stored as {storage!r}, walked as {order!r} and pooled over "
+                         f"{pooled!r} with lengths {lengths}")
     kept = [axis for axis in order.split() if axis not in pooled.split()]
     steps = math.prod(sizes[axis] for axis in kept)
     with torch.inference_mode(False):       # the tables outlive this call, and may serve training
@@ -195,6 +280,8 @@ class Kernels:
     def run(self, operation: str, device: torch.device, v: dict, **own):
         if self._library is None and self.problem():
             raise RuntimeError(f"backend {self.name} cannot be used: {self._problem}")
+        if "dtype" in v and DTYPES[v["dtype"]] not in self.dtypes:
+            raise TypeError(f"backend {self.name} has no {DTYPES[v['dtype']]} activations")
         numbers = to_c(operation, self.structures[operation], device, {**v, **own})
         self._library(operation, numbers, device)
 
@@ -276,7 +363,13 @@ def empty_like(**tensors) -> dict:
 
 
 def norm_values(residual, weight, dtype) -> dict:
+    """Raises ValueError or TypeError where C has no such activations or widths."""
     d = weight.numel()
+    if dtype not in DTYPES:
+        raise TypeError(f"activations must be of {', '.join(map(str, DTYPES))}, not {dtype}")
+    if d < 1 or residual.shape[-1:] != weight.shape:
+        raise ValueError(f"the norm's weight {tuple(weight.shape)} does not fit activations "
+                         f"{tuple(residual.shape)}")
     return {"dtype": DTYPES.index(dtype), "rows": residual.numel() // d, "d": d,
             "residual": residual, "weight": weight.float()}
 
@@ -286,6 +379,10 @@ def ssm_values(xz, w: Weights, walk: Walk, skip: bool) -> dict:
     sizes. skip: the scan has D. Raises ValueError where the shapes do not fit together."""
     if xz.dtype not in DTYPES:
         raise TypeError(f"activations must be of {', '.join(map(str, DTYPES))}, not {xz.dtype}")
+    if (xz.ndim, w.dt_proj.ndim, w.A_log.ndim, walk.start.ndim) != (3, 3, 3, 2):
+        found = tuple(tuple(t.shape) for t in (xz, w.dt_proj, w.A_log, walk.start))
+        raise ValueError(f"expected xz (b l 2e), dt_proj (k e r), A_log (k e n), start (rows p+1), "
+                         f"not {', '.join(map(str, found))}")
     b, l, width = xz.shape
     e = width // 2
     r = w.dt_proj.shape[-1]
@@ -296,7 +393,8 @@ def ssm_values(xz, w: Weights, walk: Walk, skip: bool) -> dict:
     if any(t is not None and t.shape != shape for t, shape in zip(w, shapes)):
         found = {name: tuple(t.shape) for name, t in w._asdict().items() if t is not None}
         raise ValueError(f"activations {tuple(xz.shape)} do not fit weights of shapes {found}")
-    if l < 1 or rows not in (1, b) or walk.token.shape != (rows, l) or not 1 <= n <= MAX_STATES:
+    fits = l >= 1 and edges >= 2 and rows in (1, b) and walk.token.shape == (rows, l)
+    if not fits or not 1 <= n <= MAX_STATES:
         raise ValueError(
             f"activations {tuple(xz.shape)} do not fit a walk of {tuple(walk.token.shape)} tokens, "
             f"or {n} states are not 1 to {MAX_STATES}"
@@ -462,6 +560,8 @@ def pack(grid) -> tuple:
 def unpack(device, storage, order, pooled, lengths, scale, *tables) -> Walk:
     if storage:
         return full_walk(storage, order, pooled, tuple(lengths), scale, device)
+    if any(table is None for table in tables):
+        raise ValueError("a walk needs either the storage of a full grid or all five tables")
     return Walk(*tables)
 
 
@@ -531,7 +631,29 @@ def sort_arguments(xz, *rest):
     """The arguments of an operation after xz -> Weights, pool, skip, Walk."""
     tensors = rest[:len(Weights._fields)]
     pool, skip, *grid = rest[len(Weights._fields):]
+    if pool not in ("mean", "max"):
+        raise ValueError(f"pool={pool!r}: kernels know mean and max")
+    storage, _, _, lengths, scale, *_ = grid
+    if pool == "max" and scale != 1:
+        raise ValueError(f"scale={scale}: maxima are not scaled, means are")
+    tokens = math.prod(lengths)
+    if storage and xz.shape[1:2] != (tokens,):  # before tables of any size are made
+        raise ValueError(f"activations {tuple(xz.shape)} do not fit a walk of {(1, tokens)} tokens")
     return Weights(*tensors), pool, skip, unpack(xz.device, *grid)
+
+
+def kernels_of(backend: str) -> Kernels:
+    if backend not in KERNELS:
+        raise ValueError(f"no kernels are called {backend!r}; choose from {', '.join(KERNELS)}")
+    return KERNELS[backend]
+
+
+def check_devices(*arguments):
+    """For the operations on tensors without memory, to which PyTorch also takes a call that mixes
+    these with others: its outputs would be what lies in memory."""
+    devices = {str(t.device) for t in arguments if isinstance(t, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"tensors must be on one device, not on {' and '.join(sorted(devices))}")
 
 
 def no_autocast(device):
@@ -559,7 +681,7 @@ SSM = (
 def ssm(xz, *rest):
     *rest, backend = rest
     with no_autocast(xz.device):
-        return tuple(or_empty(xz, run_ssm(KERNELS[backend], xz, *rest)))
+        return tuple(or_empty(xz, run_ssm(kernels_of(backend), xz, *rest)))
 
 
 @functools.partial(
@@ -570,11 +692,12 @@ def ssm_backward(dy, pooled, argmax, s, xz, *rest):
     *rest, backend = rest
     saved = (dy.contiguous(), pooled, argmax, s)
     with no_autocast(xz.device):
-        return or_empty(xz, run_ssm_backward(KERNELS[backend], *saved, xz, *rest))
+        return or_empty(xz, run_ssm_backward(kernels_of(backend), *saved, xz, *rest))
 
 
 @ssm.register_fake
 def _(xz, *rest):
+    check_devices(xz, *rest)
     pool, _, storage, _, pooled, lengths, _, *tables, _ = rest[len(Weights._fields):]
     b, l, width = xz.shape
     if storage:
@@ -589,6 +712,7 @@ def _(xz, *rest):
 
 @ssm_backward.register_fake
 def _(dy, pooled, argmax, s, xz, *rest):
+    check_devices(dy, pooled, argmax, s, xz, *rest)
     like = (xz, *rest[:len(Weights._fields)])
     return or_empty(xz, [None if t is None else torch.empty_like(t) for t in like])
 
@@ -624,7 +748,7 @@ ssm.register_autograd(differentiate_ssm, setup_context=save_ssm)
            "-> (Tensor u, Tensor out)",
 )
 def add_norm(hidden, residual, weight, bias, backend):
-    return KERNELS[backend].add_norm(hidden, residual, weight, bias)
+    return kernels_of(backend).add_norm(hidden, residual, weight, bias)
 
 
 @functools.partial(
@@ -633,16 +757,18 @@ def add_norm(hidden, residual, weight, bias, backend):
            "-> Tensor[]",
 )
 def add_norm_backward(du, dout, out, weight, bias, backend):
-    return or_empty(du, KERNELS[backend].add_norm_backward(out, weight, bias, du, dout))
+    return or_empty(du, kernels_of(backend).add_norm_backward(out, weight, bias, du, dout))
 
 
 @add_norm.register_fake
 def _(hidden, residual, weight, bias, backend):
+    check_devices(hidden, residual, weight, bias)
     return torch.empty_like(hidden), torch.empty_like(residual)
 
 
 @add_norm_backward.register_fake
 def _(du, dout, out, weight, bias, backend):
+    check_devices(du, dout, out, weight, bias)
     grads = empty_like(dout=out, du=du, dweight=weight.float(), dbias=float32(bias))
     if du.dtype == torch.float32:
         grads["du"] = None

@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <vector>
 #if defined(__x86_64__)
@@ -219,11 +220,22 @@ template <class F> INLINE void channels(i64 from, i64 to, F body) {
 }
 template <class F> INLINE void channels(i64 e, F body) { channels(0, e, body); }
 
-// Tasks on all threads, or on this one if there is less to do (in elements) than starting the others would take.
+// Tasks on all threads, or on this one if there is less to do (in elements) than starting the others would take. No
+// exception may leave a thread; the only one is that memory is short, and the operation returns it as OUT_OF_MEMORY.
 template <class F> void parallel(i64 tasks, [[maybe_unused]] i64 elements, F task) {
+    bool short_of_memory = false;
 #pragma omp parallel for schedule(static) if (tasks > 1 && elements > 16384)
-    for (i64 i = 0; i < tasks; i++) task(i);
+    for (i64 i = 0; i < tasks; i++) {
+        try {
+            task(i);
+        } catch (...) {
+#pragma omp atomic write
+            short_of_memory = true;
+        }
+    }
+    if (short_of_memory) throw std::bad_alloc();
 }
+#define OUT_OF_MEMORY catch (...) { return 2; }
 
 template <class F> void parallel(i64 dtype, i64 tasks, i64 elements, F task) {      // task(T(), i)
     if (dtype == 0) parallel(tasks, elements, [&](i64 i) { task(float(), i); });
@@ -275,6 +287,34 @@ static void unblock(const float* set, i64 e, i64 rows, i64 row, float* out, i64 
 static Walk image_walk(const Walk& walk, const Sizes& n, i64 image) {
     const i64 row = walk.rows == 1 ? 0 : image, at = row * n.l;
     return {1, walk.token + at, walk.group + at, walk.weight + at, walk.member + at, walk.start + row * (n.p + 1)};
+}
+
+// Would following a walk end outside of its image, or leave something of it out? Every token has one position, and the
+// members of a step are the positions that say so of themselves. An int per position: nothing beside its e channels.
+static bool leads_astray(const Walk& walk, const Sizes& n) {
+    std::vector<char> seen(n.l);
+    for (i64 image = 0; image < walk.rows; image++) {
+        const Walk w = image_walk(walk, n, image);
+        std::fill(seen.begin(), seen.end(), 0);
+        i64 real = 0;                           // positions that are no holes
+        for (i64 t = 0; t < n.l; t++) {
+            const i64 token = w.token[t];
+            if (token < 0 || token >= n.l || seen[token] || w.group[t] < -1 || w.group[t] >= n.p) return true;
+            seen[token] = 1;
+            real += w.group[t] >= 0;
+        }
+        if (w.start[0] != 0 || w.start[n.p] != real) return true;
+        for (i64 step = 0; step < n.p; step++) {
+            const i64 from = w.start[step], to = w.start[step + 1];
+            if (from > to || to > real) return true;
+            for (i64 i = from, before = -1; i < to; i++) {
+                const i64 t = w.member[i];
+                if (t <= before || t >= n.l || w.group[t] != step) return true;
+                before = t;
+            }
+        }
+    }
+    return false;
 }
 
 // Positions t0 <= t < t1 of an image. If part < 0, the steps p0 <= step < p1 lie in them with all their members. Else
@@ -379,7 +419,7 @@ template <int U, class T> struct Tile {
         for (int i = 0; i < U + 6; i++) {
             const i64 at = t + i - 3;
             const bool real = at >= 0 && at < view.l && view.walk.group[at] >= 0;
-            x[i] = real ? view.xz + view.walk.token[at] * 2 * view.e : (const T*)view.packed.zero;
+            x[i] = real ? view.xz + 2 * view.e * view.walk.token[at] : (const T*)view.packed.zero;
         }
         for (int u = 0; u < U; u++) {
             step[u] = view.walk.group[t + u];
@@ -500,8 +540,9 @@ template <class T> void pool_chunk(const ConvPool& a, const View<T>& view, const
             for (float* sum : out.sum) std::fill(sum + step * e, sum + (step + 1) * e, 0.f);
 }
 
-extern "C" int conv_pool(const ConvPool* a, void*) {
+extern "C" int conv_pool(const ConvPool* a, void*) try {
     const Sizes n = a->n;
+    if (leads_astray(a->walk, n)) return 1;
     const Packed packed = pack(n.e, a->conv_weight, a->conv_bias);
     const Chunks chunks(n, a->walk, 24, !a->max);
     float* partial = chunks.partial(2, n.p * n.e);
@@ -511,7 +552,7 @@ extern "C" int conv_pool(const ConvPool* a, void*) {
     });
     chunks.reduce(partial, 2, n.b, n.p * n.e, a->pooled);
     return 0;
-}
+} OUT_OF_MEMORY
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 6. expand_gate: v = (s0 + s1 + D0 c0 + D1 c1) / 2, its norm over the channels, times silu(z)
@@ -590,8 +631,9 @@ template <int U, class T> INLINE void gate_tile(const ExpandGate& a, const Tile<
     tile.clear_holes((T*)a.y, e);
 }
 
-extern "C" int expand_gate(const ExpandGate* a, void*) {
+extern "C" int expand_gate(const ExpandGate* a, void*) try {
     const Sizes n = a->n;
+    if (leads_astray(a->walk, n)) return 1;
     const Packed packed = pack(n.e, a->conv_weight, a->conv_bias, a->D, -LN2 / 2, a->norm_weight, a->norm_bias);
     const i64 parts = (n.l + 31) / 32;
     parallel(n.dtype, n.b * parts, n.b * n.l * n.e, [&](auto type, i64 i) {
@@ -602,7 +644,7 @@ extern "C" int expand_gate(const ExpandGate* a, void*) {
               [&](const auto& tile) INLINED { gate_tile(*a, tile, buffer); });
     });
     return 0;
-}
+} OUT_OF_MEMORY
 
 // Of a tile: v again; then z's gradient and d = dxhat; then the norm, dv = scale (d - mean(d) - xhat mean(d xhat)).
 template <int U, class T>
@@ -662,8 +704,9 @@ INLINE void gate_tile_backward(const ExpandGateBackward& a, const Tile<U, T>& ti
     tile.clear_holes((T*)a.g, e);
 }
 
-extern "C" int expand_gate_backward(const ExpandGateBackward* a, void*) {
+extern "C" int expand_gate_backward(const ExpandGateBackward* a, void*) try {
     const Sizes n = a->n;
+    if (leads_astray(a->walk, n)) return 1;
     const i64 pe = n.p * n.e, ew = whole(n.e);
     const Packed packed = pack(n.e, a->conv_weight, a->conv_bias, a->D, -LN2 / 2, a->norm_weight, a->norm_bias);
     const Chunks chunks(n, a->walk, 24, true);
@@ -682,7 +725,7 @@ extern "C" int expand_gate_backward(const ExpandGateBackward* a, void*) {
     if (a->dnorm_weight) unblock(total, n.e, 2, 0, a->dnorm_weight);
     if (a->dnorm_bias) unblock(total, n.e, 2, 1, a->dnorm_bias);
     return 0;
-}
+} OUT_OF_MEMORY
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 7. conv_pool, backwards
@@ -769,13 +812,14 @@ void conv_piece_backward(const ConvPoolBackward& a, const View<T>& view, i64 t0,
     for (i64 t = std::max(last - 3, t0); t < t1; t++)                   // the end of the image: what is still carried
         channels(e, EACH {
             auto rest = load<decltype(lane)>(carry + (t - last + 3) * ew + at);
-            store(dx + view.walk.token[t] * 2 * e + at, rest);
+            store(dx + 2 * e * view.walk.token[t] + at, rest);
         });
     tiles(view, t0, t1, [&](const auto& tile) INLINED { tile.clear_holes((T*)a.dxz, 2 * e); });
 }
 
-extern "C" int conv_pool_backward(const ConvPoolBackward* a, void*) {
+extern "C" int conv_pool_backward(const ConvPoolBackward* a, void*) try {
     const Sizes n = a->n;
+    if (leads_astray(a->walk, n)) return 1;
     const Packed packed = pack(n.e, a->conv_weight, a->conv_bias, a->D, -LN2);
     const i64 e = n.e, parts = (n.l + 127) / 128;
     const Slots slots(n.b * parts, 12 * whole(e));                      // blocked rows: W0 .. B1, then dD
@@ -792,7 +836,7 @@ extern "C" int conv_pool_backward(const ConvPoolBackward* a, void*) {
         if (a->D) unblock(total, e, 12, 10 + dir, a->dD + dir * e, 1, -LN2);
     }
     return 0;
-}
+} OUT_OF_MEMORY
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 8. selective_scan
@@ -891,7 +935,7 @@ static void scan_stretch(const Run run, i64 block, i64 from, const float* A, flo
     });
 }
 
-extern "C" int selective_scan(const SelectiveScan* a, void*) {
+extern "C" int selective_scan(const SelectiveScan* a, void*) try {
     const i64 b = a->b, p = a->p, e = a->e, n = a->n;
     const i64 blocks = whole(e) / W, images = 8, parts = (b + images - 1) / images;     // 8 images share one packed A
     parallel(a->k * blocks * parts, a->k * b * p * e * n / 4, [&](i64 i) {
@@ -905,7 +949,7 @@ extern "C" int selective_scan(const SelectiveScan* a, void*) {
         }
     });
     return 0;
-}
+} OUT_OF_MEMORY
 
 // Backwards, the states are needed in reverse order. A first run keeps them at the beginning of every stretch; then,
 // from the last stretch to the first, a second run keeps those of one stretch and GROUP states, in the first cache. dB
@@ -1015,7 +1059,7 @@ static void reverse_stretch(const SelectiveScanBackward& a, const Run run, const
     });
 }
 
-extern "C" int selective_scan_backward(const SelectiveScanBackward* a, void*) {
+extern "C" int selective_scan_backward(const SelectiveScanBackward* a, void*) try {
     const i64 k = a->k, b = a->b, p = a->p, e = a->e, n = a->n, kbpn = k * b * p * n;
     const i64 wide = 128, slices = (e + wide - 1) / wide, stretches = (p + STEPS - 1) / STEPS;
     const Slots slots(b, k * whole(e) * (n + 2), 16);                   // images; [k] blocked rows: dA, dD, ddt_bias
@@ -1045,7 +1089,7 @@ extern "C" int selective_scan_backward(const SelectiveScanBackward* a, void*) {
         if (a->ddt_bias) unblock(set, e, n + 2, n + 1, a->ddt_bias + dir * e);
     }
     return 0;
-}
+} OUT_OF_MEMORY
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 9. add_norm: bound by memory. A row is read once and stays in the first cache for mean, variance and norm.
@@ -1089,10 +1133,10 @@ template <class T> void norm_row(const AddNorm& a, i64 i) {
     });
 }
 
-extern "C" int add_norm(const AddNorm* a, void*) {
+extern "C" int add_norm(const AddNorm* a, void*) try {
     parallel(a->dtype, a->rows, a->rows * a->d / 2, [&](auto type, i64 i) { norm_row<decltype(type)>(*a, i); });
     return 0;
-}
+} OUT_OF_MEMORY
 
 template <class T> void norm_row_backward(const AddNormBackward& a, i64 i, float* sums) {
     const i64 d = a.d;
@@ -1127,7 +1171,7 @@ template <class T> void norm_row_backward(const AddNormBackward& a, i64 i, float
     });
 }
 
-extern "C" int add_norm_backward(const AddNormBackward* a, void*) {
+extern "C" int add_norm_backward(const AddNormBackward* a, void*) try {
     const i64 d = a->d;
     const Slots slots(a->rows, 2 * whole(d));                           // blocked rows: dweight, dbias
     slots.run(a->dtype, a->rows * d,
@@ -1136,4 +1180,4 @@ extern "C" int add_norm_backward(const AddNormBackward* a, void*) {
     unblock(total, d, 2, 0, a->dweight);
     if (a->dbias) unblock(total, d, 2, 1, a->dbias);
     return 0;
-}
+} OUT_OF_MEMORY

@@ -746,7 +746,7 @@ def test_the_fields_of_scan_h_are_those_that_python_gives():
     assert len(structures) == 8
     for operation, (device, v, own) in spy.calls.items():
         fields = structures[operation]
-        names = {name for name, _ in fields}
+        names = {name for name, *_ in fields}
         assert len(names) == len(fields)
         assert own.keys() <= names, operation
         values = {**v, **own}
