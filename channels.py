@@ -124,8 +124,9 @@ def match_channels(args, ctx, raw: data.Files | None, saved: dict) -> Channels:
     raw: the images; None for single files, which are like those that the model was trained on.
     saved: of saved_channels. A trained model has its channels by name: files may lack some of them,
         --channels may leave some out. {}: a model to be trained."""
-    count = data.channel_count(raw) if raw else len(saved["files"])
-    files = args.channel_names or saved.get("files")
+    count = count_channels(args, raw) if raw else len(saved["files"])
+    by_file = getattr(raw, "channels", [])          # of a file for each channel
+    files = args.channel_names or by_file or saved.get("files")
     benchmark = bool(args.index) and count == len(data.JUMP_CHANNELS)
     if files is None:
         files = list(data.JUMP_CHANNELS) if benchmark else [str(i) for i in range(count)]
@@ -138,6 +139,8 @@ def match_channels(args, ctx, raw: data.Files | None, saved: dict) -> Channels:
         mean, std = statistics_of(args, ctx, raw, count, benchmark)
         saved = {"model": list(place), "mean": [mean[i] for i in picked],
                  "std": [std[i] for i in picked]}
+        hidden = indices(args.mask_channels or [], list(place), files)
+        check_deviations(args, saved, hidden, raw.where)
     model = saved["model"]
     taken = [place.get(name, -1) for name in model]
     if max(taken) < 0:
@@ -156,12 +159,37 @@ def statistics_of(args, ctx, raw: data.Files, count: int, benchmark: bool) -> li
     else:
         own = torch.tensor(data.channel_statistics(raw, count, 1000), device=ctx.device)
         statistics = (ctx.sum(own) / ctx.world_size).tolist()           # the same everywhere
-    mean, std = statistics
-    complete = len(mean) == len(std) == count
-    if not complete or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
+    if not all(len(numbers) == count for numbers in statistics):
         raise ValueError(f"--mean and --std need one number for each of the {count} channels of "
-                         f"the files, and no deviation of 0: they are {mean} and {std}")
+                         f"the files: they are {args.mean} and {args.std}")
     return statistics
+
+
+def check_deviations(args, saved: dict, hidden: list[int], where: str) -> None:
+    """A masked channel's deviation may be 0: it becomes 1. ValueError: another channel's is."""
+    mean, std = saved["mean"], saved["std"]
+    for i in hidden:
+        std[i] = std[i] or 1.0
+    if not np.isfinite([*mean, *std]).all() or (args.std and min(std) <= 0):
+        raise ValueError("--mean and --std need one number for each channel that is used, and no "
+                         f"deviation of 0: they are {mean} and {std}")
+    constant = [name for name, deviation in zip(saved["model"], std) if deviation <= 0]
+    if constant:
+        others = [name for name in saved["model"] if name not in constant]
+        raise ValueError(f"{where}: channel {', '.join(constant)} is constant, so that it cannot "
+                         f"be normalised: leave it out by --channels {','.join(others)}")
+
+
+def count_channels(args, raw: data.Files) -> int:
+    """data.channel_count. ValueError: files of one channel each that seem to be parts of images."""
+    count = data.channel_count(raw)
+    single = count == 1 and not args.channel_names and not getattr(raw, "channels", [])
+    if single and data.named_by_channel([path for path, _ in raw.samples]):
+        raise ValueError(
+            f"{raw.where}: files of one channel each, with the channels numbered in their names. "
+            "--pattern 'REGEX' with the groups (?P<well>...), (?P<site>...) and (?P<channel>...) "
+            "reads those of a site as one image; --channel-names NAME if an image has one channel")
+    return count
 
 
 def saved_channels(saved: runs.Saved) -> dict:

@@ -8,6 +8,8 @@ channel. FastChannelVim and its baselines on the JUMP-CP benchmark, or on your o
         --platemap JUMP-Target-1_compound_platemap.tsv \\
         --metadata JUMP-Target-1_compound_metadata.tsv
     python train_jump.py --data DIR --channel-names DNA,ER,RNA     DIR/CLASS/*.npy, or paged *.tif
+    python train_jump.py --data DIR \\
+        --pattern '(?P<well>r\\d+c\\d+)f(?P<site>\\d+)p01-ch(?P<channel>\\d)'   a file per channel
     python train_jump.py --data DIR --stats         mean and standard deviation of its channels
     python train_jump.py --data DIR --eval runs/jump/best.pt    accuracy by number of channels
     python train_jump.py --predict cell.npy --eval runs/jump/best.pt
@@ -30,8 +32,10 @@ sampling, 8 GPUs: a batch of 256):
     ChannelViT           68.6     74.8       --model channelvit_small
 """
 import argparse
+import functools
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +69,29 @@ CELLS = {"epochs": 20.0, "warmup": 2.0, "recipe_lr": 5e-4, "recipe_batch": 32, "
 HARMLESS = ("data", "index", "images", "platemap", "metadata", "split", "eval", "predict", "stats",
             "init", "grad_checkpointing", "subsets", "subset_samples")
 
+# How files are read: a trained model goes on with it. Another split would test on training images.
+READING = ("pattern", "split_by", "planes")
+
 # ---- Options -----------------------------------------------------------------------------------
+
+
+def pattern(text: str) -> str:
+    """An argparse type: a regular expression with a group `channel` or `well`, or nothing."""
+    try:
+        groups = re.compile(text).groupindex
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+    if text and not {"channel", "well"} & set(groups):
+        raise argparse.ArgumentTypeError(f"{text!r} needs a group (?P<channel>...) or "
+                                         "(?P<well>...)")
+    return text
+
+
+def plane(text: str) -> tuple[str, int]:
+    axis, _, number = text.partition("=")
+    if not re.fullmatch("[a-z]|series", axis) or not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: as z=2, t=0 or series=1, from 0")
+    return axis, int(number)
 
 
 def make_parser() -> runs.Parser:
@@ -74,13 +100,21 @@ def make_parser() -> runs.Parser:
                          "recipe scaled to them.", usage="%(prog)s [options]")
     yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("what to do").add_argument
-    add("--data", metavar="DIR", help="your images: DIR/CLASS/*.npy (channels, height, width) or "
-        "*.tif with a page per channel, each class split 60 : 20 : 20; or DIR/train/CLASS/, "
+    add("--data", metavar="DIR", help="your images: DIR/CLASS/*.npy (channels, height, width), "
+        "*.npz of one such array, or *.tif with a page per channel, each class split 60 : 20 : 20; or DIR/train/CLASS/, "
         "DIR/val/CLASS/ and perhaps DIR/test/CLASS/")
     add("--index", metavar="TABLE", nargs="+", help="JUMP-CP: Parquet with the columns path and "
         "well_loc, a path or URL (s3://...), one for each plate; split 60 : 20 : 20")
     add("--platemap", metavar="TABLE", help="its table of well_position and broad_sample")
     add("--metadata", metavar="TABLE", help="its table of broad_sample and target (or gene)")
+    add("--pattern", type=pattern, metavar="REGEX", help="of --data's paths: files that differ in "
+        "its group (?P<channel>...) alone are one image; of a (?P<well>...) the images, told apart "
+        "by (?P<site>...), fall into one split; more groups, as (?P<plate>...), where wells repeat")
+    add("--split-by", choices=["well", "site"], help="what falls into one split: all sites of a "
+        "well (default where --pattern has it), or each for itself (default of --index, as the "
+        "benchmark)")
+    add("--planes", type=plane, nargs="+", metavar="AXIS=N", help="of TIFFs with several slices, "
+        "time points or series: which one, z=2 t=0 series=1 (default: such files are refused)")
     add("--images", metavar="OLD=NEW", help="replace the beginning OLD of the index's paths by NEW")
     add("--init", metavar="CKPT", help="start from the encoder of this checkpoint, ours or a "
         "released one, with a fresh head; channel embeddings are taken by the channels' names")
@@ -138,6 +172,7 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
         typed = {"out": os.path.dirname(path) or ".", **typed}
         if not was_on_cells(start):
             toy = {}
+        typed = {**{name: start.options.get(name) for name in READING}, **typed}
         if start.options and "mean" in typed:
             raise ValueError("--mean and --std: the model keeps those that it was trained with")
     chosen = {**runs.defaults(parser), **RECIPE, **toy, **typed}
@@ -159,9 +194,10 @@ def open_split(args, split: str, classes: list[str] | None = None) -> data.Files
     ValueError: they show other classes than a model knows."""
     if args.index:
         raw = data.JumpCP(args.index, args.platemap, args.metadata, split, np.asarray,
-                          images=args.images or "")
+                          args.images or "", args.split_by or "site", dict(args.planes or []))
     elif args.data:
-        raw = data.cell_folder(args.data, split, np.asarray, classes)
+        raw = data.cell_folder(args.data, split, np.asarray, classes, args.pattern or "",
+                               args.split_by or "", dict(args.planes or []))
     else:
         raw = data.Cells(split, np.asarray, args.img_size)
     if classes and raw.classes != classes:
@@ -316,8 +352,13 @@ def evaluate(args, ctx, saved: runs.Saved) -> None:
 def predict(args, ctx, saved: runs.Saved) -> None:
     """Prints the likeliest classes of each image."""
     model, seen = restore(args, ctx, saved)
-    files = seen.normalized(data.Files([], [], data.load_cells, None, ""), args.img_size)
-    for path, image in data.each_readable(args.predict, files.load):
+    load = functools.partial(data.load_cells, planes=dict(args.planes or []))
+    files = seen.normalized(data.Files([], [], load, None, ""), args.img_size)
+    paths = args.predict
+    if args.pattern:
+        sites, _ = data.group_sites([(path, 0) for path in paths], args.pattern, os.curdir)
+        paths = [site.path for site in sites]
+    for path, image in data.each_readable(paths, files.load):
         with torch.inference_mode():
             x = files.transform(image)[None].to(ctx.device)                     # (1 c h w)
             logits = classify(args, model, x, torch.tensor(seen.shown))
@@ -340,7 +381,7 @@ def main() -> None:
                 predict(args, ctx, start)
         elif args.stats:
             raw = open_split(args, "train")
-            mean, std = data.channel_statistics(raw, data.channel_count(raw))
+            mean, std = data.channel_statistics(raw, channels.count_channels(args, raw))
             ctx.print("--mean=" + ",".join(f"{x:.6g}" for x in mean),
                       "--std=" + ",".join(f"{x:.6g}" for x in std))
         elif args.eval:

@@ -11,7 +11,8 @@ The data of the experiments: readers of data sets, built-in data without downloa
     for images, labels in loader: ...                   # (b 3 224 224) float32, (b) int64
 
 loading.py has the loader, and how a run goes on with a bad file; images.py ImageNet; cells.py
-microscopy; dense.py ADE20K and COCO; builtin.py digits, drawn cells and drawn scenes.
+microscopy, by tiff.py, tables.py and sites.py; dense.py ADE20K and COCO; builtin.py digits, drawn
+cells and drawn scenes.
 """
 
 from torch.utils.data import default_collate
@@ -50,3 +51,4 @@ from .images import (
     load_rgb,
 )
 from .loading import BadDataError, Files, Seeded, extra, first_few, make_loader
+from .sites import group_sites, named_by_channel

@@ -1,31 +1,32 @@
 """Multi-channel microscopy images: files, object stores, JUMP-CP's tables, and augmentation."""
 
 import collections
-import csv
 import functools
 import io
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageSequence
 from tqdm import tqdm
 
 from .images import ImageFolder
 from .loading import Files, extra, first_few
+from .sites import BETWEEN_FILES, Site, group_sites, splits_of_units
+from .tables import normal_well, parse_table
+from .tiff import MAX_BYTES, parse_tiff
 
-CELL_EXTENSIONS = (".npy", ".tif", ".tiff")
+CELL_EXTENSIONS = (".npy", ".tif", ".tiff", ".npz")
 JUMP_CHANNELS = (*(f"fluorescence{i}" for i in range(1, 6)),
                  *(f"brightfield{i}" for i in range(1, 4)))
 # Of plate BR00116991.
 JUMP_MEAN = (4.0317, 1.5659, 3.7737, 3.4605, 4.1723, 6.7805, 6.7874, 6.7781)
 JUMP_STD = (17.3184, 12.0159, 16.9661, 15.0648, 17.9641, 21.6388, 21.6706, 21.6395)
-UNKNOWN_TO_PILLOW = {(32, 1): np.uint32, (8, 2): np.int8}      # it takes them for the other kind
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -54,22 +55,50 @@ def fetch(path: str) -> bytes:
             time.sleep(pause)
 
 
-def load_cells(path: str) -> np.ndarray:
+def load_cells(path: str, planes: Mapping[str, int] | None = None) -> np.ndarray:
     """The multi-channel image at `path` (as for fetch): (channels h w), numbers as they are stored.
 
-    A .npy of that shape, or a TIFF with a page for each channel.
-    ValueError: a pickle, another shape, no numbers, NaN or infinite pixels; or what NumPy and
-    Pillow raise.
+    A .npy of that shape, a .npz that holds one, or a TIFF, of which planes may choose a slice, time
+    point or series (see tiff.py). "a.tif + b.tif" (see sites.py): files of a channel each.
+    ValueError: a pickle, another shape, channels that come last, no numbers, NaN or infinite
+    pixels, what parse_tiff refuses, a damaged file.
     """
+    parts = [load_file(part, planes) for part in path.split(BETWEEN_FILES)]
+    if len(parts) == 1:
+        return parts[0]
+    shapes = [part.shape for part in parts]
+    if len(set(shapes)) > 1 or len(parts[0]) > 1:
+        raise ValueError(f"the files of a site need one channel each, of one size: they are "
+                         f"{', '.join(map(str, shapes))}")
+    return np.concatenate(parts)
+
+
+def load_file(path: str, planes: Mapping[str, int] | None) -> np.ndarray:
     content = fetch(path)
-    image = parse_npy(content) if path.lower().endswith(".npy") else parse_tiff(content)
+    if path.lower().endswith(".npy"):
+        image = parse_npy(content)
+    elif path.lower().endswith(".npz"):
+        image = parse_npz(content)
+    else:
+        image = parse_tiff(content, os.path.basename(path), planes)
     if image.ndim != 3 or 0 in image.shape or image.dtype.kind not in "buif":
         raise ValueError("expected real numbers of shape (channels, height, width), got "
                          f"{image.dtype} of shape {image.shape}")
+    if channels_come_last(image.shape):
+        raise ValueError(f"shape {image.shape}: channels come first here, and seem to come last. "
+                         "Convert it once: numpy.save(path, numpy.moveaxis(image, -1, 0))")
     if image.dtype.kind == "f" and not np.isfinite(image).all():
         bad = np.count_nonzero(~np.isfinite(image))
         raise ValueError(f"{bad} of {image.size} pixels are NaN or infinite")
     return image
+
+
+def channels_come_last(shape: tuple[int, int, int]) -> bool:
+    """Is it (h w channels)? The last axis is small, the others are large, and equal or far larger.
+    """
+    *sides, last = shape
+    large = min(sides)
+    return large >= 16 and last < large and (sides[0] == sides[1] or 4 * last <= large)
 
 
 def parse_npy(content: bytes) -> np.ndarray:
@@ -84,25 +113,26 @@ def parse_npy(content: bytes) -> np.ndarray:
             "an array of Python objects is a pickle, which can run any code when it is read. If "
             "you trust the file, convert it once: numpy.save(path, numpy.stack(list(numpy.load("
             "path, allow_pickle=True))).astype('float32'))") from None
+    except Exception as error:                  # a damaged header can fail in any way
+        raise ValueError(f"a damaged .npy file ({type(error).__name__}: {error})") from error
 
 
-def parse_tiff(content: bytes) -> np.ndarray:
-    """(pages h w); of a single page in colour (3 h w)."""
+def parse_npz(content: bytes) -> np.ndarray:
+    """The one array in it. ValueError: several, too large, damaged."""
     try:
-        tiff = Image.open(io.BytesIO(content), formats=["TIFF"])
-    except Image.UnidentifiedImageError:
-        raise ValueError("no TIFF, or one of a kind that Pillow does not know: save it as .npy"
-                         ) from None
-    with tiff:
-        pages = []
-        for page in ImageSequence.Iterator(tiff):
-            pixels = np.asarray(page)
-            bits = page.tag_v2.get(258, (1,))[0]    # BitsPerSample
-            kind = page.tag_v2.get(339, (1,))[0]    # SampleFormat: 1 is unsigned, 2 signed
-            pages.append(pixels.view(UNKNOWN_TO_PILLOW.get((bits, kind), pixels.dtype)))
-    if len(pages) == 1 and pages[0].ndim == 3:
-        return pages[0].transpose(2, 0, 1)
-    return np.stack(pages)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            arrays = archive.infolist()
+            if len(arrays) != 1:
+                raise ValueError(f"a .npz needs one array, it has {len(arrays)}: "
+                                 f"{first_few([array.filename for array in arrays])}")
+            if arrays[0].file_size > max(MAX_BYTES, len(content)):
+                raise ValueError(f"{arrays[0].file_size} bytes when unpacked: too large")
+            content = archive.read(arrays[0])
+    except ValueError:
+        raise
+    except Exception as error:                  # zipfile and its decoders raise nearly anything
+        raise ValueError(f"no .npz file, or damaged ({type(error).__name__}: {error})") from error
+    return parse_npy(content)
 
 
 def take_channels(load: Callable, count: int, channels: list[int], path: str) -> np.ndarray:
@@ -135,7 +165,8 @@ def channel_statistics(files: Files, count: int, limit: int | None = None
     """(means, standard deviations) of the channels, `count` floats each, in the files' units.
 
     Over all images of a Files of arrays (channels h w), or over `limit` of them at even distances.
-    Bad files are skipped as in training, and so are images that do not have `count` channels.
+    Bad files are skipped as in training, and so are images that do not have `count` channels. Of a
+    constant channel the deviation is 0.
     """
     load = functools.partial(take_channels, files.load, count, list(range(count)))
     chosen = np.linspace(0, len(files) - 1, min(limit or len(files), len(files))).astype(int)
@@ -150,7 +181,8 @@ def channel_statistics(files: Files, count: int, limit: int | None = None
     if not pixels.all():
         raise ValueError(f"none of {len(images)} images in {files.where} can be read")
     mean = first / pixels
-    variance = np.maximum(second / pixels - mean ** 2, 0)
+    variance = second / pixels - mean ** 2
+    variance[variance < 1e-12 * mean ** 2] = 0              # a constant, but for rounding
     return mean.tolist(), np.sqrt(variance).tolist()
 
 
@@ -251,49 +283,74 @@ def split_of(n: int, split: str) -> np.ndarray:
     return np.sort(np.random.RandomState(0).permutation(n)[n * first // 10:n * last // 10])
 
 
-def cell_folder(root: str, split: str, transform: Callable, classes: list[str] | None = None
+def cell_folder(root: str, split: str, transform: Callable, classes: list[str] | None = None,
+                pattern: str = "", split_by: str = "", planes: Mapping[str, int] | None = None
                 ) -> Files:
     """Multi-channel images in ROOT/SPLIT/CLASS/, as ImageFolder, of arrays (channels h w).
 
-    Without a folder ROOT/train: in ROOT/CLASS/, each class split 60 : 20 : 20.
+    Without a folder ROOT/train: in ROOT/CLASS/, each class split 60 : 20 : 20, so that the sites of
+    a well fall into one split, unless split_by is "site".
+    pattern: see group_sites; names of channels in it become .channels. planes: see load_cells.
     ValueError: a class without images in this split, besides what ImageFolder raises.
     """
-    if os.path.isdir(os.path.join(root, "train")):
-        return ImageFolder(root, split, transform, classes, load_cells, CELL_EXTENSIONS)
-    files = ImageFolder(root, "", transform, classes, load_cells, CELL_EXTENSIONS)
-    found = list(files.samples)
-    samples = []
-    for label, name in enumerate(files.classes):
-        of_class = [sample for sample in found if sample[1] == label]
-        chosen = split_of(len(of_class), split)
-        if not len(chosen):
+    load = functools.partial(load_cells, planes=planes)
+    sorted_already = os.path.isdir(os.path.join(root, "train"))
+    files = ImageFolder(root, split if sorted_already else "", transform, classes, load,
+                        CELL_EXTENSIONS)
+    names = []
+    sites = [Site(path, label, None) for path, label in files.samples]
+    if pattern:
+        sites, names = group_sites(files.samples, pattern, root)
+    if split_by == "well" and any(site.well is None for site in sites):
+        raise ValueError("--split-by well: the wells are not known without a --pattern that has a "
+                         "group (?P<well>...)")
+    where = files.where
+    if not sorted_already:
+        sites = sites_of_split(root, split, sites, files.classes, split_by)
+        where = f"{root} ({split})"
+    samples = [(site.path, site.label) for site in sites]
+    files = Files(samples, files.classes, load, transform, where)
+    files.channels = names
+    return files
+
+
+def sites_of_split(root: str, split: str, sites: list[Site], classes: list[str], split_by: str
+                   ) -> list[Site]:
+    """Class by class 60 : 20 : 20 of the wells, or of the sites where no wells are known."""
+    by_well = split_by != "site"
+    known = {}
+    chosen = []
+    for label, name in enumerate(classes):
+        of_class = [site for site in sites if site.label == label]
+        units = [site.well if by_well and site.well else site.path for site in of_class]
+        splits = splits_of_units(units, split_of, known)
+        mine = [site for site, its_split in zip(of_class, splits) if its_split == split]
+        if not mine:
+            what = "images"
+            if len(set(units)) < len(of_class):
+                what = "wells (--split-by site parts their sites)"
             raise ValueError(
-                f"{root}/{name}: {len(of_class)} images are too few to split 60 : 20 : 20, "
+                f"{root}/{name}: {len(set(units))} {what} are too few to split 60 : 20 : 20, "
                 f"{split!r} gets none. Give it at least 3, or sort the files into train/CLASS, "
                 "val/CLASS and test/CLASS")
-        samples += [of_class[i] for i in chosen]
-    return Files(samples, files.classes, load_cells, transform, f"{root} ({split})")
-
-
-# What pyarrow and pandas take for nothing in a text table.
-NOTHING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND",
-           "1.#QNAN", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null"}
+        chosen += mine
+    return chosen
 
 
 def read_table(path: str, *wanted: str) -> list[list[str | None]]:
-    """The columns `wanted` of the table at `path` (as for fetch): Parquet, or text (tabs, commas).
+    """The columns `wanted`, or of one sequence of names, of the table at `path` (as for fetch).
 
-    "a|b" means a if the table has it, else b. None where there is nothing, or NaN.
-    ValueError: a column is missing, or no table.
+    Parquet or text, perhaps packed by gzip; see tables.py. "a|b" means a if the table has it, else
+    b. None where there is nothing, or NaN.
+    ValueError: a column is missing or comes twice, or no table.
     """
+    if len(wanted) == 1 and not isinstance(wanted[0], str):
+        wanted, = wanted
     content = fetch(path)
     try:
-        if content.startswith(b"PAR1"):         # the released benchmark has some named .tsv
-            table = extra("pyarrow.parquet").read_table(io.BytesIO(content)).to_pydict()
-        else:
-            table = parse_text_table(content.decode("utf-8-sig"))
-    except (ValueError, OSError, NotImplementedError, csv.Error) as error:
-        raise ValueError(f"{path}: neither a Parquet nor a text table ({error})") from error
+        table = parse_table(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     columns = []
     for names in wanted:
         name = next((name for name in names.split("|") if name in table), None)
@@ -305,13 +362,6 @@ def read_table(path: str, *wanted: str) -> list[list[str | None]]:
     return columns
 
 
-def parse_text_table(text: str) -> dict[str, list[str | None]]:
-    delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-    rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
-    return {name: [None if v in NOTHING else v for v in values]
-            for name, *values in zip(*rows, strict=True)}
-
-
 class JumpCP(Files):
     """The JUMP-CP benchmark: tables of images with their wells, and of what was in the wells.
 
@@ -319,21 +369,27 @@ class JumpCP(Files):
         Relative paths begin at the index's folder. images="OLD=NEW" replaces the beginning OLD of
         every path: for a copy of the files.
     platemap: table of well_position and broad_sample; metadata: of broad_sample and target, or
-        gene (CRISPR and ORF).
+        gene (CRISPR and ORF). Wells A1, a01 and " A01 " are one.
+    split_by: "site", the benchmark's own split, in which sites of a well part; "well": they do not.
+    planes: see load_cells.
     As Files, of arrays (channels h w). .classes: control and the targets.
     A well's label: see labels_of_wells. Images in wells without a label are left out, and counted
     by a warning. ValueError: no image has a label, an empty split, or as read_table.
     """
 
     def __init__(self, index: str | list[str], platemap: str, metadata: str, split: str,
-                 transform: Callable, images: str = ""):
+                 transform: Callable, images: str = "", split_by: str = "site",
+                 planes: Mapping[str, int] | None = None):
         label_of, classes = labels_of_wells(platemap, metadata)
         tables = [index] if isinstance(index, str) else list(index)
         where = f"{first_few(tables)} ({split})"
         rows = []
+        units = []
         for table in tables:
-            for path, well in zip(*read_table(table, "path", "well_loc")):
+            for path, name in zip(*read_table(table, "path", "well_loc")):
+                well = normal_well(name)
                 rows.append((self.locate(path, table, images), well))
+                units.append((table, well) if split_by == "well" else len(rows))
         repeated = len(rows) - len({path for path, _ in rows})
         if repeated:
             warnings.warn(f"{repeated} of {len(rows)} rows of {where} repeat a path: splits will "
@@ -349,13 +405,14 @@ class JumpCP(Files):
                 raise ValueError(f"{where}: {message}")
             warnings.warn(f"{message}. They are left out.")
         samples = []
-        for i in split_of(len(rows), split):
-            if labelled[i]:
-                path, well = rows[i]
+        for (path, well), its_split, known in zip(rows, splits_of_units(units, split_of, {}),
+                                                  labelled):
+            if known and its_split == split:
                 samples.append((path, label_of[well]))
         if not samples:
             raise ValueError(f"{where}: no images in this split of {len(rows)}")
-        super().__init__(samples, classes, load_cells, transform, where)
+        load = functools.partial(load_cells, planes=planes)
+        super().__init__(samples, classes, load, transform, where)
 
     @staticmethod
     def locate(path: str | None, index: str, images: str) -> str | None:
@@ -380,7 +437,7 @@ def labels_of_wells(platemap: str, metadata: str) -> tuple[dict, list[str]]:
     """
     wells_of = collections.defaultdict(list)    # None: untreated wells, and their row of metadata
     for sample, well in zip(*read_table(platemap, "broad_sample", "well_position")):
-        wells_of[sample].append(well)
+        wells_of[sample].append(normal_well(well))
     label_of_target = {None: 0}
     label_of_well = {}
     for sample, target in zip(*read_table(metadata, "broad_sample", "target|gene")):

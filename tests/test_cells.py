@@ -1,5 +1,6 @@
 """Multi-channel images: files, object stores, JUMP-CP's tables, augmentation, the drawn cells."""
 import functools
+import gzip
 import io
 import pickle
 import struct
@@ -13,10 +14,13 @@ pytest.importorskip("PIL")
 pytest.importorskip("torchvision")
 pytest.importorskip("pyarrow")
 pytest.importorskip("fsspec")
+pytest.importorskip("tifffile")
+pytest.importorskip("imagecodecs")
 import fsspec
 import pyarrow
 import pyarrow.parquet
-from PIL import Image
+import tifffile
+from PIL import Image, ImageOps
 
 import data
 
@@ -151,6 +155,252 @@ def test_damaged_tiff(tmp_path, damage):
         path.write_text("hello")
     with pytest.raises(Exception):
         data.load_cells(str(path))
+
+
+# ---- TIFF: every kind that tifffile writes ---------------------------------------------------------
+
+def tiff(image, **options):
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, image, **options)
+    return buffer.getvalue()
+
+
+def load_tiff(tmp_path, content, **planes):
+    path = tmp_path / "image.tif"
+    path.write_bytes(content)
+    return data.load_cells(str(path), planes)
+
+
+def check_tiff(tmp_path, stored, expected=None, planes=None, **options):
+    expected = stored if expected is None else expected
+    found = load_tiff(tmp_path, tiff(stored, **options), **(planes or {}))
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == expected.dtype.newbyteorder("=")
+
+
+PAGES = dict(photometric="minisblack", metadata=None)
+
+
+@pytest.mark.parametrize("dtype", ["?", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4",
+                                   "f8"])
+def test_tiff_number_types(tmp_path, dtype):
+    image = (pixels(3, 20, 24) % 2 if dtype == "?" else pixels(3, 20, 24)).astype(dtype)
+    if dtype[0] in "iu" and dtype[1] != "1":
+        image[0, 0, 0] = np.iinfo(image.dtype).max
+    for byteorder in "<>":
+        check_tiff(tmp_path, image, byteorder=byteorder, **PAGES)
+    check_tiff(tmp_path, image, bigtiff=True, **PAGES)
+
+
+@pytest.mark.parametrize("compression", ["lzw", "zlib", "deflate", "zstd", "lzma", "packbits",
+                                         "jpeg2000", "lerc"])
+@pytest.mark.parametrize("dtype", ["u1", "u2"])
+def test_tiff_compressions(tmp_path, compression, dtype):
+    image = pixels(3, 20, 24).astype(dtype)
+    check_tiff(tmp_path, image, compression=compression, **PAGES)
+    check_tiff(tmp_path, image, compression=compression, tile=(16, 16), **PAGES)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "f4"])
+@pytest.mark.parametrize("byteorder", "<>")
+def test_tiff_predictors(tmp_path, dtype, byteorder):
+    check_tiff(tmp_path, pixels(3, 20, 24).astype(dtype), compression="zlib", predictor=True,
+               byteorder=byteorder, **PAGES)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "f4"])
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
+def test_tiff_samples_of_a_pixel_are_channels(tmp_path, dtype, count):
+    image = pixels(count, 20, 24).astype(dtype)
+    last = np.moveaxis(image, 0, -1)
+    for kind in ["minisblack", "rgb"][:1 + (count > 2)]:
+        options = dict(photometric=kind, metadata=None)
+        options["extrasamples"] = ["unspecified"] * (count - (3 if kind == "rgb" else 1))
+        check_tiff(tmp_path, last, image, planarconfig="contig", **options)
+        check_tiff(tmp_path, last, image, planarconfig="contig", compression="lzw", predictor=True,
+                   **options)
+        check_tiff(tmp_path, image, planarconfig="separate", **options)
+
+
+@pytest.mark.parametrize("dtype", ["?", "u1", "u2", "f4"])
+def test_tiff_white_at_zero_is_left_as_stored(tmp_path, dtype):
+    image = pixels(2, 20, 24).astype(dtype)
+    check_tiff(tmp_path, image, photometric="miniswhite", metadata=None)
+    check_tiff(tmp_path, image, photometric="miniswhite", compression="lzw", metadata=None)
+
+
+def test_tiff_orientation_turns_the_pixels(tmp_path):
+    image = Image.fromarray(pixels(1, 20, 24, "u1")[0])
+    for orientation in range(1, 9):
+        image.save(tmp_path / "a.tif", tiffinfo={274: orientation})
+        image.getexif()[274] = orientation
+        expected = np.asarray(ImageOps.exif_transpose(image))
+        np.testing.assert_array_equal(data.load_cells(str(tmp_path / "a.tif"))[0], expected)
+
+
+@pytest.mark.parametrize("kind", [dict(imagej=True), dict(ome=True), dict()])
+@pytest.mark.parametrize("byteorder", "<>")
+def test_described_axes(tmp_path, kind, byteorder):
+    """Channels are channels; slices and time points are refused, or chosen."""
+    kind = dict(kind, byteorder=byteorder, photometric="minisblack")
+    image = pixels(3, 20, 24)
+    check_tiff(tmp_path, image, metadata={"axes": "CYX"}, **kind)
+    check_tiff(tmp_path, image[0], image[:1], metadata={"axes": "YX"}, **kind)
+    for axis in "ZT":
+        stack = tiff(image, metadata={"axes": f"{axis}YX"}, **kind)
+        with pytest.raises(ValueError, match=f"not channels.*--planes {axis.lower()}=0"):
+            load_tiff(tmp_path, stack)
+        np.testing.assert_array_equal(load_tiff(tmp_path, stack, **{axis.lower(): 2}), image[2:])
+        with pytest.raises(ValueError, match=f"no {axis.lower()}=3: its axes are"):
+            load_tiff(tmp_path, stack, **{axis.lower(): 3})
+    both = pixels(6, 20, 24).reshape(2, 3, 20, 24)
+    check_tiff(tmp_path, both, both[1], {"z": 1}, metadata={"axes": "ZCYX"}, **kind)
+    check_tiff(tmp_path, both, both[0], {"t": 0}, metadata={"axes": "TCYX"}, **kind)
+    if "imagej" not in kind:                                # which knows one order only
+        check_tiff(tmp_path, both, both[:, 2], {"z": 2}, metadata={"axes": "CZYX"}, **kind)
+        check_tiff(tmp_path, both, both[:, 2], {"t": 2}, metadata={"axes": "CTYX"}, **kind)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("channels=5\nhyperstack=true\n", None), ("slices=5\n", "not channels"),
+    ("frames=5\nhyperstack=true\n", "not channels"), ("", "images=5, 1 can be read"),
+    ("channels=6\n", "does not fit"),
+])
+def test_imagej_stack_with_one_directory(tmp_path, text, message):
+    """ImageJ leaves the other planes behind the first, and only its description speaks of them."""
+    image = pixels(5, 20, 24)
+    content = tiff(image[0], metadata=None, description=f"ImageJ=1.53t\nimages=5\n{text}")
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        assert file.pages.first.dataoffsets[0] + image[0].nbytes == len(content)
+    content += image[1:].tobytes()
+    if message is None:
+        np.testing.assert_array_equal(load_tiff(tmp_path, content), image)
+        content = content[:-image[0].nbytes]
+        message = "does not fit"
+    with pytest.raises(ValueError, match=message):
+        load_tiff(tmp_path, content)
+
+
+def test_series_are_refused_or_chosen_and_previews_left_out(tmp_path):
+    image = pixels(4, 40, 48)
+    preview = pixels(3, 10, 12, "u1").transpose(1, 2, 0)
+
+    def file(**options):
+        buffer = io.BytesIO()
+        with tifffile.TiffWriter(buffer) as writer:
+            writer.write(image, **PAGES)
+            writer.write(preview, photometric="rgb", metadata=None, **options)
+        return buffer.getvalue()
+
+    np.testing.assert_array_equal(load_tiff(tmp_path, file(subfiletype=1)), image)
+    with pytest.raises(ValueError, match="2 series of images .*--planes series=0"):
+        load_tiff(tmp_path, file())
+    np.testing.assert_array_equal(load_tiff(tmp_path, file(), series=0), image)
+    np.testing.assert_array_equal(load_tiff(tmp_path, file(), series=1),
+                                  preview.transpose(2, 0, 1))
+    with pytest.raises(ValueError, match="no series 2: there are 2"):
+        load_tiff(tmp_path, file(), series=2)
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer, ome=True) as writer:
+        writer.write(image, metadata={"axes": "CYX"})
+        writer.write(image + 1, metadata={"axes": "CYX"})
+    with pytest.raises(ValueError, match="2 series"):
+        load_tiff(tmp_path, buffer.getvalue())
+    np.testing.assert_array_equal(load_tiff(tmp_path, buffer.getvalue(), series=1), image + 1)
+
+
+@pytest.mark.parametrize("content, message", [
+    (tiff(pixels(1, 20, 24, "u1")[0], photometric="palette", colormap=np.zeros((3, 256), "u2")),
+     "a palette"),
+    (tiff(pixels(6, 20, 24).reshape(2, 20, 24, 3), photometric="rgb", metadata=None), "its axes"),
+    (tiff(pixels(5, 20, 24), ome=True, metadata={"axes": "CYX"}).replace(
+        b'SizeC="5"', b'SizeC="3"'), "3 of its 5 pages"),
+    (tiff(pixels(5, 20, 24), ome=True, metadata={"axes": "CYX"}).replace(
+        b'SizeC="5"', b'SizeC="7"'), "7 planes, it has 5"),
+    (tiff(pixels(5, 20, 24), ome=True, metadata={"axes": "CYX"}).replace(b"<OME", b"<OMX"),
+     "does not fit"),
+    (tiff(pixels(3, 20, 24), **PAGES)[:1000], "cut off or damaged|corrupted"),
+    (tiff(pixels(1, 20, 24)[0], compression="jpegxl"), "compression 50002 is not read"),
+])
+def test_tiffs_that_are_refused(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        load_tiff(tmp_path, content)
+
+
+def with_tag(content, tag, value):
+    """The first page's tag with another value, in place."""
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        at = file.pages.first.tags[tag].valueoffset
+        size = {3: 2, 4: 4}[file.pages.first.tags[tag].dtype]
+    return content[:at] + value.to_bytes(size, "little") + content[at + size:]
+
+
+@pytest.mark.parametrize("compression", [None, "zlib", "zstd"])
+def test_tiff_bombs_are_refused_by_their_size(tmp_path, compression, monkeypatch):
+    content = tiff(pixels(1, 20, 24)[0], compression=compression, **PAGES)
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", None)     # nothing is decoded
+    for width in (60000, 65535):
+        bomb = with_tag(with_tag(with_tag(content, 256, width), 257, width), 278, width)
+        with pytest.raises(ValueError, match="too large"):
+            load_tiff(tmp_path, bomb)
+
+
+def test_coded_images_are_measured_before_they_are_decoded(tmp_path, monkeypatch):
+    content = tiff(pixels(1, 20, 24, "u1")[0], compression="jpeg2000", **PAGES)
+    at = content.index(b"\xff\x4f\xff\x51") + 8
+    bomb = content[:at] + struct.pack(">II", 60000, 60000) + content[at + 8:]
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", None)
+    with pytest.raises(ValueError, match="3600000000 pixels: too large"):
+        load_tiff(tmp_path, bomb)
+
+
+def test_tiff_with_missing_strips_is_refused(tmp_path):
+    content = tiff(pixels(1, 20, 24)[0], compression="zlib", **PAGES)
+    with pytest.raises(ValueError, match="parts of the pixels are missing"):
+        load_tiff(tmp_path, with_tag(content, 279, 0))
+    with pytest.raises(ValueError, match="parts of the pixels are missing"):
+        load_tiff(tmp_path, with_tag(content, 273, 0))
+
+
+# ---- Arrays whose channels come last, .npz --------------------------------------------------------
+
+@pytest.mark.parametrize("shape, last", [
+    ((32, 32, 5), True), ((224, 224, 3), True), ((40, 32, 5), True), ((64, 64, 8), True),
+    ((5, 32, 32), False), ((8, 4, 4), False), ((36, 30, 28), False), ((20, 16, 16), False),
+    ((3, 6, 5), False), ((100, 64, 64), False), ((1, 32, 4), False),
+])
+def test_channels_that_come_last_are_refused(tmp_path, shape, last):
+    image = np.random.default_rng(0).integers(0, 99, shape).astype(np.uint16)
+    for name, content in (("a.npy", npy(image)), ("a.npz", npz(image))):
+        (tmp_path / name).write_bytes(content)
+        if last:
+            with pytest.raises(ValueError, match="channels come first.*moveaxis"):
+                data.load_cells(str(tmp_path / name))
+        else:
+            np.testing.assert_array_equal(data.load_cells(str(tmp_path / name)), image)
+
+
+def test_npz_holds_one_array_that_is_no_pickle(tmp_path):
+    path = str(tmp_path / "a.npz")
+    np.savez_compressed(path, pixels())
+    np.testing.assert_array_equal(data.load_cells(path), pixels())
+    np.savez(path, a=pixels(), b=pixels())
+    with pytest.raises(ValueError, match="needs one array, it has 2: a.npy, b.npy"):
+        data.load_cells(path)
+    np.savez(path, np.array([Bomb()], object))
+    with pytest.raises(ValueError, match="pickle"):
+        data.load_cells(path)
+    (tmp_path / "a.npz").write_bytes(npz(pixels())[:-30])
+    with pytest.raises(ValueError, match="no .npz file, or damaged"):
+        data.load_cells(path)
+    assert not Bomb.exploded
+
+
+def test_npz_bomb_is_refused_by_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.cells, "MAX_BYTES", 1000)
+    np.savez_compressed(tmp_path / "a.npz", np.zeros((3, 100, 100)))
+    with pytest.raises(ValueError, match="240128 bytes when unpacked: too large"):
+        data.load_cells(str(tmp_path / "a.npz"))
 
 
 def test_take_channels():
@@ -316,7 +566,7 @@ def test_folders_that_cannot_be_split(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         data.cell_folder(str(tmp_path / "nothing"), "train", np.asarray)
     (tmp_path / "empty/a").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"no images \(.npy, .tif, .tiff\)"):
+    with pytest.raises(ValueError, match=r"no images \(.npy, .tif, .tiff, .npz\)"):
         data.cell_folder(str(tmp_path / "empty"), "train", np.asarray)
 
 
@@ -426,7 +676,8 @@ def test_unknown_stores_and_missing_files(tmp_path):
 
 def parquet(columns):
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
+    table = columns if isinstance(columns, pyarrow.Table) else pyarrow.table(columns)
+    pyarrow.parquet.write_table(table, buffer)
     return buffer.getvalue()
 
 
@@ -531,8 +782,8 @@ def test_images_in_unlabelled_wells_are_left_out_and_counted(base):
     assert sum(map(len, plates)) == 20
     for plate in plates:
         assert all(int(image[0, 0, 0]) % 2 * 3 in (0, 3) and label == 1 for image, label in plate)
-    with pytest.raises(ValueError, match="40 of 40 images have no label.*A1.*A01, A02"):
-        data.JumpCP(*make_plate(base, wells=("A1", "A3")), "train", np.asarray)
+    with pytest.raises(ValueError, match="40 of 40 images have no label.*B01.*A01, A02"):
+        data.JumpCP(*make_plate(base, wells=("B1", "B3")), "train", np.asarray)
 
 
 def test_empty_splits_and_wrong_tables(base):
@@ -580,6 +831,180 @@ def test_loading_processes_read_from_a_store():
     loader = data.make_loader(plate, 4, train=False, workers=2)
     assert sorted(images[0, 0, 0, 0].item() for images, _ in loader) == sorted(
         data.cells.split_of(40, "train")[::4].tolist())
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+ROWS = dict(path=["a,1.npy", "b.npy"], well_loc=["A01", None])
+
+
+@pytest.mark.parametrize("content", [
+    text(ROWS), text({**ROWS, "path": ["a|1.npy", "b.npy"]}, ",").replace(b"a|1", b'"a,1"').replace(
+        b'"a,1".npy', b'"a,1.npy"'), text(ROWS, ";"), parquet(ROWS),
+    b"\xef\xbb\xbf" + text(ROWS, ";"), text(ROWS).decode().encode("utf-16"),
+    text(ROWS).replace(b"\n", b"\r\n"), text(ROWS).replace(b"\t", b" \t ", 1), b"\n" + text(ROWS),
+])
+def test_tables_as_spreadsheets_write_them(tmp_path, content):
+    expected = [ROWS["path"], ROWS["well_loc"]]
+    for packed in (content, gzip.compress(content), gzip.compress(content[:9]) + gzip.compress(
+            content[9:])):
+        path = write(str(tmp_path), "table", packed)
+        assert data.read_table(path, "path", "well_loc") == expected
+        assert data.read_table(path, ("path", "well|well_loc")) == expected
+
+
+def test_parquet_is_read_from_memory_that_is_not_pythons(tmp_path, monkeypatch):
+    seen = []
+    read = pyarrow.parquet.read_table
+    monkeypatch.setattr(pyarrow.parquet, "read_table", lambda source, **options: (
+        seen.append((source, options)), read(source, **options))[1])
+    data.read_table(write(str(tmp_path), "t", parquet(ROWS)), "path")
+    (source, options), = seen
+    assert isinstance(source, pyarrow.BufferReader) and options == {"use_threads": False}
+
+
+@pytest.mark.parametrize("content", [
+    b"path,path,x\n1,2,3\n", b"path;well; path\n1;2;3\n", b"\xef\xbb\xbfpath\tpath\n1\t2\n",
+    gzip.compress(b"path,path\n1,2\n"),
+    parquet(pyarrow.table([pyarrow.array([1]), pyarrow.array([2])], names=["path", "path"])),
+])
+def test_repeated_columns_are_an_error_of_one_line(tmp_path, content):
+    with pytest.raises(ValueError, match=r"t: column path comes twice") as caught:
+        data.read_table(write(str(tmp_path), "t", content), "path")
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_and_oversized_gzip(tmp_path, monkeypatch):
+    packed = gzip.compress(text(ROWS))
+    for content in (packed[:-9], packed[:5], packed[:12] + b"x" + packed[13:]):
+        with pytest.raises(ValueError, match="neither a Parquet nor a text table"):
+            data.read_table(write(str(tmp_path), "t", content), "path")
+    monkeypatch.setattr(data.tables, "MAX_BYTES", 20)
+    with pytest.raises(ValueError, match="more than 20 bytes when unpacked"):
+        data.read_table(write(str(tmp_path), "t", packed), "path")
+
+
+def test_names_of_wells():
+    names = {"A01": "A01", "A1": "A01", "a01": "A01", " A01 ": "A01", "A001": "A01", "p24": "P24",
+             "AF48": "AF48", "aa1": "AA01", "A10": "A10", "r01c01": "r01c01", " 7 ": "7", None: None}
+    assert {name: data.tables.normal_well(name) for name in names} == names
+
+
+@pytest.mark.parametrize("wells", [("A1", "a01", " A01 "), ("A001", "a1 ", "A01")])
+def test_wells_go_by_their_normal_names(base, wells):
+    plates = [data.JumpCP(*make_plate(base, wells=wells), split, np.asarray)
+              for split in ("train", "val", "test")]
+    assert sum(map(len, plates)) == 40 and {label for p in plates for _, label in p.samples} == {1}
+
+
+def test_sites_of_a_well_stay_together_when_asked(base):
+    tables = make_plate(base)
+    index = data.read_table(tables[0], "path", "well_loc")
+    well_of = {path.rpartition("/")[2]: well for path, well in zip(*index)}
+
+    def wells(split, **options):
+        plate = data.JumpCP(*tables, split, np.asarray, **options)
+        return {well_of[path.rpartition("/")[2]] for path, _ in plate.samples}
+
+    splits = [wells(split, split_by="well") for split in ("train", "val", "test")]
+    assert [len(s) for s in splits] == [3, 1, 1] and len(set.union(*splits)) == 5
+    assert wells("train") & wells("test")                   # the benchmark's own split
+
+
+# ---- A file per channel --------------------------------------------------------------------------
+
+NAME = r"(?P<well>r\d+c\d+)f(?P<site>\d+)p\d+-ch(?P<channel>\d+)"
+
+
+def make_raw(root, wells=5, sites=4, channels=(1, 2, 10), classes="ab"):
+    """As Harmony writes them; a channel's pixels tell class, well, site and channel."""
+    for k, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for well in range(wells):
+            for site in range(sites):
+                for channel in channels:
+                    image = np.array([[k, 10 * k + well, site, channel]], np.uint16)
+                    path = root / name / f"r01c{10 * k + well:02d}f{site:02d}p01-ch{channel}sk1.tiff"
+                    tifffile.imwrite(path, image)
+    return str(root)
+
+
+def test_a_file_per_channel_is_an_image_per_site(tmp_path):
+    root = make_raw(tmp_path)
+    parts = {split: data.cell_folder(root, split, np.asarray, pattern=NAME)
+             for split in ("train", "val", "test")}
+    assert [len(part) for part in parts.values()] == [24, 8, 8]
+    assert parts["train"].channels == ["1", "2", "10"]
+    wells = {}
+    for split, part in parts.items():
+        for image, label in part:
+            assert image.shape == (3, 1, 4) and image[:, 0, 3].tolist() == [1, 2, 10]
+            assert (image[:, 0, :3] == image[0, 0, :3]).all() and image[0, 0, 0] == label
+            wells.setdefault(int(image[0, 0, 1]), []).append(split)
+    assert len(wells) == 10 and all(len(set(w)) == 1 and len(w) == 4 for w in wells.values())
+    by_site = [data.cell_folder(root, split, np.asarray, pattern=NAME, split_by="site")
+               for split in ("train", "test")]
+    well_of = [{int(image[0, 0, 1]) for image, _ in part} for part in by_site]
+    assert well_of[0] & well_of[1]
+
+
+def test_wells_of_several_classes_stay_together(tmp_path):
+    """A class for each kind of cell: a well's images lie in several folders."""
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        for well in range(10):
+            for site in range(2):
+                np.save(tmp_path / name / f"{name}_A{well:02d}_s{site}.npy", pixels())
+    seen = {}
+    for split in ("train", "val", "test"):
+        part = data.cell_folder(str(tmp_path), split, np.asarray,
+                                pattern=r"_(?P<well>[A-P]\d+)_s(?P<site>\d)\.")
+        assert part.channels == []
+        for path, _ in part.samples:
+            seen.setdefault(path.rpartition("/")[2].split("_")[1], set()).add(split)
+    assert len(seen) == 10 and all(len(splits) == 1 for splits in seen.values())
+
+
+def test_sites_that_are_incomplete_or_double(tmp_path):
+    root = make_raw(tmp_path / "d")
+    (tmp_path / "d/a/thumb.tiff").write_bytes(b"")
+    next((tmp_path / "d/a").glob("*f01*ch2*")).unlink()
+    with pytest.warns(UserWarning, match="1 of 121 files do not match|1 of 40 sites lack some"):
+        parts = [data.cell_folder(root, split, np.asarray, pattern=NAME)
+                 for split in ("train", "val", "test")]
+    assert sum(map(len, parts)) == 39
+    for path in list((tmp_path / "d/a").glob("*f02*ch2*"))[:3]:
+        path.unlink()
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="4 of 40 sites lack some.*1, 2"):
+        data.cell_folder(root, "train", np.asarray, pattern=NAME)
+    with pytest.raises(ValueError, match=r"both channel '\d+' of one site.*plate"):
+        data.cell_folder(root, "train", np.asarray, pattern=r"(?P<well>r\d+c\d+).*-ch(?P<channel>\d+)")
+    with pytest.raises(ValueError, match="none of .* files matches"):
+        data.cell_folder(root, "train", np.asarray, pattern="(?P<channel>xyz)")
+    with pytest.raises(ValueError, match="--split-by well: the wells are not known"):
+        data.cell_folder(root, "train", np.asarray, split_by="well")
+
+
+def test_files_of_a_site_have_one_channel_of_one_size(tmp_path):
+    paths = [str(tmp_path / f"{i}.npy") for i in range(2)]
+    for second in (pixels(1, 7, 5), pixels(2)):
+        np.save(paths[0], pixels(1))
+        np.save(paths[1], second)
+        with pytest.raises(ValueError, match="one channel each, of one size"):
+            data.load_cells(" + ".join(paths))
+
+
+@pytest.mark.parametrize("names, by_channel", [
+    (["r01c01f01p01-ch1sk1fk1fl1.tiff", "r01c01f01p01-ch2sk1fk1fl1.tiff"], True),
+    (["IXM_A01_s1_w1E89359D7-AB.tif", "IXM_A01_s1_w2AF3F2BD9-CD.tif"], True),
+    (["IXM_A01_s1_w1.tif", "IXM_A01_s1_w2.tif"], True),
+    (["A01_T0001F001L01A01Z01C01.tif", "A01_T0001F001L01A01Z01C02.tif"], True),
+    (["img_c0.tif", "img_c1.tif"], True), (["A01_Channel1.tif", "A01_Channel2.tif"], True),
+    (["A01_s1.tif", "A01_s2.tif"], False), (["cell1.tif", "cell2.tif"], False),
+    (["r01c01f01p01-ch1.tiff", "r01c01f02p01-ch1.tiff"], False),
+])
+def test_names_that_number_channels(names, by_channel):
+    assert data.named_by_channel([f"d/{name}" for name in names]) == by_channel
 
 
 # ---- Drawn cells ---------------------------------------------------------------------------------

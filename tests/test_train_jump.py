@@ -6,9 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 
-for module in ("timm", "torchvision", "pyarrow", "fsspec", "PIL"):
+for module in ("timm", "torchvision", "pyarrow", "fsspec", "PIL", "tifffile", "imagecodecs"):
     pytest.importorskip(module)
 
 import baselines
@@ -549,6 +550,83 @@ def test_resuming_takes_the_normalisation_from_the_checkpoint(folder_run, tmp_pa
     before = torch.load(tmp_path / "out/last.pt", weights_only=True)["channels"]["mean"]
     run(*options, "--steps", 4, "--resume", "--resume-changed")
     assert torch.load(tmp_path / "out/last.pt", weights_only=True)["channels"]["mean"] == before
+
+
+# ---- Raw plates: a file per channel, constant channels ---------------------------------------------
+
+def test_a_file_per_channel(tmp_path, capsys, monkeypatch):
+    root = tmp_path / "plates"
+    for k, name in enumerate("ab"):
+        (root / name).mkdir(parents=True)
+        for site in range(10):
+            for channel in (1, 2, 3):
+                image = np.random.default_rng(site + channel).integers(1, 99, (32, 32))
+                tifffile.imwrite(root / name / f"A{k}{site // 2}_s{site}-ch{channel}.tif",
+                                 image.astype(np.uint16))
+    options = [*SMALL, "--data", root, "--img-size", 32, *FAST, "--batch-size", 4, "--warmup", 0]
+    assert "reads those of a site as one image" in error_of(*options, "--out", tmp_path / "x")
+    assert "reads those of a site as one" in error_of("--stats", "--data", root, "--device", "cpu")
+    pattern = ["--pattern", r"(?P<well>A\d+)_s(?P<site>\d+)-ch(?P<channel>\d)"]
+    run(*options, *pattern, "--channels", "3,1", "--out", tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["channels"]["files"] == ["1", "2", "3"] and config["channels"]["taken"] == [2, 0]
+    assert "12 training and 4 validation images" in capsys.readouterr().out
+    run("--eval", tmp_path / "out/best.pt", "--data", root, *CPU)   # reads them in the same way
+    assert "4 of 4 images" in capsys.readouterr().out
+    files = [root / f"a/A00_s1-ch{i}.tif" for i in (1, 2, 3)]
+    run("--eval", tmp_path / "out/best.pt", "--predict", *files, *CPU)
+    assert " + ".join(map(str, files)) in capsys.readouterr().out
+    run(*options, "--channel-names", "DNA", "--out", tmp_path / "single")   # each file an image
+    assert "36 training" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argument", ["(", "abc", "(?P<site>.)"])
+def test_patterns_that_are_none(capsys, argument):
+    with pytest.raises(SystemExit):
+        train_jump.get_args(["--data", "d", "--pattern", argument])
+    assert "regular expression" in (err := capsys.readouterr().err) or "needs a group" in err
+
+
+@pytest.mark.parametrize("argument", ["z", "z=", "z=-1", "zz=1", "Z=1", "series=a"])
+def test_planes_that_are_none(capsys, argument):
+    with pytest.raises(SystemExit):
+        train_jump.get_args(["--data", "d", "--planes", argument])
+    assert "as z=2, t=0 or series=1" in capsys.readouterr().err
+
+
+def test_slices_are_chosen(tmp_path, only_training):
+    for name in "ab":
+        (tmp_path / "d" / name).mkdir(parents=True)
+        for i in range(5):
+            stack = np.random.default_rng(i).integers(0, 99, (2, 3, 16, 16)).astype(np.uint16)
+            tifffile.imwrite(tmp_path / "d" / name / f"{i}.tif", stack, imagej=True,
+                             metadata={"axes": "ZCYX"})
+    options = [*SMALL, "--data", tmp_path / "d", "--img-size", 16, *FAST, "--batch-size", 2,
+               "--out", tmp_path / "out"]
+    assert "--planes z=0" in error_of(*options)
+    run(*options, "--planes", "z=1")
+    args, _ = options_of("--data", tmp_path / "d", "--planes", "z=1")
+    np.testing.assert_array_equal(train_jump.open_split(args, "train")[0][0].shape, (3, 16, 16))
+    args, _ = options_of("--eval", tmp_path / "out/best.pt", "--data", tmp_path / "d")
+    assert dict(args.planes) == {"z": 1}
+
+
+@pytest.mark.parametrize("dtype, value", [("u2", 0), ("u2", 7), ("f4", 0.1), ("f8", 1e6 / 3)])
+def test_a_constant_channel_matters_where_it_is_used(tmp_path, only_training, dtype, value):
+    for name in "ab":
+        (tmp_path / "d" / name).mkdir(parents=True)
+        for i in range(8):
+            image = np.random.default_rng(i).integers(1, 999, (3, 32, 32)).astype(dtype)
+            image[1] = value
+            np.save(tmp_path / "d" / name / f"{i}.npy", image)
+    options = [*SMALL, "--data", tmp_path / "d", "--img-size", 32, *FAST, "--batch-size", 4]
+    message = error_of(*options, "--out", tmp_path / "out")
+    assert "channel 1 is constant" in message and "--channels 0,2" in message
+    named = error_of(*options, "--channel-names", "DNA,ER,RNA", "--out", tmp_path / "out")
+    assert "channel ER is constant" in named and "--channels DNA,RNA" in named
+    run(*options, "--channels", "0,2", "--out", tmp_path / "chosen")
+    run(*options, "--mask-channels", "1", "--out", tmp_path / "masked")
+    run(*options, "--channels", "2,0", "--mean", "1,2,3", "--std", "1,0,1", "--out", tmp_path / "o")
 
 
 # ---- Resume --------------------------------------------------------------------------------------

@@ -1,0 +1,197 @@
+"""A TIFF as (channels h w): the numbers as they are stored, or a sentence on why not."""
+
+import io
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from .loading import extra
+
+MAX_PIXELS = 178_956_970        # of a plane, as Pillow's: more is taken for an attack
+MAX_BYTES = 2**31               # of all planes, where the file is not as large itself
+PALETTE = 3                     # a photometric interpretation: numbers of colours, not intensities
+# Ways in which programs describe their files' axes, as tifffile calls them; others have only pages.
+DESCRIBED = ("shaped", "lsm", "mmstack", "ome", "imagej", "fluoview", "stk", "sis", "svs", "scn",
+             "qpi", "ndpi", "bif", "avs", "eer", "philips", "scanimage", "nih", "mdgel")
+# Coded images that say their own size, which is checked before they are decoded; the others
+# (JPEG XL, JPEG XR) are refused.
+CODED = (6, 7, 33003, 33004, 33005, 33007, 34712, 34892, 34933, 50001)
+CODED_SIZES = {                 # how a segment begins: where the sides stand
+    b"\xff\xd8": re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb]..[\x02-\x10](..)(..)", re.DOTALL),
+    b"\x89PNG": re.compile(rb"IHDR(....)(....)", re.DOTALL),
+    b"": re.compile(rb"\xff\x4f\xff\x51....(....)(....)", re.DOTALL),      # JPEG 2000
+}
+# Orientation tag -> swap rows and columns, then flip rows, flip columns.
+TURNS = {2: (False, 1, -1), 3: (False, -1, -1), 4: (False, -1, 1), 5: (True, 1, 1),
+         6: (True, 1, -1), 7: (True, -1, -1), 8: (True, -1, 1)}
+CHOOSE = "save them apart, or choose with --planes"
+
+
+def parse_tiff(content: bytes, name: str = "", planes: Mapping[str, int] | None = None
+               ) -> np.ndarray:
+    """The TIFF `content` -> (channels h w), of the type that is stored.
+
+    Channels are the channels of an ImageJ or OME description, the samples of a pixel, or else the
+    pages. planes: which slice, time point or series to take, {"z": 2, "t": 0, "series": 1}, where
+    a file has several.
+    name: the file's, by which an OME description may speak of it.
+    ValueError: several slices, time points or series, and planes does not choose; a palette;
+    planes that are missing, or that the description does not tell of; more than MAX_PIXELS or
+    MAX_BYTES; a damaged file or an unknown kind.
+    """
+    tifffile = extra("tifffile")
+    extra("imagecodecs")
+    tifffile.logger().addHandler(logging.NullHandler())     # what it says of a file is checked here
+    chosen = dict(planes or {})
+    try:
+        with tifffile.TiffFile(io.BytesIO(content), name=name, _multifile=False) as tiff:
+            check_chain(tiff)
+            if any(getattr(tiff, f"is_{kind}") for kind in DESCRIBED):
+                image, axes, page = read_described(tiff, content, chosen)
+            else:
+                image, axes, page = read_pages(tiff, content, chosen)
+            orientation = page.tags.valueof(274)
+    except tifffile.TiffFileError as error:
+        raise unknown(error) from error
+    except ValueError:
+        raise
+    except Exception as error:                  # damaged files fail in any way
+        raise unknown(error) from error
+    image = to_channels(image, axes, chosen)
+    image = image.astype(image.dtype.newbyteorder("="), copy=False)
+    swap, rows, columns = TURNS.get(orientation, (False, 1, 1))
+    if swap:
+        image = image.swapaxes(1, 2)
+    return image[:, ::rows, ::columns]
+
+
+def unknown(error: Exception) -> ValueError:
+    return ValueError("no TIFF, or one of a kind that is not read: save it as .npy "
+                      f"({type(error).__name__}: {error})")
+
+
+def check_chain(tiff) -> None:
+    """ValueError: the list of pages breaks off, as in a file that was cut."""
+    tiff.filehandle.seek(tiff.pages.next_page_offset)
+    if any(tiff.filehandle.read(tiff.tiff.offsetsize)):
+        raise ValueError(f"cut off or damaged: {len(tiff.pages)} pages, then the list breaks off")
+
+
+def read_described(tiff, content: bytes, chosen: dict[str, int]) -> tuple[np.ndarray, str, object]:
+    """-> pixels, a letter for each axis, the first page."""
+    found = tiff.series
+    if found[0].kind not in DESCRIBED:
+        raise ValueError(f"its description ({', '.join(sorted(tiff.flags))}) does not fit its "
+                         "pages, or speaks of other files: save it as .npy")
+    found = [s for s in found if not s.keyframe.is_reduced] or found
+    series = found[take_series(found, [s.get_shape(True) for s in found], chosen)]
+    axes = series.get_axes(squeeze=False)
+    shape = series.get_shape(squeeze=False)
+    page = series.keyframe
+    pages = [p for p in series.pages if p is not None]
+    stored = math.prod(shape) // max(page.size, 1)          # planes of the description
+    in_one_piece = series.dataoffset is not None and len(pages) == 1
+    if len(pages) < len(series.pages) or (not in_one_piece and stored != len(pages)):
+        raise ValueError(f"its description speaks of {stored} planes, it has {len(pages)}")
+    images = (tiff.imagej_metadata or {}).get("images", 1)
+    planes = math.prod(shape) // math.prod(n for n, axis in zip(shape, axes) if axis in "YX")
+    if series.kind == "imagej" and images > planes:
+        raise ValueError(f"its description says images={images}, {planes} can be read")
+    used = sum(math.prod(s.get_shape(False)) // max(s.keyframe.size, 1) for s in tiff.series)
+    if series.kind in ("ome", "imagej", "shaped") and len(tiff.pages) > used:
+        raise ValueError(f"its description speaks of {used} of its {len(tiff.pages)} pages")
+    check_pages(pages, content, stored)
+    image = series.asarray(maxworkers=1)        # loading processes are the parallelism here
+    if image.size != math.prod(shape):
+        raise ValueError(f"{image.size} samples, its description speaks of {math.prod(shape)}")
+    return image.reshape(shape), axes, page
+
+
+def read_pages(tiff, content: bytes, chosen: dict[str, int]) -> tuple[np.ndarray, str, object]:
+    """Pages of one shape and type are one image -> as read_described."""
+    pages = list(tiff.pages)
+    pages = [page for page in pages if not page.is_reduced] or pages        # without previews
+    groups = {}
+    for page in pages:
+        groups.setdefault((page.shape, str(page.dtype)), []).append(page)
+    pages = list(groups.values())[take_series(groups, [
+        f"{len(group)} x {shape} {dtype}" for (shape, dtype), group in groups.items()], chosen)]
+    check_pages(pages, content, len(pages))
+    image = np.stack([page.asarray(maxworkers=1) for page in pages])
+    return image, "I" + pages[0].axes, pages[0]
+
+
+def take_series(found: Sequence, shapes: list, chosen: dict[str, int]) -> int:
+    index = chosen.pop("series", None)
+    if index is None and len(found) > 1:
+        raise ValueError(f"{len(found)} series of images ({', '.join(map(str, shapes))}): "
+                         f"{CHOOSE} series=0")
+    index = index or 0
+    if not 0 <= index < len(found):
+        raise ValueError(f"no series {index}: there are {len(found)}, numbered from 0")
+    return index
+
+
+def check_pages(pages: Sequence, content: bytes, planes: int) -> None:
+    """ValueError: pixels that are too many, of a palette, missing, or of a wrong coded size."""
+    first = pages[0].keyframe
+    area = first.imagelength * first.imagewidth
+    if first.is_tiled:
+        area = max(area, first.tilelength * first.tilewidth * first.tiledepth)
+    size = planes * max(first.nbytes, 0)
+    if area > MAX_PIXELS or size > max(MAX_BYTES, len(content)):
+        raise ValueError(f"{planes} planes of {first.imagelength} x {first.imagewidth} pixels, "
+                         f"{size} bytes: too large")
+    for page in pages:
+        keyframe = page.keyframe
+        if keyframe.photometric == PALETTE:
+            raise ValueError("a palette: its pixels are numbers of colours, not intensities. Save "
+                             "it as gray, or as .npy")
+        wanted = math.prod(keyframe.chunked)
+        segments = list(zip(page.dataoffsets, page.databytecounts))
+        if keyframe.is_contiguous:              # then the strips are read as one
+            wanted = 1
+        if len(segments) < wanted or not all(map(math.prod, segments[:wanted])):
+            raise ValueError(f"parts of the pixels are missing: {len(segments)} of {wanted} strips "
+                             "or tiles are there")
+        if keyframe.compression in extra("tifffile").TIFF.IMAGE_COMPRESSIONS:
+            if keyframe.compression not in CODED:
+                raise ValueError(f"compression {keyframe.compression} is not read: save it as .npy")
+            for offset, count in segments:
+                check_coded_size(content[offset:offset + count])
+
+
+def check_coded_size(data: bytes) -> None:
+    """ValueError: a JPEG, JPEG 2000 or PNG inside is larger than MAX_PIXELS."""
+    pattern = next(pattern for start, pattern in CODED_SIZES.items() if data.startswith(start))
+    if sides := pattern.search(data):
+        pixels = math.prod(int.from_bytes(side, "big") for side in sides.groups())
+        if pixels > MAX_PIXELS:
+            raise ValueError(f"coded images of {pixels} pixels: too large")
+
+
+def to_channels(image: np.ndarray, axes: str, chosen: dict[str, int]) -> np.ndarray:
+    """Pixels with a letter for each axis -> (channels h w)."""
+    for name, index in chosen.items():
+        letter = name.upper()
+        size = image.shape[axes.index(letter)] if letter in axes else 1
+        if not 0 <= index < size:
+            raise ValueError(f"no {name}={index}: its axes are {axes}, of {image.shape}; numbers "
+                             "begin at 0")
+        if letter in axes:
+            image = image.take([index], axes.index(letter))
+    several = [axis for axis, size in zip(axes, image.shape) if size > 1 and axis not in "YX"]
+    if "Y" not in axes or "X" not in axes:
+        raise ValueError(f"its axes are {axes}: without height or width")
+    if len(several) > 1 or not set(several) <= set("CSIQ"):     # samples, pages of no description
+        which = " ".join(f"{axis.lower()}=0" for axis in several if axis not in "CS")
+        raise ValueError(f"its axes are {axes}, of {image.shape}: only channels, height and width "
+                         f"are read. Slices or time points are not channels: {CHOOSE} {which}")
+    order = [*several, "Y", "X"]
+    left = "".join(axis for axis in axes if axis in order)
+    image = image.squeeze(tuple(i for i, axis in enumerate(axes) if axis not in order))
+    image = image.transpose([left.index(axis) for axis in order])
+    return image.reshape(-1, *image.shape[-2:])
