@@ -125,10 +125,14 @@ def test_samples_and_labels(tmp_path):
     (cat / "deeper").mkdir()
     (cat / "0002.png").rename(cat / "deeper" / "0002.png")
     (cat / "deeper" / "photo.JpEg").write_bytes(encoded(gradient(), "JPEG"))
-    for name in ("notes.txt", "image.gif", "._0000.png"):  # ignored: other extensions, hidden files
+    for name in ("notes.txt", "a.HEIC", "b.heic", "._0000.png", "Thumbs.db", ".DS_Store"):
         (cat / name).write_bytes(b"no image")
-    (tmp_path / "train" / ".cache").mkdir()
-    dataset = data.ImageFolder(str(tmp_path), "train", lambda image: image.size)
+    for junk in ("train/.cache", "train/__MACOSX/cat", "train/cat/@eaDir/0000.png"):
+        (tmp_path / junk).mkdir(parents=True)
+        (tmp_path / junk / "small.jpg").write_bytes(encoded(gradient(), "JPEG"))
+    with pytest.warns(UserWarning, match=r"3 files of other kinds .*: 2 \.heic, 1 \.txt$") as said:
+        dataset = data.ImageFolder(str(tmp_path), "train", lambda image: image.size)
+    assert len(said) == 1
     assert dataset.classes == ["ant", "cat", "dog"]
     assert [(path[len(str(cat.parent)) + 1:], label) for path, label in dataset.samples] == [
         ("ant/0000.png", 0), ("cat/0000.png", 1), ("cat/UPPER.PNG", 1), ("cat/deeper/0002.png", 1),

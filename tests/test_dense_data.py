@@ -272,7 +272,7 @@ SOUND = rle.encode(square_mask(2, 2, 9, 9))["counts"].decode()
         (dict(segmentation=dict(size=[24, 32], counts=SOUND + "P")), "mask"),
         (dict(segmentation=dict(counts=7)), "mask"),
         (dict(bbox=[1, 2]), "box"),
-        (dict(bbox=None), "box"),
+        (dict(bbox=7), "box"),
         (dict(bbox=[2, 2, NAN, 9]), "box"),
         (dict(bbox=[2, 2, -3, 9]), "box"),
     ],
@@ -326,7 +326,7 @@ def test_packed_runs():
         packed = rle.encode(mask)
         flat = mask.flatten(order="F")
         expected = np.diff([0, *np.flatnonzero(np.diff(flat, prepend=0)), len(flat)]).tolist()
-        assert data.dense.run_lengths(packed["counts"].decode()) == expected
+        assert data.coco.run_lengths(packed["counts"].decode()) == expected
 
 
 def turned(path):
