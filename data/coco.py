@@ -267,7 +267,7 @@ def drawable(item: dict, height: int, width: int) -> tuple[list | dict, list, bo
         outline = sound_polygons(given)
         partly = len(outline) < len(given)
     if not box:
-        box = extra("pycocotools.mask").toBbox(encoded(outline, height, width)).tolist()
+        box = box_around(outline, height, width)
     return outline, box, partly
 
 
@@ -346,6 +346,14 @@ def extent(outline: list | dict) -> tuple:
     x = [value for polygon in outline for value in polygon[0::2]]
     y = [value for polygon in outline for value in polygon[1::2]]
     return min(x), min(y), max(x), max(y)
+
+
+def box_around(outline: list | dict, height: int, width: int) -> list:
+    """Left, top, width, height of what is drawn in the image."""
+    left, top, right, bottom = extent(outline)
+    left = max(0, left)
+    top = max(0, top)
+    return [left, top, max(0, min(right, width) - left), max(0, min(bottom, height) - top)]
 
 
 def fits(corners: list, left: float, top: float, right: float, bottom: float) -> bool:
