@@ -158,6 +158,8 @@ def images_of(content: dict, folder: str) -> tuple[dict, list[str]]:
     unsized = []
     for number, image in known.items():
         name = image["file_name"]
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"the file_name of image {number} is {name!r}, and no name")
         size = [number_of(image.get(side)) for side in ("height", "width")]
         if not all(isinstance(length, int) and 0 < length < FAR for length in size):
             unsized.append(name)
@@ -283,7 +285,9 @@ def sound_polygons(polygons) -> list[list]:
 
 
 def are_near(coordinates: list) -> bool:
-    return all(-FAR < value < FAR for value in coordinates)
+    low = min(coordinates)
+    high = max(coordinates)
+    return -FAR < low and high < FAR and math.isfinite(sum(coordinates))     # NaN hides in min, max
 
 
 def sound_runs(outline: dict, height: int, width: int) -> dict:
@@ -343,9 +347,11 @@ def extent(outline: list | dict) -> tuple:
         left, top, width, height = extra("pycocotools.mask").toBbox(
             encoded(outline, *outline["size"])).tolist()
         return left, top, left + width, top + height
-    x = [value for polygon in outline for value in polygon[0::2]]
-    y = [value for polygon in outline for value in polygon[1::2]]
-    return min(x), min(y), max(x), max(y)
+    left = min(min(polygon[0::2]) for polygon in outline)
+    top = min(min(polygon[1::2]) for polygon in outline)
+    right = max(max(polygon[0::2]) for polygon in outline)
+    bottom = max(max(polygon[1::2]) for polygon in outline)
+    return left, top, right, bottom
 
 
 def box_around(outline: list | dict, height: int, width: int) -> list:
