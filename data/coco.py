@@ -61,7 +61,8 @@ class Coco(DenseFiles):
         for note in notes:
             warnings.warn(f"{path}: {note}")
         classes = [category["name"] for category in categories.values()]
-        samples = [(os.path.join(folder, image["file"]), i) for i, image in enumerate(images)]
+        samples = [(os.path.join(folder, image["file"]), json.dumps(image).encode())
+                   for image in images]
         looked_at = spread([file for file, _ in samples])
         if not any(map(os.path.exists, looked_at)):
             raise FileNotFoundError(f"{looked_at[0]}: not found, nor any other of the "
@@ -73,15 +74,7 @@ class Coco(DenseFiles):
             report_turned(folder, unsized, sized=False)
         else:
             report_turned(folder, [file for file, _ in samples])
-        # As one array of text: a loading process that only looks at 860,000 lists copies them all,
-        # because looking counts references.
-        texts = [json.dumps(image).encode() for image in images]
-        self.text = np.frombuffer(b"".join(texts), np.uint8)
-        self.ends = np.cumsum([0, *map(len, texts)])
-        super().__init__(samples, classes, self.load_one, transform, folder)
-
-    def load_one(self, path: str, i: int) -> tuple[torch.Tensor, dict]:
-        return load_objects(path, self.text[self.ends[i]:self.ends[i + 1]].tobytes())
+        super().__init__(samples, classes, load_objects, transform, folder)
 
 
 # ---- What tools write ----------------------------------------------------------------------------
