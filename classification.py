@@ -21,7 +21,7 @@ AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "crop_sc
 
 def add_data_argument(add: Callable) -> None:
     add("--data", metavar="DIR", help="ImageNet's layout: DIR/train/CLASS/*.jpg and "
-        "DIR/val/CLASS/*.jpg (or .png)")
+        "DIR/val/CLASS/*.jpg (or .png, .webp, .bmp, .gif, .tif)")
 
 
 def size_name(letter: str) -> str:
@@ -212,6 +212,8 @@ def train(args: runs.Options, ctx: training.Context, start: runs.Saved, build: C
     shard: the processes share the weights of our model, block by block.
     lr_start, lr_end: where the warmup begins and the cosine ends."""
     train_set = open_images(args, True)
+    if args.data:
+        data.require_classes(train_set)
     classes = train_set.classes
     val_set = open_images(args, False, classes)
     loader = loader_of(args, ctx, train_set, True)
@@ -286,6 +288,12 @@ def evaluate(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> No
     if outputs != len(dataset.classes):
         raise ValueError(f"the checkpoint tells {outputs} classes apart, {args.data} holds "
                          f"{len(dataset.classes)}")
+    if args.data and saved.classes is None:
+        order, note = data.order_of_classes(dataset.classes, outputs)
+        if note:
+            ctx.print(note)
+        if order != dataset.classes:
+            dataset = open_images(args, False, order)
     loader = loader_of(args, ctx, dataset, False)
     result = runs.evaluate_classifier(model, loader, ctx, args.amp)
     ctx.print(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss "

@@ -10,9 +10,9 @@ The data of the experiments: readers of data sets, built-in data without downloa
     loader.batch_sampler.set_epoch(3, skip=1000)        # epoch 3, from its batch 1000 on
     for images, labels in loader: ...                   # (b 3 224 224) float32, (b) int64
 
-loading.py has the loader, and how a run goes on with a bad file; images.py ImageNet; cells.py
-microscopy, by tiff.py, tables.py and sites.py; dense.py ADE20K and COCO; builtin.py digits, drawn
-cells and drawn scenes.
+loading.py has the loader, and how a run goes on with a bad file; survey.py a look at the whole
+before training; images.py ImageNet; cells.py microscopy, by tiff.py, tables.py and sites.py;
+dense.py transforms and ADE20K; coco.py COCO; builtin.py digits, drawn cells and drawn scenes.
 """
 
 from torch.utils.data import default_collate
@@ -31,15 +31,14 @@ from .cells import (
     read_table,
     take_channels,
 )
+from .coco import Coco, object_mask
 from .dense import (
     ADE20K,
     IGNORE_INDEX,
-    Coco,
     DetectionTransform,
     SegmentationTransform,
     merge_detections,
     numbers,
-    object_mask,
     to_pixels,
 )
 from .images import (
@@ -52,3 +51,4 @@ from .images import (
 )
 from .loading import BadDataError, Files, Seeded, extra, first_few, make_loader
 from .sites import group_sites, named_by_channel
+from .survey import order_of_classes, require_classes

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from .dense import DenseFiles, as_coco
+from .coco import as_coco
+from .dense import DenseFiles
 from .images import Image
 from .loading import Files, extra
 

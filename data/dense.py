@@ -1,12 +1,8 @@
-"""Dense tasks, a label for each pixel or objects with boxes and masks: ADE20K, COCO, transforms."""
+"""Dense tasks, a label for each pixel or objects with boxes and masks: transforms, ADE20K."""
 
-import collections
-import contextlib
 import functools
-import json
 import math
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .images import EXTENSIONS, IMAGENET_MEAN, IMAGENET_STD, find_images, load_rgb
+from .images import EXTENSIONS, IMAGENET_MEAN, IMAGENET_STD, load_rgb
 from .loading import Files, extra
+from .survey import Finder, report_turned, spread
 
 IGNORE_INDEX = 255      # label of the pixels that nobody labelled
 PAD_VALUE = 114         # gray beside the images of detection
@@ -197,7 +194,8 @@ class ADE20K(DenseFiles):
 
     As DenseFiles, of what load_labels gives. An image without its map, or a map without its image,
     is a bad file. .classes: the last column of ROOT/objectInfo150.txt, which comes with the data
-    set; without it numbers, 150. FileNotFoundError: a folder is missing.
+    set; without it numbers, 150. FileNotFoundError: a folder is missing. ValueError: no images; no
+    image with a map that can be used; no pixel that is labelled.
     """
 
     def __init__(self, root: str, split: str, transform: Callable):
@@ -214,42 +212,85 @@ class ADE20K(DenseFiles):
         samples = [(images.get(stem, os.path.join(image_folder, f"{stem}.jpg")),
                     labels.get(stem, os.path.join(label_folder, f"{stem}.png")))
                    for stem in sorted({*images, *labels})]
-        if not samples:
-            raise ValueError(f"{image_folder}: no images")
         load = functools.partial(load_labels, len(classes))
+        require_labels(samples, load, image_folder)
+        report_turned(image_folder, images.values())
         super().__init__(samples, classes, load, transform, image_folder)
+
+
+def require_labels(samples: list[tuple], load: Callable, where: str) -> None:
+    """ValueError: no image can be used, or in no map a pixel is labelled, of those looked at."""
+    looked_at = spread(samples)
+    fault = None
+    readable = 0
+    for sample in looked_at:
+        try:
+            _, labels = load(*sample)
+        except Exception as error:          # as in Files
+            fault = error
+            continue
+        if (labels != IGNORE_INDEX).any():
+            return
+        readable += 1
+    if not readable:
+        raise ValueError(f"{where}: none of the {len(looked_at)} images looked at can be used with "
+                         f"its map of labels. The last one: {fault}") from fault
+    raise ValueError(f"{where}: no pixel is labelled in the maps of the {readable} images looked "
+                     "at. In a map 0 and 255 mean no label, the first class is 1: are these the "
+                     "right maps?")
 
 
 def load_labels(classes: int, path: str, label_path: str) -> tuple[torch.Tensor, torch.Tensor]:
     """An image and its map of labels, 0 for none, 1 for the first class.
 
-    -> pixels (3 h w) uint8, labels (h w) uint8 from 0, IGNORE_INDEX for none. ValueError: the map
-    is of another size, in colour, or has a label beyond the classes.
+    -> pixels (3 h w) uint8, labels (h w) uint8 from 0, IGNORE_INDEX for none, which 255 means in
+    the map too, if there are less classes. An image that the camera turned is as its map is.
+    ValueError: the map is no PNG, of another size, in colour, or has a label beyond the classes.
     """
-    pixels = to_pixels(load_rgb(path, upright=False))   # the map is of the pixels as stored
+    labels = read_map(label_path)
+    shape = labels.shape[:2]
+    pixels = to_pixels(load_rgb(path, upright=False, size=shape))
     height, width = pixels.shape[1:]
-    with Image.open(label_path) as image:
-        labels = np.array(image)                        # of a palette image: the numbers
-    with open(label_path, "rb") as file:
-        depth, kind = file.read(26)[24:]                # of a PNG
-    if kind == 0 and depth in (2, 4):                   # gray: Pillow spreads few levels up to 255
-        labels //= 255 // (2 ** depth - 1)
     if labels.shape != (height, width):
         raise ValueError(f"{label_path} is {' x '.join(map(str, labels.shape))} and not one number "
                          f"for each of {height} x {width} pixels")
+    if classes < IGNORE_INDEX:
+        labels = np.where(labels == IGNORE_INDEX, 0, labels)
     if labels.max() > classes:
         raise ValueError(f"{label_path} holds label {labels.max()}, there are {classes} classes")
     return pixels, torch.from_numpy(labels.astype(np.uint8) - np.uint8(1))      # 0 becomes 255
 
 
+def read_map(path: str) -> np.ndarray:
+    """The numbers in a PNG, of a palette image too. ValueError: it is none."""
+    with Image.open(path) as image:
+        if image.format != "PNG":
+            raise ValueError(f"{path} is a {image.format} image, and maps of labels have to be "
+                             "PNG: others blur the numbers. Export them anew")
+        labels = np.array(image)
+    with open(path, "rb") as file:
+        depth, kind = file.read(26)[24:]
+    if kind == 0 and depth in (2, 4):                   # gray: Pillow spreads few levels up to 255
+        labels //= 255 // (2 ** depth - 1)
+    return labels
+
+
 def paths_by_stem(folder: str, extensions: tuple[str, ...]) -> dict[str, str]:
-    """{path in `folder` without the extension: whole path}. ValueError: two files share a stem."""
+    """{path in `folder` without the extension: whole path}. Other kinds of files are reported.
+
+    ValueError: two files share a stem, there are none.
+    """
     paths = {}
-    for path in find_images(folder, extensions):
+    finder = Finder(folder, extensions)
+    for path in finder.find(folder):
         stem = os.path.splitext(os.path.relpath(path, folder))[0]
         if stem in paths:
             raise ValueError(f"{paths[stem]} and {path}: which of them is it? Remove one")
         paths[stem] = path
+    if not paths:
+        raise ValueError(f"{folder}: no images ({', '.join(extensions)}) in this folder"
+                         f"{finder.instead()}")
+    finder.report(folder)
     return paths
 
 
@@ -278,186 +319,3 @@ def require(*paths: str, hint: str) -> None:
     for path in paths:
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path}: {hint}")
-
-
-# ---- COCO ----------------------------------------------------------------------------------------
-
-class Coco(DenseFiles):
-    """ROOT/{train,val}2017/*.jpg with ROOT/annotations/instances_{train,val}2017.json.
-
-    As DenseFiles, of what load_objects gives. .classes: the categories' names in the order of their
-    ids, .category_ids: those ids. val: .coco has crowds too. train leaves out crowds, objects
-    smaller than a pixel, images without any object. Objects that cannot be drawn are left out of
-    both. A warning counts them all.
-    FileNotFoundError: the folder or the annotations are missing. ValueError: no annotations of this
-    layout, an object of an unknown category or image, an id that comes twice, no objects at all.
-    """
-
-    def __init__(self, root: str, split: str, transform: Callable):
-        folder = os.path.join(root, f"{split}2017")
-        path = os.path.join(root, "annotations", f"instances_{split}2017.json")
-        require(folder, path, hint=f"not found. Expected {root}/{{train,val}}2017/*.jpg and "
-                                   f"{root}/annotations/instances_{{train,val}}2017.json")
-        try:
-            with open(path, encoding="utf-8-sig") as file:
-                content = json.load(file)
-            categories = by_id(sorted(content["categories"], key=lambda c: c["id"]), "categories")
-            images, truth, left_out = sort_objects(content, list(categories), split == "train")
-            classes = [category["name"] for category in categories.values()]
-            self.category_ids = list(categories)
-            if split == "val":
-                self.coco = as_coco(content | dict(annotations=truth))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: no annotations of COCO's layout "
-                             f"({type(error).__name__}: {error})") from error
-        if left_out:
-            warnings.warn(f"{path}: left out {left_out}")
-        samples = [(os.path.join(folder, image["file"]), json.dumps(image).encode())
-                   for image in images]
-        super().__init__(samples, classes, load_objects, transform, folder)
-
-
-def sort_objects(content: dict, category_ids: list, train: bool) -> tuple[list, list, str]:
-    """The content of an annotation file -> images to learn from, objects to measure by.
-
-    The images, [dict(id, file, size, labels, masks)], are without crowds and objects smaller than a
-    pixel; the objects as in the file, none in training. Neither has what cannot be drawn. The third
-    result counts what was left out. ValueError: see Coco.
-    """
-    label_of = {number: label for label, number in enumerate(category_ids)}
-    images = {}
-    truth = []
-    left_out = collections.Counter()
-    for number, image in by_id(content["images"], "images").items():
-        size = [image["height"], image["width"]]
-        images[number] = dict(id=number, file=image["file_name"], size=size, labels=[], masks=[])
-    for item in content["annotations"]:
-        if item["category_id"] not in label_of or item["image_id"] not in images:
-            raise ValueError(f"an object is of category {item['category_id']} in image "
-                             f"{item['image_id']}, and there is no such category or image")
-        image = images[item["image_id"]]
-        outline = item.get("segmentation")
-        flaw = flaw_of(item, *image["size"])
-        if flaw:
-            left_out[f"objects {flaw}"] += 1
-            continue
-        if len(item["segmentation"]) < len(outline):
-            left_out["objects' polygons, but not all of them"] += 1
-        width, height = item["bbox"][2:]
-        if not train:                           # numbered anew: to pycocotools id 0 is no object
-            truth.append(item | dict(id=len(truth) + 1, iscrowd=int(bool(item.get("iscrowd"))),
-                                     area=item.get("area") or width * height))
-        if not item.get("iscrowd") and min(width, height) >= 1:
-            image["labels"].append(label_of[item["category_id"]])
-            image["masks"].append(item["segmentation"])
-        elif train:
-            kind = "in a crowd" if item.get("iscrowd") else "smaller than a pixel"
-            left_out[f"objects {kind}"] += 1
-    with_objects = [image for image in images.values() if image["labels"]]
-    if train and 0 < len(with_objects) < len(images):
-        left_out[f"of {len(images):,} images without objects"] = len(images) - len(with_objects)
-    listed = ", ".join(f"{count:,} {what}" for what, count in sorted(left_out.items()))
-    if not with_objects:
-        raise ValueError(f"no object that can be used: {listed}".removesuffix(": "))
-    return with_objects if train else list(images.values()), truth, listed
-
-
-def by_id(items: list[dict], kind: str) -> dict:
-    """{id: item}. ValueError: an id comes twice."""
-    known = {}
-    for item in items:
-        if known.setdefault(item["id"], item) is not item:
-            raise ValueError(f"the id {item['id']} belongs to more than one of the {kind}")
-    return known
-
-
-def as_coco(content: dict):
-    """An annotation file's content -> pycocotools' COCO, which otherwise prints how it gets on."""
-    coco = extra("pycocotools.coco").COCO()
-    coco.dataset = content
-    with contextlib.redirect_stdout(None):
-        coco.createIndex()
-    return coco
-
-
-def flaw_of(item: dict, height: int, width: int) -> str | None:
-    """What makes an object of COCO's layout unusable, or None. Takes flawed polygons out of it.
-
-    pycocotools does not look: from such objects it crashes the process or makes masks of what lies
-    in the memory.
-    """
-    box = item.get("bbox")
-    if not are_numbers(box) or len(box) != 4 or min(box[2:]) < 0:
-        return "without a proper box"
-    outline = item.get("segmentation")
-    if isinstance(outline, dict):
-        runs = outline.get("counts")
-        if isinstance(runs, str):
-            runs = run_lengths(runs)
-        if (outline.get("size") == [height, width] and isinstance(runs, list)
-                and all(isinstance(run, int) and run >= 0 for run in runs)
-                and sum(runs) == height * width):
-            return None
-        return "whose mask is not of their image's size"
-    if isinstance(outline, list):
-        item["segmentation"] = [polygon for polygon in outline if are_numbers(polygon)
-                                and len(polygon) >= 6 and len(polygon) % 2 == 0]
-        if item["segmentation"]:
-            return None
-    return "without a polygon of three points"
-
-
-def are_numbers(values) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(value, (int, float)) and -1e5 < value < 1e5 for value in values)
-
-
-def run_lengths(text: str) -> list[int]:
-    """COCO's packed runs; the last is -1 if it does not end.
-
-    Five bits in each character, a sixth says that more follow; from the fourth run on the
-    difference to the last but one.
-    """
-    runs = []
-    value = shift = 0
-    for character in text.encode():
-        bits = character - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            value -= (bits & 16) << shift - 4           # the sign
-            if len(runs) > 2:
-                value += runs[-2]
-            runs.append(value)
-            value = shift = 0
-    if shift:
-        runs.append(-1)
-    return runs
-
-
-def load_objects(path: str, text: bytes) -> tuple[torch.Tensor, dict]:
-    """An image, and its objects as Coco notes them -> pixels, objects as for DetectionTransform.
-
-    ValueError: the image is not of the noted size.
-    """
-    known = json.loads(text)
-    pixels = to_pixels(load_rgb(path, upright=False))
-    height, width = pixels.shape[1:]
-    if [height, width] != known["size"]:
-        raise ValueError(f"the image has {height} x {width} pixels, its annotation says "
-                         f"{' x '.join(map(str, known['size']))}")
-    masks = np.zeros((len(known["masks"]), height, width), np.uint8)
-    for mask, outline in zip(masks, known["masks"]):
-        mask[:] = object_mask(outline, height, width)
-    labels = torch.tensor(known["labels"], dtype=torch.long)
-    return pixels, dict(labels=labels, id=known["id"], masks=torch.from_numpy(masks))
-
-
-def object_mask(outline: list | dict, height: int, width: int) -> np.ndarray:
-    """COCO's polygons, or a run-length encoding, packed or not -> mask (height width) uint8."""
-    rle = extra("pycocotools.mask")
-    if isinstance(outline, list):
-        return rle.decode(rle.merge(rle.frPyObjects(outline, height, width)))
-    if isinstance(outline["counts"], list):
-        outline = rle.frPyObjects(outline, height, width)
-    return rle.decode(outline)

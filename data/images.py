@@ -2,46 +2,82 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from .loading import Files, extra, first_few
+from .survey import Finder
 
 Image = extra("PIL.Image")
 ImageOps = extra("PIL.ImageOps")
-EXTENSIONS = (".jpg", ".jpeg", ".png")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
+              ".pgm")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LONGEST = 8         # in evaluation: of more than so many squares in a row the middle is looked at
+# A comment of a megabyte makes no bad PNG; Pillow refuses it, since some unpack to gigabytes.
+extra("PIL.PngImagePlugin").MAX_TEXT_CHUNK = 64 << 20
 
 
-def load_rgb(path: str, upright: bool = True) -> Image.Image:
+def load_rgb(path: str, upright: bool = True, size: Sequence[int] | None = None) -> Image.Image:
     """Decode the image file at `path` completely: 8-bit RGB. Raises what Pillow raises.
 
-    upright: turned as the camera noted. Transparency is dropped, not blended, as torchvision's
-    loader does: published accuracies are of such pixels.
+    upright: turned as the camera noted; else, with size, (height, width) of its labels, if that is
+    the size it has then and no other. Transparency is dropped, not blended, as torchvision's
+    loader does: published accuracies are of such pixels. Of an animation it is the first picture.
+    ValueError: gray values of 32 bits or floating point that do not say what is white.
     """
     with Image.open(path) as image:
         image.load()                            # Pillow is lazy: a truncated file fails here
+        if size is not None:
+            upright = image.size == tuple(size) and image.width != image.height
         if upright:
             with contextlib.suppress(Exception):    # a garbled EXIF block beside good pixels
                 ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):          # 16-bit gray: Pillow's convert() clips it to white
-            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        if image.mode[0] in "IF":               # Pillow's convert() clips these to white or black
+            image = Image.fromarray(gray_levels(np.asarray(image)))
         elif image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")       # the same colours, without a warning for each file
         return image.convert("RGB")
 
 
-def each_readable(paths: Iterable[str], load: Callable) -> Iterator[tuple]:
-    """Yields (path, load(path)). Files that cannot be read are named; SystemExit(1) at the end."""
+def gray_levels(values: np.ndarray) -> np.ndarray:
+    """Gray (h w) of 16 or 32 bits, or of floating point -> the same in 8 bits.
+
+    White is 65535 in 16 bits; in 32 bits too, or else 255; in floating point 1 or 255. Which of the
+    two, the largest value tells. ValueError: it is none of these, or negative, or not finite.
+    """
+    whites = {"u": (65535,), "i": (255, 65535), "f": (1, 255)}[values.dtype.kind]
+    if not np.isfinite(values).all():
+        raise ValueError("the image has values that are not finite")
+    for white in whites:
+        if 0 <= values.min() and values.max() <= white:
+            break
+    else:
+        raise ValueError(f"the image has values from {values.min():g} to {values.max():g}: store "
+                         f"it with values from 0 to {' or '.join(map(str, whites))}")
+    if white == 1:
+        values = (255 * values).round()
+    if white == 65535:
+        values = values // 256
+    return values.astype(np.uint8)
+
+
+def each_readable(paths: Iterable[str], load: Callable, extensions: Sequence[str] = EXTENSIONS
+                  ) -> Iterator[tuple]:
+    """Yields (path, load(path)), of a folder those of its files that have one of the extensions.
+
+    Files that cannot be read are named; SystemExit(1) at the end.
+    """
     unreadable = 0
-    for path in paths:
+    for path in each_file(paths, extensions):
         try:
             content = load(path)
         except Exception as error:              # a damaged file can fail in any way
-            print(f"{path}: cannot be read ({type(error).__name__}: {error})")
+            advice = ". Download it, and give the file" if "://" in str(path) else ""
+            print(f"{path}: cannot be read ({type(error).__name__}: {error}){advice}")
             unreadable += 1
         else:
             yield path, content
@@ -49,17 +85,19 @@ def each_readable(paths: Iterable[str], load: Callable) -> Iterator[tuple]:
         raise SystemExit(1)
 
 
-def find_images(folder: str, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
-    """Sorted paths of the images in `folder` and below, without hidden ones (macOS' ._a.JPEG)."""
-    paths = []
-    for entry in os.scandir(folder):            # knows folder from file: no stat per file (1.28 M)
-        if entry.name.startswith("."):
+def each_file(paths: Iterable[str], extensions: Sequence[str]) -> Iterator[str]:
+    """The paths, of a folder those of the files in it. ValueError: it has none."""
+    for path in paths:
+        if not os.path.isdir(path):
+            yield path
             continue
-        if entry.is_dir():
-            paths += find_images(entry.path, extensions)
-        elif entry.name.lower().endswith(extensions):
-            paths.append(entry.path)
-    return sorted(paths)
+        finder = Finder(path, extensions)
+        found = finder.find(path)
+        if not found:
+            raise ValueError(f"{path}: no images ({', '.join(extensions)}) in this folder"
+                             f"{finder.instead()}")
+        finder.report(path)
+        yield from found
 
 
 class ImageFolder(Files):
@@ -68,6 +106,8 @@ class ImageFolder(Files):
     classes: the class names in the order of the labels, by default the sorted folder names. Give
     the training split's `.classes` to the validation split, or a missing folder would shift the
     meaning of its labels in silence.
+    Each folder is read once, whatever links lead to it; hidden files and those of file servers
+    (Thumbs.db, @eaDir, __MACOSX ...) are passed over, a warning counts all others.
     FileNotFoundError: ROOT or ROOT/split is missing. ValueError: no class folders, a class without
     images, folders other than `classes`.
     """
@@ -82,8 +122,8 @@ class ImageFolder(Files):
             if not os.path.isdir(needed):
                 raise FileNotFoundError(
                     f"{needed}: no such folder. {layout}; check the path of the data set.")
-        entries = os.scandir(folder)
-        found = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        finder = Finder(folder, extensions)
+        found = finder.folders(folder)
         if not found:
             raise ValueError(f"{folder}: no class folders. {layout}; sort the images into one "
                              "folder per class.")
@@ -100,13 +140,15 @@ class ImageFolder(Files):
         empty = []
         for label, name in enumerate(classes):
             class_folder = os.path.join(folder, name)
-            paths = find_images(class_folder, extensions)
+            paths = finder.find(class_folder)
             samples += [(path, label) for path in paths]
             if not paths:
                 empty.append(class_folder)
         if empty:
             raise ValueError(f"{first_few(empty)}: no images ({', '.join(extensions)}) in this "
-                             "class folder. Fill it, or remove it from every split.")
+                             f"class folder{finder.instead()}. Fill it, or remove it from every "
+                             "split.")
+        finder.report(folder)
         super().__init__(samples, classes, load, transform, folder)
 
 
@@ -126,11 +168,25 @@ def image_transform(img_size: int, train: bool, *, auto_augment: str | None = No
         img_size, is_training=train, interpolation="bicubic", auto_augment=auto_augment,
         crop_pct=crop_pct, scale=scale, hflip=hflip, color_jitter=color_jitter, separate=train)
     if not train:
-        return steps
+        return extra("torchvision.transforms").Compose([middle, *steps.transforms])
     crop_and_flip, policy, _ = steps
     erasing = timm.random_erasing.RandomErasing(reprob, mode="pixel", device="cpu")
     return extra("torchvision.transforms").Compose(
         [*crop_and_flip.transforms, *policy.transforms, to_normalized, erasing])
+
+
+def middle(image: Image.Image) -> Image.Image:
+    """Of a very long image only the middle: all that the centre crop sees, before it is enlarged.
+
+    2 x 60,000 pixels would become 256 x 7,680,000. What is cut off at both ends is the same.
+    """
+    long, short = max(image.size), min(image.size)
+    border = (long - LONGEST * short) // 2
+    if border <= 0:
+        return image
+    if image.width == long:
+        return image.crop((border, 0, long - border, short))
+    return image.crop((0, border, short, long - border))
 
 
 def posterize(image: Image.Image, bits: int, **_) -> Image.Image:

@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("PIL", reason='the data readers need pip install ".[train]"')
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import data
 from data.loading import BatchSampler, collate, stable_hash
@@ -116,6 +117,47 @@ def test_garbled_exif_keeps_the_pixels(tmp_path, monkeypatch):
     assert (load(tmp_path, encoded(gradient())) == np.asarray(gradient())).all()
 
 
+@pytest.mark.parametrize("values, expected", [
+    (np.int32([[0, 128, 255]]), [0, 128, 255]),
+    (np.int32([[0, 300, 65535]]), [0, 1, 255]),
+    (np.int32([[0, 70000]]), None),
+    (np.int32([[-1, 255]]), None),
+    (np.float32([[0, 0.5, 1]]), [0, 128, 255]),
+    (np.float32([[0, 99.5, 255]]), [0, 99, 255]),
+    (np.float32([[0, 256]]), None),
+    (np.float32([[-0.1, 1]]), None),
+    (np.float32([[np.nan, 1]]), None),
+    (np.float32([[np.inf, 1]]), None),
+])
+def test_gray_of_32_bits_and_of_floating_point(tmp_path, values, expected):
+    """Which Pillow clips: 0 to 1 would all be black, 0 to 65535 white."""
+    content = encoded(Image.fromarray(values), "TIFF")
+    if expected is None:
+        with pytest.raises(ValueError, match="the image has values"):
+            load(tmp_path, content, "image.tif")
+    else:
+        assert load(tmp_path, content, "image.tif")[0, :, 1].tolist() == expected
+
+
+@pytest.mark.parametrize("kind, name", [
+    ("WEBP", "a.webp"), ("BMP", "a.bmp"), ("GIF", "a.gif"), ("TIFF", "a.tif"), ("JPEG", "a.jfif"),
+    ("PPM", "a.ppm")])
+def test_kinds_of_files(tmp_path, kind, name):
+    make_folder(tmp_path, {"a": 1, "b": 1})
+    (tmp_path / "train" / "a" / "0000.png").unlink()
+    (tmp_path / "train" / "a" / name).write_bytes(encoded(Image.new("RGB", (16, 16), "red"), kind))
+    image, label = data.ImageFolder(tmp_path, "train", np.asarray)[0]
+    assert label == 0 and abs(image.astype(int) - (255, 0, 0)).max() <= 8
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_long_comment_does_not_make_a_png_bad(tmp_path, packed):
+    notes = PngInfo()
+    notes.add_text("parameters", "word " * 800_000, zip=packed)
+    pixels = load(tmp_path, encoded(gradient(), pnginfo=notes))
+    assert (pixels == np.asarray(gradient())).all()
+
+
 # ---- ImageFolder ---------------------------------------------------------------------------------
 
 def test_samples_and_labels(tmp_path):
@@ -125,10 +167,14 @@ def test_samples_and_labels(tmp_path):
     (cat / "deeper").mkdir()
     (cat / "0002.png").rename(cat / "deeper" / "0002.png")
     (cat / "deeper" / "photo.JpEg").write_bytes(encoded(gradient(), "JPEG"))
-    for name in ("notes.txt", "image.gif", "._0000.png"):  # ignored: other extensions, hidden files
+    for name in ("notes.txt", "a.HEIC", "b.heic", "._0000.png", "Thumbs.db", ".DS_Store"):
         (cat / name).write_bytes(b"no image")
-    (tmp_path / "train" / ".cache").mkdir()
-    dataset = data.ImageFolder(str(tmp_path), "train", lambda image: image.size)
+    for junk in ("train/.cache", "train/__MACOSX/cat", "train/cat/@eaDir/0000.png"):
+        (tmp_path / junk).mkdir(parents=True)
+        (tmp_path / junk / "small.jpg").write_bytes(encoded(gradient(), "JPEG"))
+    with pytest.warns(UserWarning, match=r"3 files of other kinds .*: 2 \.heic, 1 \.txt$") as said:
+        dataset = data.ImageFolder(str(tmp_path), "train", lambda image: image.size)
+    assert len(said) == 1
     assert dataset.classes == ["ant", "cat", "dog"]
     assert [(path[len(str(cat.parent)) + 1:], label) for path, label in dataset.samples] == [
         ("ant/0000.png", 0), ("cat/0000.png", 1), ("cat/UPPER.PNG", 1), ("cat/deeper/0002.png", 1),
@@ -178,6 +224,86 @@ def test_val_classes_must_be_those_of_training(tmp_path):
     dataset = data.ImageFolder(tmp_path, "val", None, classes=["eel", "dog", "cat"])
     assert dataset.classes == ["eel", "dog", "cat"]
     assert ["eel" in path for path, label in dataset.samples if label == 0] == [True]
+
+
+def links_of(root, name, target):
+    (root / name).symlink_to(target, target_is_directory=True)
+
+
+@pytest.mark.parametrize("name, target", [
+    ("train/a/up", ".."), ("train/a/here", "."), ("train/a/self", "self"), ("train/a/b", "../b"),
+    ("train/train", "../train"), ("train/a/root", "../../..")])
+def test_folders_are_read_once_whatever_links_lead_to_them(tmp_path, name, target):
+    make_folder(tmp_path, {"a": 2, "b": 1})
+    links_of(tmp_path, name, target)
+    with pytest.warns(UserWarning, match=f"not read are .*{name}|1 without ending") as said:
+        dataset = data.ImageFolder(tmp_path, "train", None)
+    assert len(said) == 1 and dataset.classes == ["a", "b"]
+    assert [label for _, label in dataset.samples] == [0, 0, 1]
+
+
+def test_links_in_a_circle_outside(tmp_path):
+    make_folder(tmp_path / "store", {"x": 1, "y": 1}, "deep")
+    links_of(tmp_path, "store/deep/x/round", "../../deep")
+    make_folder(tmp_path, {"b": 1})
+    links_of(tmp_path, "train/a", "../store/deep/x")            # a class may lie elsewhere
+    links_of(tmp_path, "train/b/more", "../../store/deep/y")    # and a part of one
+    with pytest.warns(UserWarning, match="train/a/round$"):
+        dataset = data.ImageFolder(tmp_path, "train", None)
+    assert [label for _, label in dataset.samples] == [0, 1, 1]
+
+
+def test_two_names_for_a_class_folder(tmp_path):
+    make_folder(tmp_path, {"cat": 2, "dog": 1})
+    links_of(tmp_path, "train/a_cat", "cat")
+    with pytest.warns(UserWarning, match="read elsewhere: .*a_cat$"):
+        assert data.ImageFolder(tmp_path, "train", None).classes == ["cat", "dog"]
+
+
+def test_what_lies_in_a_class_folder_without_images(tmp_path):
+    make_folder(tmp_path, {"cat": 1, "dog": 0})
+    for i in range(3):
+        (tmp_path / "train" / "dog" / f"{i}.HEIC").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"dog: no images .*\(but 3 \.heic\). Fill it"):
+        data.ImageFolder(tmp_path, "train", None)
+
+
+def test_one_class_is_refused_with_what_is_inside(tmp_path):
+    make_folder(tmp_path, {"cat": 1, "dog": 1}, "train/images")
+    with pytest.raises(ValueError, match="one class, 'images', and in it the folders cat, dog. If"):
+        data.require_classes(data.ImageFolder(tmp_path, "train", None))
+    make_folder(tmp_path / "flat", {"cat": 1})
+    with pytest.raises(ValueError, match="one class, 'cat'. There is nothing to tell apart"):
+        data.require_classes(data.ImageFolder(tmp_path / "flat", "train", None))
+    data.require_classes(data.ImageFolder(tmp_path / "train", "images", None))
+
+
+def test_order_of_classes_without_names():
+    order, note = data.order_of_classes(sorted(map(str, range(1000))), 1000)
+    assert order == [str(i) for i in range(1000)] and "order of their numbers" in note
+    assert data.order_of_classes(["002", "010", "1"], 3)[0] == ["1", "002", "010"]
+    with pytest.raises(ValueError, match="folders of the same number: "):
+        data.order_of_classes(["1", "01", "2"], 3)
+    order, note = data.order_of_classes(["cat", "dog"], 2)
+    assert order == ["cat", "dog"] and "alphabetical order, cat, dog" in note
+    known = pytest.importorskip("timm.data").ImageNetInfo().label_names()
+    assert data.order_of_classes(sorted(known), 1000) == (sorted(known), "")
+    with pytest.raises(ValueError, match="Neither are fish: rename"):
+        data.order_of_classes(sorted([*known[1:], "fish"]), 1000)
+
+
+def test_folders_and_addresses_among_the_files_to_read(tmp_path, capsys):
+    make_folder(tmp_path, {"a": 2, "b": 1})
+    (tmp_path / "train" / "a" / "notes.txt").write_text("")
+    with pytest.warns(UserWarning, match="1 .txt"):
+        found = list(data.each_readable([tmp_path / "train"], data.load_rgb))
+    assert [path[-10:] for path, _ in found] == ["a/0000.png", "a/0001.png", "b/0000.png"]
+    with pytest.raises(SystemExit):
+        list(data.each_readable(["https://example.org/cat.jpg", found[0][0]], data.load_rgb))
+    assert "cat.jpg: cannot be read" in (said := capsys.readouterr().out) and "Download it" in said
+    (tmp_path / "train" / "b" / "0000.png").unlink()
+    with pytest.raises(ValueError, match="b: no images .* in this folder$"):
+        list(data.each_readable([str(tmp_path / "train" / "b")], data.load_rgb))
 
 
 # ---- bad files -----------------------------------------------------------------------------------
@@ -334,6 +460,26 @@ def test_evaluation_transform(img_size, crop_pct, border):
     got = data.image_transform(img_size, False, crop_pct=crop_pct)(image)
     expected = (unit(image)[:, border:256 - border, border:256 - border] - MEAN) / STD
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("size", [(2, 60000), (60000, 3), (1, 60001), (1500, 100)])
+def test_of_a_long_image_the_middle_is_seen(size, monkeypatch):
+    """Before it is enlarged: 2 x 60,000 pixels would take 8 GB, and show the same."""
+    pytest.importorskip("timm")
+    sizes = []
+    resize = Image.Image.resize
+
+    def watched(image, size, *args, **kwargs):
+        sizes.append(size)
+        return resize(image, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+    got = data.image_transform(32, False)(image)
+    assert got.shape == (3, 32, 32) and max(sizes[-1]) < 1000
+    if max(size) < 2000:
+        monkeypatch.setattr(data.images, "LONGEST", 1e9)
+        torch.testing.assert_close(data.image_transform(32, False)(image), got)
 
 
 def test_training_transform():

@@ -1,7 +1,9 @@
 """Readers of ADE20K and COCO on small files, good and bad; augmentation; the drawn scenes."""
 import colorsys
 import json
+import re
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -154,6 +156,102 @@ def test_files_of_one_name_are_not_mixed_up(tmp_path):
         data.ADE20K(str(tmp_path), "train", plain)
 
 
+def write_map(path, labels, kind="PNG"):
+    Image.fromarray(labels).save(path, kind)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_255_is_nobodys_label(tmp_path, kind):
+    path = make_ade(tmp_path)
+    labels = np.full((24, 32), 3, kind)
+    labels[0] = 255
+    write_map(path, labels)
+    found = data.ADE20K(str(tmp_path), "train", plain)[1][1]
+    assert found[0].unique().tolist() == [255] and found[1:].unique().tolist() == [2]
+    names = "".join(f"{i}\tthing{i}\n" for i in range(1, 256))
+    (tmp_path / "objectInfo150.txt").write_text(names)      # but the last of so many classes
+    assert data.ADE20K(str(tmp_path), "train", plain)[1][1][0].unique().tolist() == [254]
+
+
+@pytest.mark.parametrize("value, message", [
+    (0, "no pixel is labelled in the maps of the 3 images"),
+    (255, "no pixel is labelled"),
+    (151, "none of the 3 images looked at can be used .* holds label 151"),
+])
+def test_maps_that_are_all_wrong_stop_at_the_start(tmp_path, value, message):
+    make_ade(tmp_path)
+    for path in (tmp_path / "annotations" / "training").iterdir():
+        write_map(path, np.full((24, 32), value, np.uint8))
+    with pytest.raises(ValueError, match=message):
+        data.ADE20K(str(tmp_path), "train", plain)
+    data.ADE20K(str(tmp_path), "val", plain)
+
+
+def test_maps_as_jpeg_are_refused(tmp_path):
+    path = make_ade(tmp_path)
+    write_map(path, np.full((24, 32), 3, np.uint8), "JPEG")     # whatever it is called
+    with pytest.warns(UserWarning, match="is a JPEG image, and maps of labels have to be PNG"):
+        assert data.ADE20K(str(tmp_path), "train", plain)[1] is None
+    for other in list(path.parent.iterdir()):
+        other.rename(other.with_suffix(".jpg"))
+    with pytest.raises(ValueError, match=r"training: no images \(.png\) .*\(but 3 .jpg\)"):
+        data.ADE20K(str(tmp_path), "train", plain)
+
+
+def test_palette_maps_hold_numbers(tmp_path):
+    path = make_ade(tmp_path)
+    labels = np.zeros((24, 32), np.uint8)
+    labels[5:] = 7
+    image = Image.fromarray(labels, "P")
+    image.putpalette([255, 0, 0] * 256)
+    image.save(path)
+    assert data.ADE20K(str(tmp_path), "train", plain)[1][1][:, 0].tolist() == [255] * 5 + [6] * 19
+
+
+def note_orientation(path, orientation):
+    """The note of a camera that was held another way."""
+    with Image.open(path) as image:
+        exif = image.getexif()
+        exif[0x0112] = orientation
+        image.save(path, exif=exif, quality=95)
+
+
+@pytest.mark.parametrize("orientation, corner", [(6, (slice(8), slice(-8, None))),
+                                                 (8, (slice(-8, None), slice(8)))])
+def test_labels_of_photographs_that_the_camera_turned(tmp_path, orientation, corner):
+    """A size that only the turned image has says that the labels are of it."""
+    make_ade(tmp_path / "ade", 1)
+    write_map(tmp_path / "ade/annotations/training/ADE_0.png", np.full((32, 24), 1, np.uint8))
+    root = make_coco(tmp_path, [triangle(1), triangle(2, 2)])
+    change_coco(tmp_path, "train", lambda content: content["images"][0].update(height=32, width=24))
+    file = tmp_path / "train2017" / f"{1:012}.jpg"
+    for path in (file, tmp_path / "ade/images/training/ADE_0.jpg"):
+        pixels = np.zeros((24, 32, 3), np.uint8)
+        pixels[:8, :8] = 255                                # as stored: the corner at the top left
+        Image.fromarray(pixels).save(path)
+        note_orientation(path, orientation)
+    for found in (data.Coco(root, "train", plain),
+                  data.ADE20K(str(tmp_path / "ade"), "train", plain)):
+        pixels = found[0][0]
+        assert pixels.shape == (3, 32, 24) and pixels[0][corner].float().mean() > 200
+
+
+@pytest.mark.parametrize("size, orientation, named", [
+    ((24, 24), 6, True), ((24, 32), 3, True), ((24, 32), 6, False), ((24, 24), 1, False)])
+def test_photographs_whose_labels_may_be_turned_are_named(tmp_path, size, orientation, named):
+    make_coco(tmp_path, [triangle(1), triangle(2, 2)])
+    height, width = size
+    jpeg(tmp_path / "train2017" / f"{1:012}.jpg", height, width)
+    note_orientation(tmp_path / "train2017" / f"{1:012}.jpg", orientation)
+    change_coco(tmp_path, "train", lambda content: content["images"][0].update(width=width))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = data.Coco(str(tmp_path), "train", plain)
+    assert found[0] is not None
+    named_now = [text for text in map(str, (w.message for w in said)) if "EXIF orientation" in text]
+    assert len(named_now) == named and all("000001.jpg" in text for text in named_now)
+
+
 def test_folders_of_ade20k_that_are_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="annotations/{training"):
         data.ADE20K(str(tmp_path), "train", plain)
@@ -272,7 +370,7 @@ SOUND = rle.encode(square_mask(2, 2, 9, 9))["counts"].decode()
         (dict(segmentation=dict(size=[24, 32], counts=SOUND + "P")), "mask"),
         (dict(segmentation=dict(counts=7)), "mask"),
         (dict(bbox=[1, 2]), "box"),
-        (dict(bbox=None), "box"),
+        (dict(bbox=7), "box"),
         (dict(bbox=[2, 2, NAN, 9]), "box"),
         (dict(bbox=[2, 2, -3, 9]), "box"),
     ],
@@ -306,6 +404,183 @@ def test_annotations_need_no_ids_areas_or_crowds(tmp_path):
     assert metrics["box_ap"] == metrics["mask_ap"] == pytest.approx(100)
 
 
+def change_coco(root, split, change):
+    """Lets `change` work on the content of an annotation file."""
+    path = root / "annotations" / f"instances_{split}2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def perfect(val):
+    """The measure of what the file itself says."""
+    return dense_results.average_precision(val.coco, results_of(val), sorted(val.coco.imgs))
+
+
+def coco_of(tmp_path, change, split="val"):
+    make_coco(tmp_path, [triangle(1), triangle(2, 2, 9)])
+    change_coco(tmp_path, split, change)
+    return data.Coco(str(tmp_path), split, plain)
+
+
+@pytest.mark.parametrize("area", ["50", "50.0", " 50 ", "", "much", None, -3, 0, NAN, INFINITE,
+                                  "nan", True, [50]])
+def test_areas_are_numbers_or_the_masks(tmp_path, area):
+    val = coco_of(tmp_path, lambda content: content["annotations"][0].update(area=area))
+    assert 40 <= val.coco.anns[1]["area"] <= 60
+    assert perfect(val)["box_ap"] == perfect(val)["mask_ap"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("flag, crowd", [
+    (0, 0), (1, 1), ("0", 0), ("1", 1), (True, 1), (False, 0), (None, 0), ("true", 1), ("False", 0),
+    (1.0, 1), ("", 0)])
+def test_crowds_by_number_text_or_truth(tmp_path, flag, crowd):
+    val = coco_of(tmp_path, lambda content: content["annotations"][0].update(iscrowd=flag))
+    assert val.coco.anns[1]["iscrowd"] == crowd and len(val[0][1]["labels"]) == 1 - crowd
+
+
+@pytest.mark.parametrize("flag", ["maybe", 2, [1], NAN, "2"])
+def test_crowds_that_are_neither(tmp_path, flag):
+    with pytest.raises(ValueError, match="iscrowd is .* should be 0 or 1"):
+        coco_of(tmp_path, lambda content: content["annotations"][0].update(iscrowd=flag))
+
+
+@pytest.mark.parametrize("height, width", [("24", "32"), (24.0, "32.0"), (None, None), ("", 32),
+                                           (0, 0), (24.5, 32), (-24, 32), (1e12, 32), ({}, [])])
+def test_sizes_as_text_or_of_the_file(tmp_path, height, width):
+    val = coco_of(tmp_path,
+                  lambda content: content["images"][0].update(height=height, width=width))
+    assert val[0] is not None and perfect(val)["mask_ap"] == pytest.approx(100)
+    assert (val.coco.imgs[1]["height"], val.coco.imgs[1]["width"]) == (24, 32)
+
+
+def test_sizes_that_are_missing_are_the_files(tmp_path):
+    def forget(content):
+        del content["images"][0]["height"], content["images"][1]["width"]
+        content["annotations"].append(triangle(3))
+
+    with pytest.warns(UserWarning, match="2 images without height and width"):
+        assert coco_of(tmp_path, forget)[1] is not None
+    (tmp_path / "val2017" / f"{1:012}.jpg").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="2 objects of images without a size"):
+        val = data.Coco(str(tmp_path), "val", plain)
+    with pytest.warns(UserWarning, match="cannot identify"):
+        assert val[0] is None
+
+
+def as_text(content):
+    """Every number as text, as a table has them."""
+    if isinstance(content, dict):
+        return {name: as_text(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [as_text(value) for value in content]
+    return str(content)
+
+
+def test_everything_as_text(tmp_path):
+    counts = [24 * 6 + 5, 4, 24 * 26 - 9]
+    objects = [triangle(1), triangle(2, 2, 9),
+               triangle(3, 2, segmentation=dict(size=[24, 32], counts=counts), bbox=[6, 5, 1, 4])]
+    make_coco(tmp_path, objects)
+    for split in ("train", "val"):
+        plainly = data.Coco(str(tmp_path), split, plain)
+        change_coco(tmp_path, split, lambda content: content.update(as_text(content)))
+        found = data.Coco(str(tmp_path), split, plain)
+        assert found.classes == plainly.classes and found.category_ids == [7, 9]
+        for (_, one), (_, other) in zip(found, plainly):
+            assert one["labels"].equal(other["labels"]) and one["masks"].equal(other["masks"])
+            assert one["id"] == other["id"]
+    assert perfect(found) == perfect(plainly)
+
+
+def test_masks_in_a_cell_of_a_table(tmp_path):
+    def change(content):
+        for item in content["annotations"]:
+            item["segmentation"] = json.dumps(item["segmentation"])
+        content["annotations"][1]["segmentation"] = json.dumps(dict(size=[24, 32], counts=SOUND))
+
+    val = coco_of(tmp_path, change)
+    assert (val[1][1]["masks"][0].numpy() == square_mask(2, 2, 9, 9)).all()
+
+
+def test_ids_may_be_words_but_not_nothing(tmp_path):
+    def change(content, name="first"):
+        content["images"][0]["id"] = content["annotations"][0]["image_id"] = name
+        content["images"][1]["id"] = content["annotations"][1]["image_id"] = "second"
+
+    val = coco_of(tmp_path, change)
+    assert [val[i][1]["id"] for i in range(2)] == ["first", "second"]
+    assert perfect(val)["mask_ap"] == pytest.approx(100)
+    for nothing in (None, "", True, 1.5, [], {}):
+        with pytest.raises(ValueError, match="one of the images is .* no id"):
+            coco_of(tmp_path, lambda content, nothing=nothing: change(content, nothing))
+
+
+@pytest.mark.parametrize("name, expected", [(None, "7"), ("", "7"), (5, "5"), ("cat", "cat")])
+def test_categories_without_names_have_numbers(tmp_path, name, expected):
+    val = coco_of(tmp_path, lambda content: content["categories"][1].update(name=name))
+    assert val.classes == [expected, "dog"]
+    val = coco_of(tmp_path, lambda content: content["categories"][1].pop("name"))
+    assert val.classes == ["7", "dog"]
+
+
+def test_categories_without_ids(tmp_path):
+    with pytest.raises(ValueError, match="the id of one of the categories is None"):
+        coco_of(tmp_path, lambda content: content["categories"][1].pop("id"))
+
+
+@pytest.mark.parametrize("box", [None, []])
+def test_boxes_that_are_missing_are_the_masks(tmp_path, box):
+    for change in (lambda item: item.update(bbox=box), lambda item: item.pop("bbox")):
+        val = coco_of(tmp_path, lambda content, change=change: change(content["annotations"][0]))
+        assert val.coco.anns[1]["bbox"] == [2, 2, 10, 10] == val.coco.anns[2]["bbox"]
+        assert perfect(val)["box_ap"] == pytest.approx(100)
+    assert data.coco.box_around([[-5, 3, 40, 3, 40, 30]], 24, 32) == [0, 3, 32, 21]
+
+
+@pytest.mark.parametrize("box, said", [
+    ([8, 9, 18, 20], "1 of 2 objects is not around .* 1 would be, if they were two corners"),
+    ([12, 9, 10, 11], "1 of 2 objects is not around"),
+    ([7, 10.5, 11, 8.5], None),
+])
+def test_boxes_beside_their_masks_are_counted(tmp_path, box, said):
+    for outline in ([[8, 9, 18, 9, 18, 20, 8, 20]], rle_of(square_mask(9, 8, 20, 18))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            coco_of(tmp_path, lambda content, outline=outline: content["annotations"][0].update(
+                bbox=box, segmentation=outline))
+        texts = [str(w.message) for w in caught if w.category is UserWarning]
+        if said is None:
+            assert not texts
+        else:
+            assert len(texts) == 1 and re.search(said, texts[0])
+
+
+def rle_of(mask):
+    packed = rle.encode(mask)
+    return packed | dict(counts=packed["counts"].decode())
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_nothing_to_learn_from_says_every_reason(tmp_path, split):
+    objects = [
+        triangle(1, iscrowd=1),
+        triangle(2, bbox=[0.1, 0.1, 0.5, 0.5], segmentation=[[0.1, 0.1, 0.6, 0.1, 0.6, 0.6]]),
+        triangle(3, segmentation=[]),
+        triangle(4, bbox=[1]),
+    ]
+    with pytest.raises(ValueError, match=(
+            "no object that can be used: 1 objects in a crowd, 1 objects smaller than a pixel, "
+            "1 objects without a polygon of three points, 1 objects without a proper box")):
+        data.Coco(make_coco(tmp_path, objects), split, plain)
+
+
+def test_images_that_lie_elsewhere(tmp_path):
+    with pytest.raises(FileNotFoundError, match="a/000000000001.jpg: not found, nor any other"):
+        coco_of(tmp_path, lambda content: [image.update(file_name=f"a/{image['file_name']}")
+                                           for image in content["images"]])
+
+
 @pytest.mark.parametrize("kind", ["images", "categories"])
 def test_ids_that_come_twice(tmp_path, kind):
     root = make_coco(tmp_path, [triangle(1)])
@@ -326,15 +601,7 @@ def test_packed_runs():
         packed = rle.encode(mask)
         flat = mask.flatten(order="F")
         expected = np.diff([0, *np.flatnonzero(np.diff(flat, prepend=0)), len(flat)]).tolist()
-        assert data.dense.run_lengths(packed["counts"].decode()) == expected
-
-
-def turned(path):
-    """The note of a camera that was held upside down."""
-    with Image.open(path) as image:
-        exif = image.getexif()
-        exif[0x0112] = 3
-        image.save(path, exif=exif)
+        assert data.coco.run_lengths(packed["counts"].decode()) == expected
 
 
 def test_labels_are_of_the_pixels_as_stored(tmp_path):
@@ -348,7 +615,7 @@ def test_labels_are_of_the_pixels_as_stored(tmp_path):
         pixels = np.zeros((24, 32, 3), np.uint8)
         pixels[:8, :8] = 255
         Image.fromarray(pixels).save(path)
-        turned(path)
+        note_orientation(path, 3)
     for found in (
         data.Coco(root, "train", plain),
         data.ADE20K(str(tmp_path / "ade"), "train", plain),

@@ -477,9 +477,11 @@ def test_drawn_scenes_end_to_end(task, few_scenes, tmp_path, capsys):
     (tmp_path / "bad.jpg").write_bytes(b"")
     pixels = np.random.default_rng(0).integers(0, 255, (50, 90, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "street.png")
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "photos" / "street.webp")
     with pytest.raises(SystemExit) as end:
-        run(task, "--predict", tmp_path / "bad.jpg", *[tmp_path / "street.png"] * 2, "--eval",
-            tmp_path / "a" / "last.pt", "--out", tmp_path / "pictures")
+        run(task, "--predict", tmp_path / "bad.jpg", tmp_path / "street.png", tmp_path / "photos",
+            "--eval", tmp_path / "a" / "last.pt", "--out", tmp_path / "pictures")
     assert (tmp_path / "pictures" / f"street-2-{task}.png").exists()        # nothing is overwritten
     assert end.value.code == 1 and "bad.jpg: cannot be read" in capsys.readouterr().out
     with Image.open(tmp_path / "pictures" / f"street-{task}.png") as picture:

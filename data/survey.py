@@ -1,0 +1,200 @@
+"""
+A look at a data set as a whole, before anything is learnt from it. It takes seconds at most.
+
+A single bad file is found when it is read (loading.py). Here is what only shows in the whole:
+files that no reader takes, folders that links lead to twice, one class, labels that name nothing.
+What cannot be meant is refused, what may be meant is counted and named in a warning.
+"""
+
+import collections
+import contextlib
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from .loading import Files, extra, first_few
+
+LOOKED_AT = 200     # files, spread over the data set, are opened
+# What file servers and systems put between the files of their users, with hidden files.
+JUNK = {"thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "@recycle", "#recycle", "#snapshot",
+        "~snapshot", "$recycle.bin", "system volume information", "lost+found", "__macosx"}
+ORIENTATION = 0x0112    # EXIF's tag
+
+
+# ---- Folders -------------------------------------------------------------------------------------
+
+def is_junk(name: str) -> bool:
+    """Hidden files too, such as macOS' ._a.JPEG."""
+    return name.startswith(".") or name.lower() in JUNK
+
+
+class Finder:
+    """Finds the files with certain endings below folders: each folder once, in the same order.
+
+    root: the folder of all. .others: how many files of which other kinds there are; .links: those
+    that lead to a folder above them, to one that is read anyway, or nowhere.
+    """
+
+    def __init__(self, root: str, extensions: Sequence[str]):
+        self.root = os.path.realpath(root)
+        self.extensions = tuple(extensions)
+        self.others = collections.Counter()
+        self.links = []
+        self.known = set()
+
+    def folders(self, folder: str) -> list[str]:
+        """The sorted names of the folders in `folder`; find() enters them, but no link to them."""
+        names = []
+        for entry in entries(folder):
+            if not self.is_folder(entry):
+                continue
+            real = self.enter(entry, os.path.realpath(folder))
+            if real:
+                names.append(entry.name)
+        return sorted(names)
+
+    def find(self, folder: str) -> list[str]:
+        """Sorted paths of the files in `folder` and below."""
+        return sorted(self.walk(folder, os.path.realpath(folder)))
+
+    def walk(self, folder: str, real: str) -> list[str]:
+        paths = []
+        for entry in entries(folder):           # knows folder from file: no stat per file (1.28 M)
+            if self.is_folder(entry):
+                inner = self.enter(entry, real)
+                if inner:
+                    paths += self.walk(entry.path, inner)
+            elif entry.name.lower().endswith(self.extensions):
+                paths.append(entry.path)
+            else:
+                suffix = os.path.splitext(entry.name)[1].lower()
+                self.others[suffix or "without ending"] += 1
+        return paths
+
+    def is_folder(self, entry: os.DirEntry) -> bool:
+        try:
+            return entry.is_dir()
+        except OSError:                         # a link to itself
+            return False
+
+    def enter(self, entry: os.DirEntry, real: str) -> str | None:
+        """The real path of a folder in the folder `real`; None if it is not to be entered."""
+        inner = os.path.join(real, entry.name)
+        if entry.is_symlink():
+            inner = os.path.realpath(entry.path)
+        above = contains(inner, real) or contains(inner, self.root)
+        if above or inner in self.known:
+            self.links.append(entry.path)
+            return None
+        self.known.add(inner)
+        return inner
+
+    def kinds(self) -> str:
+        """'3 .heic, 1 .txt'"""
+        return first_few([f"{count:,} {kind}" for kind, count in self.others.most_common()])
+
+    def instead(self) -> str:
+        """For a message that there is nothing: what else there is."""
+        return f" (but {self.kinds()})" if self.others else ""
+
+    def report(self, where: str) -> None:
+        """Warns once of all that is not read."""
+        notes = []
+        if self.others:
+            notes.append(f"{self.others.total():,} files of other kinds than "
+                         f"{', '.join(self.extensions)}: {self.kinds()}")
+        if self.links:
+            notes.append(f"folders that are read elsewhere: {first_few(self.links)}")
+        if notes:
+            warnings.warn(f"{where}: not read are {'; '.join(notes)}")
+
+
+def entries(folder: str) -> list[os.DirEntry]:
+    """What is in a folder, sorted, links last, so that a folder is rather read by its own name."""
+    with os.scandir(folder) as found:
+        kept = [entry for entry in found if not is_junk(entry.name)]
+    return sorted(kept, key=lambda entry: (entry.is_symlink(), entry.name))
+
+
+def contains(folder: str, path: str) -> bool:
+    """Is `path` the folder or below it? Both are real."""
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+# ---- Classes -------------------------------------------------------------------------------------
+
+def require_classes(files: Files) -> None:
+    """ValueError: a classifier would have one class, and be right whatever it says."""
+    if len(files.classes) != 1:
+        return
+    [name] = files.classes
+    folder = os.path.join(files.where, name)
+    inside = ""
+    if os.path.isdir(folder):
+        names = Finder(folder, ()).folders(folder)
+        if names:
+            inside = (f", and in it the folders {first_few(names)}. If those are the classes, move "
+                      "them one folder up")
+    raise ValueError(f"{files.where}: one class, {name!r}{inside}. There is nothing to tell apart")
+
+
+def order_of_classes(names: Sequence[str], outputs: int) -> tuple[list[str], str]:
+    """The class folders `names` for weights that do not name their classes -> order, note of it.
+
+    ImageNet's folders n01440764 ... are sorted, and so is the output of models of ImageNet. Numbers
+    are sorted as numbers. ValueError: 1,000 classes, and the folders are neither.
+    """
+    if all(name.isdecimal() for name in names):
+        numbers = [int(name) for name in names]
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"folders of the same number: {first_few(sorted(names, key=int))}; "
+                             "the weights do not say which class is which")
+        order = sorted(names, key=int)
+        return order, (f"the weights do not name their classes: the folders {order[0]} to "
+                       f"{order[-1]} are taken in the order of their numbers, not of their names")
+    if outputs != 1000 or len(names) != 1000:
+        return sorted(names), ("the weights do not name their classes: the folders are taken in "
+                               f"alphabetical order, {first_few(sorted(names))}")
+    known = extra("timm.data").ImageNetInfo().label_names()
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ValueError(
+            f"the weights do not name their 1,000 classes, which are ImageNet's if the folders are "
+            f"{known[0]} to {known[-1]}, or their numbers 0 to 999. Neither are "
+            f"{first_few(unknown)}: rename the folders")
+    return known, ""
+
+
+# ---- Photographs that the camera turned ----------------------------------------------------------
+
+def spread(paths: Sequence, count: int = LOOKED_AT) -> list:
+    """At most `count` of the paths, evenly spread over them, in their order."""
+    chosen = np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int)
+    return [paths[i] for i in chosen]
+
+
+def report_turned(where: str, paths: Iterable[str], sized: bool = True) -> None:
+    """Warns of photographs whose labels may be of the picture as stored, or as seen.
+
+    sized: labels have a size, which tells the two apart where the picture is no square and lies on
+    its side.
+    """
+    looked_at = spread(list(paths))
+    unclear = [path for path in looked_at if may_be_turned(path, sized)]
+    if unclear:
+        warnings.warn(
+            f"{where}: {len(unclear)} of {len(looked_at)} images looked at have an EXIF "
+            "orientation, and no size tells whether their labels are of the turned image: "
+            f"taken as stored are {first_few(unclear)}. If the labels are of what one sees, turn "
+            "the files, such as by exiftran -ai or mogrify -auto-orient")
+
+
+def may_be_turned(path: str, sized: bool) -> bool:
+    with contextlib.suppress(Exception), extra("PIL.Image").open(path) as image:
+        orientation = image.getexif().get(ORIENTATION, 1)
+        on_its_side = orientation in (5, 6, 7, 8)
+        told = sized and on_its_side and image.width != image.height
+        return orientation in range(2, 9) and not told
+    return False            # it is a bad file, or its EXIF block is
