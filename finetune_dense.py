@@ -137,7 +137,8 @@ def add_arguments(parser: argparse.ArgumentParser, task: str) -> None:
         "one; for other classes than its own its classifiers are left out")
     add("--eval", metavar="CKPT", help="only evaluate this checkpoint, ours or a released one")
     add("--predict", metavar="IMAGE", nargs="+", help="draw into OUT what is seen in each image, "
-        "or in those of a folder (objects of a score from 0.5), by --eval CKPT (default: OUT/best.pt)")
+        "or in those of a folder (objects of a score from 0.5), by --eval CKPT (default: "
+        "OUT/best.pt)")
     if task == "seg":
         add("--multi-scale", action="store_true", help="evaluate the mean over six sizes and their "
             "mirror images")
