@@ -184,6 +184,10 @@ def _find(content):
     found = _encoders(content)
     if "message_hub" in content:            # MMEngine's state_dict is the average, and this not
         found = {where: found[where] for where in found if not where.startswith("ema_state_dict")}
+    if not found and "args" in content:     # a run's file, of a baseline without these names
+        for key in ("ema", "model"):
+            if isinstance(content.get(key), dict):
+                return content[key], "", key
     averages = [where for where in found if AVERAGE.search(where)]
     outermost = min((where.count(".") for where in averages), default=0)
     chosen = [where for where in averages if where.count(".") == outermost] or [*found]
