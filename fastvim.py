@@ -660,7 +660,7 @@ class GridWithHoles:
         p = self.full.pool(cells[:, :, :-2], kind, score)
         if kind == "max":
             p = p.masked_fill(p == -math.inf, 0)
-        if self.by_count:
+        if self.by_count and kind == "mean":
             kept = self._put_back(torch.ones_like(c[:1, ..., :1]), 0.0)[:, :, :-2]
             share = self.full.pool(kept) / self.full.scale  # (1 b p 1) of the axis that is kept
             p = p / share.masked_fill(share == 0, 1)

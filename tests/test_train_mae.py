@@ -282,8 +282,10 @@ def test_crops_of_each_stage_and_of_the_evaluation(folder, pretrained, tmp_path)
     def crops(*argv, script=train_mae):
         args = script.get_args([*map(str, argv), "--data", str(folder), "--out", str(tmp_path / "none")])[0]
         sets = [classification.open_images(args, train).transform.transforms for train in (True, False)]
-        return sets[0][0].scale[0], round(args.img_size / sets[1][0].size[0] if isinstance(
-            sets[1][0].size, (tuple, list)) else args.img_size / sets[1][0].size, 3)
+        resized = next(step.size for step in sets[1] if hasattr(step, "size"))
+        if isinstance(resized, (tuple, list)):
+            resized = resized[0]
+        return sets[0][0].scale[0], round(args.img_size / resized, 3)
     size = ["--img-size", 224]
     assert crops("pretrain", *size) == (0.2, 0.875) and crops("linear", "--scratch", *size) == (0.08, 0.875)
     assert crops("finetune", "--scratch", *size) == (0.08, 0.875)
