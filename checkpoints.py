@@ -255,8 +255,9 @@ def load(model: nn.Module, content: str | os.PathLike | dict, encoder_only: bool
         content = read(content)
     weights, source = _unwrapped(content)
     model = _innermost(model)
-    names = {WRAPPED_BLOCK.sub("", name): name for name in model.state_dict()}
-    own = {name: model.state_dict()[names[name]] for name in names}
+    state = model.state_dict()
+    names = {WRAPPED_BLOCK.sub("", name): name for name in state}
+    own = {name: state[names[name]] for name in names}
     if weights.keys() != from_released(weights).keys():
         own = to_released(own)                          # differences bear the names of the file
     note = f"loaded {source}"
@@ -275,7 +276,7 @@ def load(model: nn.Module, content: str | os.PathLike | dict, encoder_only: bool
     _refuse_differences(own, weights)
     weights = {names[name]: value for name, value in from_released(weights).items()}
     room = {name: torch.empty_like(value, device=weights[name].device)
-            for name, value in model.state_dict().items() if value.is_meta}
+            for name, value in state.items() if value.is_meta}
     model.load_state_dict(room, strict=False, assign=True)
     model.load_state_dict(weights, strict=True)
     return note
@@ -322,7 +323,7 @@ def _fit_positions(model, weights, released_pos_rows, pos_grid, content):
         weights.update(pos_embed=model.pos_embed, decoder_pos_embed=model.decoder_pos_embed)
         return f", position embeddings those of {grid} patches"
 
-    row = model.class_row                            # the class token's in the model, or None
+    row = model.class_row                               # the class token's in the model, or None
     has_class = row is not None
     if pos.ndim != 3 or pos.shape[0] != 1 or pos.shape[2] != model.cfg.embed_dim:
         return ""                                       # listed as of another shape

@@ -142,9 +142,11 @@ def has_values(v) -> bool:
     """Can v be read here? Not a tensor on `meta`, nor while a graph is made or a transform runs."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
-    return not isinstance(v, Tensor) or type(v) in (Tensor, Parameter) and not v.is_meta
+    if not isinstance(v, Tensor):
+        return True
+    return type(v) in (Tensor, Parameter) and not v.is_meta
 
 
 def check_keep(keep, tokens: Tensor):

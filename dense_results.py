@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw
@@ -65,10 +64,12 @@ def evaluate_segmenter(args: runs.Options, ctx: training.Context, model: nn.Modu
             predicted = class_map(args, ctx, model, image, labels.shape[1:], **options)
         confusion += count_confusions(labels.to(ctx.device), predicted, k)
         images += 1
+    seen = ctx.sum(images).item()
+    runs.require_images(seen)
     confusion = ctx.sum(confusion)
     iou = iou_of(confusion)
     pixels = 100 * (confusion.diag().sum() / confusion.sum()).item()
-    return {"miou": iou.nanmean().item(), "pixels": pixels, "images": ctx.sum(images).item()}, iou
+    return {"miou": iou.nanmean().item(), "pixels": pixels, "images": seen}, iou
 
 
 # ---- Detection -----------------------------------------------------------------------------------
@@ -86,12 +87,10 @@ def evaluate_detector(args: runs.Options, ctx: training.Context, model: nn.Modul
         for info, output in zip(infos, outputs):
             ids.append(info["id"])
             results += coco_results(info["id"], dataset.category_ids, output)
-    everyone = [(results, ids)]
-    if ctx.world_size > 1:
-        everyone = [None] * ctx.world_size
-        dist.all_gather_object(everyone, (results, ids))
+    everyone = ctx.gather((results, ids))
     results = [result for theirs, _ in everyone for result in theirs]
     ids = sorted(number for _, theirs in everyone for number in theirs)
+    runs.require_images(len(ids))
     return average_precision(dataset.coco, results, ids), None
 
 

@@ -14,6 +14,7 @@ def selective_scan(x, dt, A, B, C, D) -> Tensor:
 
     In round i, a step that knows of 2 ** i steps learns of as many before them: 16 times the work
     of the loop and all states in memory, which is the price of an open length."""
+    torch._check(x.shape[2] <= 2 ** ROUNDS, lambda: f"the scan has more than {2 ** ROUNDS} steps")
     first = [in_walking_order(v)[:, :, :, None] for v in (x, dt, B, C)]         # (k b p 1 e or n)
     x_t, dt_t, B_t, C_t = first
     decay = torch.exp(dt_t * A[:, :, None])                 # (k b p n e)

@@ -1,10 +1,11 @@
 """The compiled backends of fastvim.py: calling kernels, and the operations that autograd sees.
 
-fastvim.py registers what `backends` returns; nothing is compiled before a model runs. Three parts:
+fastvim.py registers what `backends` returns; nothing is compiled before a model runs. Four parts:
 
     1 the boundary to C: one function hands over pointers, and only of what C expects
     2 the operations of scan.h, forward and backward, and the backend that they make
     3 the same as operations of torch.library, which know their gradients and shapes
+    4 the backends by name
 
 The letters are those of fastvim.py: b images, l tokens, p steps, e inner width, n states, r rank.
 """
@@ -206,9 +207,10 @@ def full_walk(storage, order, pooled, lengths, scale, device) -> Walk:
     """The Walk of a full grid, remembered: its tables depend on the grid alone."""
     axes = storage.split()
     sizes = dict(zip(axes, lengths))
-    known = all(axis.isidentifier() and axis.islower() for axis in axes)
-    if not known or sorted(axes) != sorted(order.split()) or not {*pooled.split()} <= {*axes} \
-            or not len(sizes) == len(axes) == len(lengths) or min(lengths) < 1:
+    named = all(axis.isidentifier() and axis.islower() for axis in axes)
+    same_axes = sorted(axes) == sorted(order.split()) and {*pooled.split()} <= {*axes}
+    a_length_each = len(sizes) == len(axes) == len(lengths) and min(lengths) >= 1
+    if not (named and same_axes and a_length_each):
         raise ValueError(f"no grid is stored as {storage!r}, walked as {order!r} and pooled over "
                          f"{pooled!r} with lengths {lengths}")
     kept = [axis for axis in order.split() if axis not in pooled.split()]
@@ -388,9 +390,8 @@ def ssm_values(xz, w: Weights, walk: Walk, skip: bool) -> dict:
     r = w.dt_proj.shape[-1]
     n = w.A_log.shape[-1]
     rows, edges = walk.start.shape
-    shapes = [(2, e, 4), (2, e), (2, r + 2 * n, e), (2, e, r), (2, e), (2, e, n), (2, e), (e,)]
-    shapes.append((e,))
-    if any(t is not None and t.shape != shape for t, shape in zip(w, shapes)):
+    # of these two C sees only products; to_c checks the others
+    if w.x_proj.shape != (2, r + 2 * n, e) or w.dt_proj.shape != (2, e, r):
         found = {name: tuple(t.shape) for name, t in w._asdict().items() if t is not None}
         raise ValueError(f"activations {tuple(xz.shape)} do not fit weights of shapes {found}")
     fits = l >= 1 and edges >= 2 and rows in (1, b) and walk.token.shape == (rows, l)
@@ -406,17 +407,13 @@ def ssm_values(xz, w: Weights, walk: Walk, skip: bool) -> dict:
 
 def scan_values(x, dt, A, B, C, D=None, dt_bias=None, stride=None) -> dict:
     """What selective_scan takes. stride: B and C are columns of a table that is so wide; else
-    contiguous. Raises ValueError unless the shapes are those of fastvim.selective_scan."""
+    contiguous. Raises ValueError where C has no such sizes; to_c checks the shapes."""
     if x.ndim != 4 or A.ndim != 3:
         raise ValueError(
             f"expected x (k b p e) and A (k e n), not {tuple(x.shape)} and {tuple(A.shape)}"
         )
     k, b, p, e = x.shape
     n = A.shape[2]
-    shapes = [(k, b, p, e), (k, b, p, e), (k, e, n), (k, b, p, n), (k, b, p, n), (k, e), (k, e)]
-    for name, t, shape in zip(SCAN, (x, dt, A, B, C, D, dt_bias), shapes):
-        if t is not None and t.shape != shape:
-            raise ValueError(f"{name} must have the shape {shape}, not {tuple(t.shape)}")
     if k not in (1, 2) or not 1 <= n <= MAX_STATES or p < 1:
         raise ValueError(f"{k} directions, {p} steps and {n} states; kernels know 1 or 2 "
                          f"directions, at least one step and at most {MAX_STATES} states")

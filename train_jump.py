@@ -244,6 +244,7 @@ def build_model(args, fields: dict) -> nn.Module:
 
 def train(args, ctx, start: runs.Saved) -> None:
     raw = open_split(args, "train")
+    data.require_classes(raw)
     classes = raw.classes
     seen = match_channels(args, ctx, raw, saved_channels(start) if start.resumed else {})
     fields = fields_of(args, len(seen.model), len(classes))
@@ -354,7 +355,7 @@ def predict(args, ctx, saved: runs.Saved) -> None:
     model, seen = restore(args, ctx, saved)
     load = functools.partial(data.load_cells, planes=dict(args.planes or []))
     files = seen.normalized(data.Files([], [], load, None, ""), args.img_size)
-    paths = args.predict
+    paths = list(data.each_file(args.predict, data.CELL_EXTENSIONS))
     if args.pattern:
         sites, _ = data.group_sites([(path, 0) for path in paths], args.pattern, os.curdir)
         paths = [site.path for site in sites]

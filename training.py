@@ -375,7 +375,7 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
 
     Raises NonFiniteError; SystemExit for a refused start or full memory (status 1) and, after a
     checkpoint, for a signal of safety.STOP_SIGNALS (128 + its number); OSError when the final
-    checkpoint cannot be written; ValueError when no validation image can be read."""
+    checkpoint cannot be written; ValueError as evaluate raises it."""
     total, per_epoch = run_length(args, loader)
     about = {**(about or {}), **data_of(loader)}
     run = open_run(args, ctx, model, optimizer, total, per_epoch, harmless, about)
@@ -463,8 +463,6 @@ def measure(run: Run, evaluate: Callable) -> dict:
     target.eval()
     with torch.no_grad(), sharding.unsharded(target):  # inference_mode would spoil what models cache
         metrics = evaluate(target, run.epoch + 1) or {}
-    if metrics.get("images") == 0:
-        raise ValueError("none of the validation images can be read: the warnings name them")
     return {key: float(value) for key, value in metrics.items()}
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import default_collate
 
 from .builtin import DIGITS_MEAN, DIGITS_STD, Cells, Digits, Scenes, digit_transform
 from .cells import (
+    CELL_EXTENSIONS,
     JUMP_CHANNELS,
     JUMP_MEAN,
     JUMP_STD,
@@ -45,6 +46,7 @@ from .images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImageFolder,
+    each_file,
     each_readable,
     image_transform,
     load_rgb,

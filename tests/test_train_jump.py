@@ -380,6 +380,8 @@ def test_a_folder_of_classes(folder_run, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].endswith("dark/3.npy") and lines[4].endswith("light/4.npy")
     assert {lines[2].split()[-1], lines[3].split()[-1]} == {"dark", "light"}
+    run(*best, "--predict", root / "dark")                  # the images of a folder
+    assert capsys.readouterr().out.count("dark/") == 20
     np.save(tmp_path / "bad.npy", np.zeros((3, 9, 9)))
     with pytest.raises(SystemExit) as caught:
         run(*best, "--predict", tmp_path / "bad.npy", root / "dark/3.npy")
@@ -394,6 +396,8 @@ def test_a_folder_of_classes(folder_run, tmp_path, capsys):
     assert message in error_of(*best, "--data", wrong)
     three = make_cells(tmp_path / "three", {"dark": 5, "light": 5, "other": 5}, channels=4)
     assert "not the 2 classes of training" in error_of(*best, "--data", three)
+    one = make_cells(tmp_path / "one", {"dark": 5}, channels=4)
+    assert "one class, 'dark'" in error_of("--data", one, "--out", tmp_path / "out", *CPU)
 
 
 def test_statistics_are_what_training_uses(folder_run, capsys):
