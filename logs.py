@@ -1,11 +1,14 @@
 """
-What a run says of each epoch: OUT/log.jsonl, a line on the terminal, OUT/curve.png.
+What a run says of itself: OUT/config.json; of each epoch: OUT/log.jsonl, a line on the terminal,
+OUT/curve.png.
 """
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import safety
@@ -15,6 +18,25 @@ def bar(run) -> tqdm:
     """A bar of a training.Run's steps, on a terminal; elsewhere a line per epoch is enough."""
     hidden = None if run.ctx.is_main else True  # None: unless it is a terminal
     return tqdm(total=run.total, initial=run.step, unit="step", disable=hidden)
+
+
+def advance(bar: tqdm, run, loss: float) -> None:
+    bar.set_description(f"epoch {run.epoch + 1}/{run.epochs}", refresh=False)
+    bar.set_postfix_str(f"loss {loss:.4f}, {run.speed:.0f} img/s", refresh=False)
+    bar.update()
+
+
+def write_config(run) -> None:
+    """OUT/config.json: the options, where the code stood, what runs it."""
+    device = "cpu"
+    if run.ctx.device.type == "cuda":
+        device = torch.cuda.get_device_name(run.ctx.device)
+    config = {**run.identity, "command": sys.argv, "total_steps": run.total,
+              "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "device": device,
+              "parameters": sum(param.numel() for param in run.model.parameters())}
+    text = json.dumps(config, indent=2).encode()
+    run.out.mkdir(parents=True, exist_ok=True)
+    safety.write_whole(run.out / "config.json", lambda file: file.write(text))
 
 
 def write(run) -> None:

@@ -7,14 +7,11 @@ over their files: what does not fit together is refused.
 """
 import os
 import random
-import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
-
-import safety
 
 # Number of this process, of all processes, of this one on its machine.
 LAUNCHERS = {
@@ -28,11 +25,10 @@ LAUNCHERS = {
 
 @dataclass(frozen=True)
 class Context:
-    """This process, the rank-th of world_size. training: it goes on when nobody reads its lines."""
+    """This process, the rank-th of world_size."""
     rank: int
     world_size: int
     device: torch.device
-    training: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -40,8 +36,7 @@ class Context:
 
     def print(self, *words) -> None:
         if self.is_main:
-            stream = safety.Lasting(sys.stdout) if self.training else sys.stdout
-            print(*words, flush=True, file=stream)
+            print(*words, flush=True)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, in place; no communication when there is one."""
@@ -66,23 +61,27 @@ class Context:
             dist.destroy_process_group()
 
 
-def join(device: str, training: bool) -> Context:
+def join(device: str) -> Context:
     """Joins the processes that a launcher started, if it did.
 
     ValueError: what it says does not fit together. SystemExit: no such device."""
     rank, world_size, local_rank = place()
     chosen = choose_device(device, world_size, local_rank)
     if world_size > 1:
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise ValueError(
-                f"this is process {rank} of {world_size}, and {' and '.join(missing)} not set, by "
-                "which they find each other: start with torchrun (under SLURM one task a node, srun "
-                "--ntasks-per-node 1 torchrun ...), set both, or start a single process")
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        settings = {"device_id": chosen} if chosen.type == "cuda" else {}
-        dist.init_process_group(backend, rank=rank, world_size=world_size, **settings)
-    return Context(rank, world_size, chosen, training)
+        meet(rank, world_size, chosen)
+    return Context(rank, world_size, chosen)
+
+
+def meet(rank: int, world_size: int, device: torch.device) -> None:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"this is process {rank} of {world_size}, and {' and '.join(missing)} not set, by "
+            "which they find each other: start with torchrun (under SLURM one task a node, srun "
+            "--ntasks-per-node 1 torchrun ...), set both, or start a single process")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    settings = {"device_id": device} if device.type == "cuda" else {}
+    dist.init_process_group(backend, rank=rank, world_size=world_size, **settings)
 
 
 def place() -> tuple[int, int, int]:
@@ -90,10 +89,10 @@ def place() -> tuple[int, int, int]:
 
     Of several launchers the one with most processes: srun may start a torchrun on each node.
     ValueError: a number is missing, none, or out of range."""
-    names = list(LAUNCHERS)
+    launchers = [names for names in LAUNCHERS.values() if os.environ.keys() & names]
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        names = names[:1]  # torchrun's own process, whatever surrounds it
-    found = [numbers_of(*LAUNCHERS[name]) for name in names]
+        launchers = [LAUNCHERS["torchrun"]]  # its own process, whatever surrounds it
+    found = [numbers_of(*names) for names in launchers]
     return max(filter(None, found), key=lambda numbers: numbers[1], default=(0, 1, 0))
 
 
@@ -104,8 +103,6 @@ def numbers_of(rank: str, size: str, local: str) -> tuple[int, int, int] | None:
         if rank not in said:  # in the shell of an allocation: SLURM has started no task
             return None
         said[size] = os.environ.get("SLURM_STEP_NUM_TASKS", said.get(size, "1"))
-    if not said:
-        return None
     words = " ".join(f"{name}={value}" for name, value in said.items())
     way_out = "start with torchrun, or unset them to run a single process"
     if missing := [name for name in (rank, size) if name not in said]:
@@ -128,16 +125,22 @@ def choose_device(name: str, world_size: int, local_rank: int) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise SystemExit(f"--device {name} cannot be used: {str(error).splitlines()[0]}")
     if device.type == "cuda":
-        if world_size > 1 or device.index is None:  # one GPU per process
-            count = torch.cuda.device_count()
-            if count == 1:  # SLURM shows each task its own
-                local_rank = 0
-            if local_rank >= count:
-                raise ValueError(f"this process is the one of number {local_rank} on its machine, "
-                                 f"which has {count} GPUs: start no more processes than GPUs")
-            device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        torch.cuda.init()  # so that seed_everything reaches it
+        return choose_gpu(device, world_size, local_rank)
+    return device
+
+
+def choose_gpu(device: torch.device, world_size: int, local_rank: int) -> torch.device:
+    """The one that --device names, or else one for each process."""
+    if world_size > 1 or device.index is None:
+        count = torch.cuda.device_count()
+        if count == 1:  # SLURM shows each task its own
+            local_rank = 0
+        if local_rank >= count:
+            raise ValueError(f"this process is the one of number {local_rank} on its machine, "
+                             f"which has {count} GPUs: start no more processes than GPUs")
+        device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    torch.cuda.init()  # so that seed_everything reaches it
     return device
 
 

@@ -2,13 +2,14 @@
 What keeps a run safe: whole files, signals that wait for a checkpoint, words for what fails.
 
     with stop_signals() as signals: ...           the first Ctrl-C only goes into the list
-    with lasting_output(): ...                    a full log disk ends nothing
+    outlast_readers()                             a full log disk ends nothing
     lock_folder(out)                              of two runs in one folder the second is refused
     write_whole(path, write)                      the old file or the new one, never half of it
     nonfinite_source(model, forward, batches)     which module made the nan
     checkpoint_to_resume(out, resume)             nothing is overwritten that could be continued
 """
 import contextlib
+import io
 import os
 import signal
 import socket
@@ -44,15 +45,13 @@ def not_finite(nested) -> bool:
 
 
 class NonFiniteError(RuntimeError):
-    """Loss or gradient is nan or inf; the optimizer has not moved. .step, .epoch (from 1)"""
+    """Loss or gradient of a training.Run is nan or inf; the optimizer has not moved."""
 
-    def __init__(self, what: str, step: int, epoch: int, where: str):
+    def __init__(self, what: str, run, where: str):
         super().__init__(
-            f"{what} at step {step}, epoch {epoch}. It begins in {where}. If that is no bug: a "
-            "lower --lr, a longer warmup, --clip 1 or no --amp, from the last checkpoint on with "
-            "--resume --resume-changed")
-        self.step = step
-        self.epoch = epoch
+            f"{what} at step {run.step}, epoch {run.epoch + 1}. It begins in {where}. If that is "
+            "no bug: a lower --lr, a longer warmup, --clip 1 or no --amp, from the last checkpoint "
+            "on with --resume --resume-changed")
 
 
 def nonfinite_source(model, forward: Callable, batches: list) -> str | None:
@@ -120,7 +119,6 @@ def stop_signals() -> Iterator[list]:
 
     Whoever has set another action (nohup ignores SIGHUP) keeps it, but for SIGTERM and SIGINT."""
     received = []
-    pid = os.getpid()
     on_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     ours = [signum for signum in STOP_SIGNALS if signum in (signal.SIGTERM, signal.SIGINT)
             or signal.getsignal(signum) == signal.SIG_DFL]
@@ -134,9 +132,8 @@ def stop_signals() -> Iterator[list]:
             signal.signal(other, signal.SIG_IGN)
         if not on_torchrun:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if os.getpid() == pid:  # forked loading processes inherit the handler
-            with contextlib.suppress(OSError):  # the terminal may have gone
-                os.write(2, b"\nstopping after this step; a second Ctrl-C: at once, without saving\n")
+        with contextlib.suppress(OSError):  # the terminal may have gone
+            os.write(2, b"\nstopping after this step; a second Ctrl-C: at once, without saving\n")
 
     old = {signum: signal.signal(signum, handle) for signum in ours}
     try:
@@ -148,44 +145,23 @@ def stop_signals() -> Iterator[list]:
 
 # ---- Output --------------------------------------------------------------------------------------
 
-class Lasting:
-    """A text stream of which what cannot be written is lost: its disk is full, its reader gone."""
+class Lossy(io.FileIO):
+    """A file that also takes what it cannot write: its disk is full, its reader gone."""
 
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text: str) -> int:
+    def write(self, data) -> int:
         with contextlib.suppress(OSError):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-    def close_if_broken(self) -> None:
-        """What is still to be written would make Python fail at its exit."""
-        try:
-            self.stream.flush()
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())
-            os.close(nowhere)
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+            return super().write(data)
+        return len(data)
 
 
-@contextlib.contextmanager
-def lasting_output() -> Iterator[None]:
-    """What is printed inside ends nothing if it cannot be written."""
-    streams = [Lasting(sys.stdout), Lasting(sys.stderr)]
-    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
-        try:
-            yield
-        finally:
-            for stream in streams:
-                stream.close_if_broken()
+def outlast_readers() -> None:
+    """From here on nothing ends because what is printed cannot be written."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):  # else whoever has replaced it reads it
+            file = io.BufferedWriter(Lossy(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "backslashreplace",
+                                                line_buffering=True))
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -213,49 +189,40 @@ def write_whole(path: Path, write: Callable, required: bool = True) -> None:
               f"{error}\n", file=sys.stderr, flush=True)
 
 
-LOCKS = {}  # {folder: the open file of its lock, a descriptor} of this process
+LOCKS = {}  # {folder: the open file of its lock} of this process
 
 
-def lock_folder(out: str) -> None:
-    """Makes the folder and locks it for this process, until unlocked_after or the process's end.
+def lock_folder(out: str) -> str | None:
+    """Makes the folder and locks it for this process -> None, or in words why it cannot be used.
 
-    The system holds the lock, not the file OUT/.lock: a dead process has none, whatever it left.
-    ValueError: another process has it, or nothing can be written there."""
+    The system holds the lock, not the file OUT/.lock: a dead process has none, whatever it left."""
     folder = Path(out).resolve()
     if folder in LOCKS:
-        return
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        file = open(folder / ".lock", "ab+", buffering=0)  # noqa: SIM115  it stays open
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be written ({error.strerror}): choose another --out"
-                         ) from error
+        return f"--out {out} cannot be written ({error.strerror}): choose another --out"
     try:
         import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        holder = os.read(file, 1000).decode(errors="replace")
-        os.close(file)
-        raise ValueError(f"--out {out}: another run is at work there ({holder}). Wait for its end, "
-                         "or choose another --out") from None
-    except (ImportError, OSError):  # a system or a file server without locks
-        os.close(file)
-        return
+        file.seek(0)
+        return (f"--out {out}: another run is at work there ({file.read(1000).decode()}). Wait for "
+                "its end, or choose another --out")
+    except (ImportError, OSError):
+        pass  # a system or a file server without locks
     LOCKS[folder] = file
     with contextlib.suppress(OSError):  # on a full disk it says nothing
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return None
 
 
-@contextlib.contextmanager
-def unlocked_after(out: str) -> Iterator[None]:
-    """What is done inside is the last that needs the lock."""
-    try:
-        yield
-    finally:
-        file = LOCKS.pop(Path(out).resolve(), None)
-        if file is not None:
-            os.close(file)
+def unlock_folder(out: str) -> None:
+    if file := LOCKS.pop(Path(out).resolve(), None):
+        file.close()
 
 
 def git_revision() -> str:

@@ -25,9 +25,8 @@ import contextlib
 import json
 import math
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,29 +47,19 @@ def setup(args, training: bool = True) -> Context:
 
     training=False: neither locks --out nor prints batch and learning rate. SystemExit: no such
     device. ValueError: another run works in --out; the processes do not fit together."""
-    ctx = join(args.device, training)
+    ctx = join(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     seed_everything(args.seed)  # without the rank: all processes build the same model
     if not training:
         return ctx
-    problem = None
-    if ctx.is_main:
-        try:
-            safety.lock_folder(args.out)
-        except ValueError as error:
-            problem = error
-    if problem := ctx.gather(problem)[0]:  # none waits for a process that has been refused
-        raise problem
-    effective = effective_batch(args, ctx)
-    rule = "scaled linearly with the batch"
-    if args.lr is not None:
-        rule = "given by --lr, not scaled"
-    elif effective == args.recipe_batch:
-        rule = "the recipe's"
-    ctx.print(f"effective batch {effective} = {args.batch_size} x {args.accum} micro-steps x "
-              f"{ctx.world_size} processes, learning rate {peak_lr(args, ctx):g} ({rule}; recipe: "
-              f"{args.recipe_lr:g} at {args.recipe_batch}), {ctx.device}")
+    problem = ctx.gather(ctx.is_main and safety.lock_folder(args.out))[0]
+    if problem:  # all processes raise it: none waits for one that was refused
+        raise ValueError(problem)
+    safety.outlast_readers()
+    ctx.print(f"effective batch {effective_batch(args, ctx)} = {args.batch_size} x {args.accum} "
+              f"micro-steps x {ctx.world_size} processes, learning rate {peak_lr(args, ctx):g} "
+              f"(the recipe's: {args.recipe_lr:g} at {args.recipe_batch}), {ctx.device}")
     return ctx
 
 
@@ -198,6 +187,11 @@ class Run:
         images = self.running["steps"] * effective_batch(self.args, self.ctx)
         return images / self.running["seconds"]
 
+    def count(self, loss: float, grad_norm: float, seconds: float) -> None:
+        """Adds a step to the sums of this epoch."""
+        step = {"loss": loss, "grad_norm": grad_norm, "steps": 1, "seconds": seconds}
+        self.running = {key: self.running[key] + step[key] for key in NO_SUMS}
+
     def save(self, name: str, required: bool = False) -> None:
         if name == "last.pt":
             self.saved = time.monotonic()
@@ -220,13 +214,16 @@ class Run:
         raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
 
 
-def open_run(args, ctx, model, optimizer, total, per_epoch, harmless, about) -> Run:
+def open_run(args, ctx, model, optimizer, loader, harmless, about) -> Run:
     """A run at its start, or where --resume finds it; OUT/config.json says what it is."""
     path = safety.checkpoint_to_resume(args.out, args.resume)
+    total, per_epoch = run_length(args, loader)
     options = {**vars(args), "lr": peak_lr(args, ctx), "world_size": ctx.world_size,
                "steps_per_epoch": per_epoch}
-    identity = json.loads(json.dumps({"args": options, **about}, default=str))
-    identity |= {"git": safety.git_revision(), "torch": str(torch.__version__)}
+    about = {"args": options, **about, "git": safety.git_revision(), "torch": torch.__version__}
+    if fingerprint := getattr(getattr(loader, "dataset", None), "fingerprint", None):
+        about["training_set"] = fingerprint()
+    identity = json.loads(json.dumps(about, default=str))  # what a checkpoint gives back
     run = Run(args, ctx, model, optimizer, total, per_epoch, identity, net=model)
     if args.ema:
         from timm.utils import ModelEmaV3  # here: only runs with --ema need timm
@@ -238,25 +235,9 @@ def open_run(args, ctx, model, optimizer, total, per_epoch, harmless, about) -> 
     if ctx.total(run.step) != run.step * ctx.world_size:
         raise SystemExit(f"the processes resume at different steps, this one at {run.step}: --out "
                          "has to be a folder that all machines share")
-    device = "cpu"
-    if ctx.device.type == "cuda":
-        device = torch.cuda.get_device_name(ctx.device)
-    config = {**identity, "command": sys.argv, "total_steps": total, "first_step": run.step,
-              "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "seed": args.seed, "device": device,
-              "parameters": sum(param.numel() for param in model.parameters())}
     if ctx.is_main:
-        text = json.dumps(config, indent=2).encode()
-        run.out.mkdir(parents=True, exist_ok=True)
-        safety.write_whole(run.out / "config.json", lambda file: file.write(text))
+        logs.write_config(run)
     return run
-
-
-def data_of(loader) -> dict:
-    """What a checkpoint says of the training set, if that can tell itself from others."""
-    dataset = getattr(loader, "dataset", None)
-    if not hasattr(dataset, "fingerprint"):
-        return {}
-    return {"training_set": dataset.fingerprint()}
 
 
 def take_up(run: Run, path: Path, harmless) -> None:
@@ -326,12 +307,11 @@ def train_step(run: Run, loss_fn: Callable, batches, signals: list) -> tuple:
     report = run.ctx.sum(report).tolist()  # the one wait
     mean_loss, mean_norm, stop, save = (value / run.ctx.world_size for value in report)
     if not math.isfinite(mean_loss):
-        where = source_of_nonfinite_loss(run, loss_fn, kept)
-        raise safety.NonFiniteError(f"the loss is {mean_loss}", run.step, run.epoch + 1, where)
+        raise nonfinite_loss(run, loss_fn, kept, mean_loss)
     if not math.isfinite(mean_norm):
         where = safety.nonfinite_gradients(run.model)
-        raise safety.NonFiniteError(f"the loss is finite, the gradient norm is {mean_norm}",
-                                    run.step, run.epoch + 1, where)
+        raise safety.NonFiniteError(f"the loss is finite, the gradient norm is {mean_norm}", run,
+                                    where)
     if run.args.clip:
         torch.nn.utils.clip_grads_with_norm_(params, run.args.clip, norm)
     run.optimizer.step()
@@ -342,14 +322,16 @@ def train_step(run: Run, loss_fn: Callable, batches, signals: list) -> tuple:
     return mean_loss, mean_norm, stop > 0, save > 0
 
 
-def source_of_nonfinite_loss(run: Run, loss_fn: Callable, batches: list) -> str:
-    """In words, the same on every process: each repeats the step's forward passes."""
+def nonfinite_loss(run: Run, loss_fn: Callable, batches: list, loss: float):
+    """The error that says where it came from, the same on every process: each repeats the step's
+    forward passes."""
     where = safety.nonfinite_source(
         run.model, lambda batch, micro: micro_step(run, run.model, loss_fn, batch, micro), batches)
     if where and run.ctx.world_size > 1:
         where = f"{where}, process {run.ctx.rank}"
     everyone = run.ctx.gather(where)
-    return next(filter(None, everyone), "unknown: repeated, the loss is finite (faulty kernel?)")
+    where = next(filter(None, everyone), "unknown: repeated, the loss is finite (faulty kernel?)")
+    return safety.NonFiniteError(f"the loss is {loss}", run, where)
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -376,46 +358,42 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
     Raises NonFiniteError; SystemExit for a refused start or full memory (status 1) and, after a
     checkpoint, for a signal of safety.STOP_SIGNALS (128 + its number); OSError when the final
     checkpoint cannot be written; ValueError as evaluate raises it."""
-    total, per_epoch = run_length(args, loader)
-    about = {**(about or {}), **data_of(loader)}
-    run = open_run(args, ctx, model, optimizer, total, per_epoch, harmless, about)
+    run = open_run(args, ctx, model, optimizer, loader, harmless, about or {})
     if ctx.world_size > 1 and shard_blocks:
         sharding.shard(run, shard_blocks)
     elif ctx.world_size > 1:
         run.net = DistributedDataParallel(model)
-    with (safety.unlocked_after(args.out), safety.lasting_output(),
-          safety.stop_signals() as signals, logs.bar(run) as bar):
-        for epoch in range(run.epoch, run.epochs):
-            end = min((epoch + 1) * per_epoch, total)
-            batches = start_epoch(run, loader, epoch)
-            while run.step < end:
-                began = time.perf_counter()
-                set_schedules(optimizer, lr(run.step), weight_decay and weight_decay(run.step))
-                with progress_kept(run):
+    with safety.stop_signals() as signals, logs.bar(run) as bar:
+        try:
+            for epoch in range(run.epoch, run.epochs):
+                end = min((epoch + 1) * run.per_epoch, run.total)
+                batches = start_epoch(run, loader, epoch)
+                while run.step < end:
+                    began = time.perf_counter()
+                    set_schedules(optimizer, lr(run.step), weight_decay and weight_decay(run.step))
                     loss, norm, stop, save = train_step(run, loss_fn, batches, signals)
-                step = {"loss": loss, "grad_norm": norm, "steps": 1,
-                        "seconds": time.perf_counter() - began}
-                run.running = {key: run.running[key] + step[key] for key in NO_SUMS}
-                bar.set_description(f"epoch {epoch + 1}/{run.epochs}", refresh=False)
-                bar.set_postfix_str(f"loss {loss:.4f}, {run.speed:.0f} img/s", refresh=False)
-                bar.update()
-                if stop:
-                    run.leave(signals)
-                if save:
-                    run.save("last.pt")
-            metrics = {}
-            if evaluate and (end == total or (epoch + 1) % args.eval_every == 0):
-                with progress_kept(run):
+                    run.count(loss, norm, time.perf_counter() - began)
+                    logs.advance(bar, run, loss)
+                    if stop:
+                        run.leave(signals)
+                    if save:
+                        run.save("last.pt")
+                metrics = {}
+                if evaluate and (end == run.total or (epoch + 1) % args.eval_every == 0):
                     metrics = measure(run, evaluate)
-            end_epoch(run, lr(end - 1), metrics)
-            if is_better(metrics.get(metric), run.best, lower_is_better):
-                run.best = metrics[metric]
-                run.save("best.pt")
-            run.save("last.pt", required=end == total)
-            if ctx.is_main:
-                logs.tell(run, metric, bar)
-            if end < total and ctx.total(len(signals)):
-                run.leave(signals)
+                end_epoch(run, lr(end - 1), metrics)
+                if is_better(metrics.get(metric), run.best, lower_is_better):
+                    run.best = metrics[metric]
+                    run.save("best.pt")
+                run.save("last.pt", required=end == run.total)
+                if ctx.is_main:
+                    logs.tell(run, metric, bar)
+                if end < run.total and ctx.total(len(signals)):
+                    run.leave(signals)
+        except Exception as error:
+            keep_progress(run, error)
+            raise
+    safety.unlock_folder(args.out)
     ctx.total(0)  # now all processes may read the checkpoints
     return run.history
 
@@ -435,20 +413,15 @@ def set_schedules(optimizer, lr: float, weight_decay: float | None) -> None:
             group["weight_decay"] = weight_decay * group.get("wd_scale", 1.0)
 
 
-@contextlib.contextmanager
-def progress_kept(run: Run) -> Iterator[None]:
-    """After an error, when nothing has moved in this step: saves what was learnt before, unless
-    this takes all processes and the error is this one's. SystemExit: the memory is full."""
-    try:
-        yield
-    except Exception as error:
-        together = not run.sharded or isinstance(error, safety.NonFiniteError)
-        if run.step > run.first_step and together:
-            with contextlib.suppress(Exception):
-                run.save("last.pt")
-        if safety.is_out_of_memory(error):
-            raise SystemExit(safety.out_of_memory_advice(error, run.args)) from error
-        raise
+def keep_progress(run: Run, error: Exception) -> None:
+    """What was learnt before the error is saved, unless that takes all processes and the error is
+    this one's. SystemExit: the memory is full."""
+    together = not run.sharded or isinstance(error, safety.NonFiniteError)
+    if run.step > run.first_step and together:
+        with contextlib.suppress(Exception):
+            run.save("last.pt")
+    if safety.is_out_of_memory(error):
+        raise SystemExit(safety.out_of_memory_advice(error, run.args)) from error
 
 
 def measure(run: Run, evaluate: Callable) -> dict:
@@ -461,7 +434,8 @@ def measure(run: Run, evaluate: Callable) -> dict:
         for buffer in target.buffers():
             dist.broadcast(buffer, 0)
     target.eval()
-    with torch.no_grad(), sharding.unsharded(target):  # inference_mode would spoil what models cache
+    whole = sharding.unsharded(target) if run.sharded else contextlib.nullcontext()
+    with torch.no_grad(), whole:  # inference_mode would spoil what models cache
         metrics = evaluate(target, run.epoch + 1) or {}
     return {key: float(value) for key, value in metrics.items()}
 
