@@ -184,21 +184,10 @@ def open_images(args: runs.Options, train: bool, classes: list | None = None):
     """The training or the validation set. classes: names that the folders must have."""
     if args.data is None:
         return data.Digits(train, args.img_size)
-    policy = args.auto_augment if train and args.auto_augment != "none" else None
-    try:
-        transform = data.image_transform(args.img_size, train, auto_augment=policy,
-                                         reprob=args.reprob, scale=(args.crop_scale, 1.0),
-                                         crop_pct=args.crop_pct or CROP_PCT)
-    except (AssertionError, KeyError, NotImplementedError) as error:
-        raise ValueError(f"--auto-augment {policy}: timm does not know it; the paper's is "
-                         f"{AUGMENTATION['auto_augment']}") from error
+    transform = data.image_transform(args.img_size, train, auto_augment=args.auto_augment,
+                                     reprob=args.reprob, scale=(args.crop_scale, 1.0),
+                                     crop_pct=args.crop_pct or CROP_PCT)
     return data.ImageFolder(args.data, "train" if train else "val", transform, classes)
-
-
-def loader_of(args: runs.Options, ctx: training.Context, dataset, train: bool):
-    if args.data is None:  # the digits lie in memory
-        return runs.loader_of(args, ctx, dataset, train, workers=0)
-    return runs.loader_of(args, ctx, dataset, train)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -216,8 +205,8 @@ def train(args: runs.Options, ctx: training.Context, start: runs.Saved, build: C
         data.require_classes(train_set)
     classes = train_set.classes
     val_set = open_images(args, False, classes)
-    loader = loader_of(args, ctx, train_set, True)
-    val_loader = loader_of(args, ctx, val_set, False)
+    loader = runs.loader_of(args, ctx, train_set, True)
+    val_loader = runs.loader_of(args, ctx, val_set, False)
     model = build(args, len(classes))
     if start.gives_weights:
         note = checkpoints.load(model, start.content, True, released_pos_rows)
@@ -294,7 +283,7 @@ def evaluate(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> No
             ctx.print(note)
         if order != dataset.classes:
             dataset = open_images(args, False, order)
-    loader = loader_of(args, ctx, dataset, False)
+    loader = runs.loader_of(args, ctx, dataset, False)
     result = runs.evaluate_classifier(model, loader, ctx, args.amp)
     ctx.print(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss "
               f"{result['loss']:.4f} on {result['images']:,.0f} images of {len(dataset):,}")

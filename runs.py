@@ -214,7 +214,8 @@ def built_from_options(options: dict) -> dict:
 
 def starting_point(options: dict, path: str | None) -> Saved:
     """What a run starts from: with --resume its own checkpoint, else that at `path`, else none."""
-    refuse_out_inside_data(options["out"], options.get("data"))
+    if options.get("data"):
+        refuse_out_inside_data(options["out"], options["data"])
     own = safety.checkpoint_to_resume(options["out"], options["resume"])
     if own is None:
         return read(path) if path else Saved()
@@ -224,9 +225,9 @@ def starting_point(options: dict, path: str | None) -> Saved:
         raise ValueError(f"{error}. Try --resume {options['out']}/best.pt") from error
 
 
-def refuse_out_inside_data(out: str, root: str | None) -> None:
+def refuse_out_inside_data(out: str, root: str) -> None:
     """ValueError: --out is where the readers look for the images of --data."""
-    if not root or not os.path.isdir(root):
+    if not os.path.isdir(root):
         return
     folder = Path(root).resolve()
     inside = Path(out).resolve()
@@ -285,9 +286,8 @@ def plain_errors(prog: str) -> Iterator[None]:
 
 
 def loader_of(args: Options, ctx: training.Context, dataset, train: bool = False, **more):
-    """The data.make_loader of this process. Built-in data needs no loading processes.
-
-    more: options of make_loader that are not as args say."""
+    """The data.make_loader of this process. more: options of make_loader that are not as args
+    say."""
     settings = {"batch_size": args.batch_size, "workers": args.workers, **more}
     return data.make_loader(dataset, train=train, seed=args.seed, rank=ctx.rank,
                             world_size=ctx.world_size, **settings)

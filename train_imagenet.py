@@ -45,7 +45,8 @@ DROP_PATH = {"tiny": 0.05, "small": 0.05, "base": 0.4, "large": 0.4, "huge": 0.4
 
 # The same on the digits, scaled to 1,437 training images of 8 x 8 pixels and two CPU cores.
 DIGITS = {"epochs": 5.0, "warmup": 1.0, "batch_size": 32, "ema": 0.98, "mixup": 0.0, "cutmix": 0.0,
-          "drop_path_rate": 0.0, "recipe_lr": 1e-3, "recipe_batch": 32, "out": "runs/digits"}
+          "drop_path_rate": 0.0, "recipe_lr": 1e-3, "recipe_batch": 32, "workers": 0,
+          "out": "runs/digits"}  # workers: they lie in memory
 DIGITS_MODEL = {"img_size": 32, "patch_size": 8}
 
 
@@ -78,28 +79,35 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     The recipe is that of ImageNet, or of the digits without --data."""
     parser = make_parser()
     typed = vars(parser.parse_args(argv))
+    recipe = {**runs.defaults(parser), **RECIPE}
     on_digits = not typed.keys() & {"data", "eval", "predict"}
-    toy = DIGITS if on_digits else {}
-    chosen = {**runs.defaults(parser), **RECIPE, **toy, **typed}
-    if chosen["vit_conv"] and not chosen["vit_pool"]:
+    if on_digits:
+        recipe |= DIGITS
+    start = starting_point({**recipe, **typed}, parser)
+    known = {}
+    if start.content:
+        known = {**runs.encoder_options(start, typed), **classification.crop_of(start, typed)}
+    elif on_digits:
+        known = DIGITS_MODEL
+    model = {**recipe, **known, **typed}["model"]
+    if not on_digits:
+        recipe["drop_path_rate"] = drop_path_of(model)
+    if typed.keys() & {"init", "shard"} and not classification.is_ours(model):
+        raise ValueError(f"--init and --shard are for our models, {', '.join(fastvim.list_models())}"
+                         f": {model} is none")
+    return runs.Options({**recipe, **known, **typed}), start
+
+
+def starting_point(options: dict, parser: runs.Parser) -> runs.Saved:
+    """The checkpoint that is looked at, or that the training starts from; or none."""
+    if options["vit_conv"] and not options["vit_pool"]:
         parser.error("--vit-conv goes with --vit-pool")
-    if chosen["eval"] or chosen["predict"]:
-        start = runs.read(chosen["eval"] or f"{chosen['out']}/best.pt")
-    else:
-        classification.check_pairs(chosen, parser)
-        start = runs.starting_point(chosen, chosen["init"])
-    if on_digits and not start.content:
-        toy = {**DIGITS, **DIGITS_MODEL}
-    known = {**runs.encoder_options(start, typed), **classification.crop_of(start, typed)}
-    model = {**chosen, **known, **typed}["model"]
-    if chosen["init"] and not classification.is_ours(model):
-        raise ValueError(f"--init is for our models, {', '.join(fastvim.list_models())}: {model} "
-                         "is none")
-    only_look = chosen["eval"] or chosen["predict"]
-    if chosen["shard"] and (only_look or not classification.is_ours(model)):
-        raise ValueError("--shard is for training our models: leave it out")
-    recipe = {**chosen, "drop_path_rate": drop_path_of(model)}
-    return runs.Options({**recipe, **toy, **known, **typed}), start
+    if not (options["eval"] or options["predict"]):
+        classification.check_pairs(options, parser)
+        return runs.starting_point(options, options["init"])
+    if options["shard"]:
+        parser.error("--shard is for training")
+    return runs.read(options["eval"] or f"{options['out']}/best.pt")
 
 
 def drop_path_of(model: str) -> float:

@@ -356,11 +356,11 @@ def build_autoencoder(args: runs.Options) -> MaskedAutoencoder:
 def pretrain(args: runs.Options, ctx: training.Context, start: runs.Saved) -> list[dict]:
     """One run; returns training.fit's log."""
     train_set = classification.open_images(args, True)
-    loader = classification.loader_of(args, ctx, train_set, True)
+    loader = runs.loader_of(args, ctx, train_set, True)
     val_set = None
     if args.data is None or pathlib.Path(args.data, "val").is_dir():
         val_set = classification.open_images(args, False)
-        val_loader = classification.loader_of(args, ctx, val_set, False)
+        val_loader = runs.loader_of(args, ctx, val_set, False)
     model = build_autoencoder(args)
     if start.gives_weights:
         ctx.print(f"{start.path}: {checkpoints.load(model, start.content)}")

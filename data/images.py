@@ -161,12 +161,19 @@ def image_transform(img_size: int, train: bool, *, auto_augment: str | None = No
     timm's string ("rand-m9-mstd0.5-inc1"), erasing to noise with probability `reprob`. timm ignores
     color_jitter beside RandAugment.
     Else: short side to img_size / crop_pct (224 / 0.875 = 256), then the centre.
+    ValueError: timm does not know the auto_augment.
     """
     timm = extra("timm.data")
     timm.auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
-    steps = timm.create_transform(
-        img_size, is_training=train, interpolation="bicubic", auto_augment=auto_augment,
-        crop_pct=crop_pct, scale=scale, hflip=hflip, color_jitter=color_jitter, separate=train)
+    if not train or auto_augment == "none":
+        auto_augment = None
+    try:
+        steps = timm.create_transform(
+            img_size, is_training=train, interpolation="bicubic", auto_augment=auto_augment,
+            crop_pct=crop_pct, scale=scale, hflip=hflip, color_jitter=color_jitter, separate=train)
+    except (AssertionError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"--auto-augment {auto_augment}: timm does not know it; the paper's is "
+                         "rand-m9-mstd0.5-inc1") from error
     if not train:
         return extra("torchvision.transforms").Compose([middle, *steps.transforms])
     crop_and_flip, policy, _ = steps
