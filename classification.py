@@ -1,5 +1,6 @@
 """Image classifiers: what train_imagenet.py shares with the later stages of train_mae.py."""
 import argparse
+import functools
 from collections.abc import Callable
 
 import torch
@@ -224,11 +225,8 @@ def train(args: runs.Options, ctx: training.Context, start: runs.Saved, build: C
 
     peak = training.peak_lr(args, ctx)
     total, per_epoch = training.run_length(args, loader)
-    warmup = round(args.warmup * per_epoch)
-
-    def lr(step):
-        return training.cosine(step, total, peak, warmup=warmup, start=lr_start, end=lr_end)
-
+    lr = functools.partial(training.cosine, total=total, value=peak, start=lr_start, end=lr_end,
+                           warmup=round(args.warmup * per_epoch))
     built = {"name": args.model, "fields": runs.model_fields(args) | {"num_classes": len(classes)}}
     return training.fit(
         args, ctx, model, loader, classification_loss(args, len(classes)),

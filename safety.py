@@ -19,29 +19,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 # ---- Numbers that are not finite -----------------------------------------------------------------
 
 
-def map_tensors(function: Callable, nested):
-    """`nested` with function(tensor) for each tensor in its dicts, lists and (named) tuples."""
-    if isinstance(nested, torch.Tensor):
-        return function(nested)
-    if isinstance(nested, dict):
-        return {key: map_tensors(function, value) for key, value in nested.items()}
-    if isinstance(nested, (list, tuple)):
-        values = [map_tensors(function, value) for value in nested]
-        if hasattr(nested, "_fields"):
-            return type(nested)(*values)
-        return type(nested)(values)
-    return nested
-
-
 def not_finite(nested) -> bool:
     """Is there a nan or inf in any tensor of the nested value?"""
-    found = []
-    map_tensors(lambda tensor: found.append(not torch.isfinite(tensor).all()), nested)
-    return any(found)
+    tensors = [leaf for leaf in tree_leaves(nested) if isinstance(leaf, torch.Tensor)]
+    return any(not torch.isfinite(tensor).all() for tensor in tensors)
 
 
 class NonFiniteError(RuntimeError):
@@ -178,11 +164,9 @@ def write_whole(path: Path, write: Callable, required: bool = True) -> None:
             file.flush()
             os.fsync(file.fileno())  # else a power cut can leave the new name on no data
         os.replace(temporary, path)
-    except BaseException as error:
+    except (OSError, RuntimeError) as error:  # the second: torch.save, full disk
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if not isinstance(error, (OSError, RuntimeError)):  # the second: torch.save, full disk
-            raise
         if required:
             raise OSError(f"cannot write {path}: {error}") from error
         print(f"\nWARNING: cannot write {path}. The previous one is kept and training goes on.\n"

@@ -92,9 +92,10 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     model = {**recipe, **known, **typed}["model"]
     if not on_digits:
         recipe["drop_path_rate"] = drop_path_of(model)
-    if typed.keys() & {"init", "shard"} and not classification.is_ours(model):
-        raise ValueError(f"--init and --shard are for our models, {', '.join(fastvim.list_models())}"
-                         f": {model} is none")
+    for option in ("init", "shard"):
+        if option in typed and not classification.is_ours(model):
+            raise ValueError(f"--{option} is for training our models, "
+                             f"{', '.join(fastvim.list_models())}: {model} is none")
     return runs.Options({**recipe, **known, **typed}), start
 
 
@@ -106,7 +107,7 @@ def starting_point(options: dict, parser: runs.Parser) -> runs.Saved:
         classification.check_pairs(options, parser)
         return runs.starting_point(options, options["init"])
     if options["shard"]:
-        parser.error("--shard is for training")
+        raise ValueError("--shard is for training our models: leave it out")
     return runs.read(options["eval"] or f"{options['out']}/best.pt")
 
 

@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 import logs
 import safety
@@ -78,18 +79,14 @@ def peak_lr(args, ctx: Context) -> float:
 def run_length(args, loader) -> tuple[int, int]:
     """-> (optimizer steps of the run, steps per epoch). Batches that fill no step are left out.
 
-    ValueError: run or epoch are shorter than a step, or neither --epochs nor --steps is given."""
+    ValueError: the run is shorter than a step."""
     per_epoch = len(loader) // args.accum
-    limits = []
-    if args.epochs is not None:
-        limits.append(round(args.epochs * per_epoch))
-    if args.steps is not None:
-        limits.append(args.steps)
-    if not per_epoch or not limits or not min(limits):
+    limits = [args.steps, args.epochs and round(args.epochs * per_epoch)]
+    total = min(limit for limit in limits if limit is not None)
+    if not per_epoch or not total:
         raise ValueError(f"{len(loader)} batches per epoch, --accum {args.accum}, --epochs "
-                         f"{args.epochs}, --steps {args.steps}: give one of the last two, at least "
-                         "one step, and an --accum of at most the number of batches")
-    return min(limits), per_epoch
+                         f"{args.epochs}: a run needs at least one step")
+    return total, per_epoch
 
 
 # ---- Schedules: functions of the step, 0 .. total-1, after a linear warmup from start to value ---
@@ -200,7 +197,8 @@ class Run:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "ema": self.ema and self.ema.module.state_dict()}
         if self.sharded:  # all processes are here
-            state = safety.map_tensors(lambda x: sharding.whole(x, self.ctx.is_main), state)
+            state = tree_map_only(
+                torch.Tensor, lambda x: sharding.whole(x, self.ctx.is_main), state)
         state |= {**{key: getattr(self, key) for key in PROGRESS}, **self.identity}
         if self.ctx.is_main:
             safety.write_whole(self.out / name, lambda file: torch.save(state, file), required)
@@ -276,7 +274,8 @@ def micro_step(run: Run, net, loss_fn: Callable, batch, micro: int) -> torch.Ten
     # From pinned memory the copy overlaps with computation. A copy on the CPU too: loss_fn may mix
     # images in place.
     device = run.ctx.device
-    batch = safety.map_tensors(lambda x: x.to(device, non_blocking=True, copy=True), batch)
+    batch = tree_map_only(
+        torch.Tensor, lambda x: x.to(device, non_blocking=True, copy=True), batch)
     seed_everything(run.args.seed, run.step, micro, run.ctx.rank)
     with torch.autocast(device.type, torch.bfloat16, enabled=run.args.amp):
         return loss_fn(net, batch)

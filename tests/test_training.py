@@ -274,8 +274,8 @@ def test_run_length():
     assert run_length(args, range(11)) == (2, 2)
     args.epochs = None
     assert run_length(args, range(11)) == (2, 2)
-    args.steps = None
-    with pytest.raises(ValueError, match="--epochs"):
+    args.epochs = 0.1
+    with pytest.raises(ValueError, match="--epochs 0.1"):
         run_length(args, range(11))
     with pytest.raises(ValueError, match="--accum"):
         run_length(argparse.Namespace(accum=4, epochs=1, steps=None), range(3))
