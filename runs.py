@@ -67,19 +67,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(argument_default=argparse.SUPPRESS, **settings)
 
     def parse_args(self, args=None, namespace=None):
-        found = super().parse_args(args, namespace)
-        for name, value in vars(found).items():
-            setattr(found, name, at_home(value))
-        return found
+        words = sys.argv[1:] if args is None else args
+        return super().parse_args([at_home(word) for word in words], namespace)
 
 
-def at_home(value):
-    """An option with the ~ that paths begin with replaced, also those after a =."""
-    if isinstance(value, list):
-        return [at_home(item) for item in value]
-    if isinstance(value, str):
-        return "=".join(os.path.expanduser(part) for part in value.split("="))
-    return value
+def at_home(word: str) -> str:
+    return "=".join(os.path.expanduser(part) for part in word.split("="))
 
 
 def defaults(parser: argparse.ArgumentParser) -> dict:

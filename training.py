@@ -305,12 +305,8 @@ def train_step(run: Run, loss_fn: Callable, batches, signals: list) -> tuple:
     report = torch.stack([mean_loss, norm, *wishes])
     report = run.ctx.sum(report).tolist()  # the one wait
     mean_loss, mean_norm, stop, save = (value / run.ctx.world_size for value in report)
-    if not math.isfinite(mean_loss):
-        raise nonfinite_loss(run, loss_fn, kept, mean_loss)
-    if not math.isfinite(mean_norm):
-        where = safety.nonfinite_gradients(run.model)
-        raise safety.NonFiniteError(f"the loss is finite, the gradient norm is {mean_norm}", run,
-                                    where)
+    if not math.isfinite(mean_loss + mean_norm):
+        raise nonfinite(run, loss_fn, kept, mean_loss, mean_norm)
     if run.args.clip:
         torch.nn.utils.clip_grads_with_norm_(params, run.args.clip, norm)
     run.optimizer.step()
@@ -321,9 +317,12 @@ def train_step(run: Run, loss_fn: Callable, batches, signals: list) -> tuple:
     return mean_loss, mean_norm, stop > 0, save > 0
 
 
-def nonfinite_loss(run: Run, loss_fn: Callable, batches: list, loss: float):
-    """The error that says where it came from, the same on every process: each repeats the step's
-    forward passes."""
+def nonfinite(run: Run, loss_fn: Callable, batches: list, loss: float, norm: float):
+    """The error that says where a nan or inf came from, the same on every process: each repeats
+    the step's forward passes."""
+    if math.isfinite(loss):
+        what = f"the loss is finite, the gradient norm is {norm}"
+        return safety.NonFiniteError(what, run, safety.nonfinite_gradients(run.model))
     where = safety.nonfinite_source(
         run.model, lambda batch, micro: micro_step(run, run.model, loss_fn, batch, micro), batches)
     if where and run.ctx.world_size > 1:
@@ -446,9 +445,8 @@ def end_epoch(run: Run, lr: float, metrics: dict) -> None:
             "loss": sums["loss"] / sums["steps"], "grad_norm": sums["grad_norm"] / sums["steps"],
             "metrics": {name: value if math.isfinite(value) else None
                         for name, value in metrics.items()},
-            "img_per_s": run.speed, "peak_mib": None}
-    if run.ctx.device.type == "cuda":
-        line["peak_mib"] = torch.cuda.max_memory_allocated(run.ctx.device) / 2**20
+            "img_per_s": run.speed,
+            "peak_mib": torch.cuda.max_memory_allocated() / 2**20}  # 0 without a GPU
     run.epoch += 1
     run.history = [*run.history, line]
     run.running = NO_SUMS.copy()
