@@ -19,7 +19,8 @@ def selective_scan(x, dt, A, B, C, D) -> Tensor:
     x_t, dt_t, B_t, C_t = first
     decay = torch.exp(dt_t * A[:, :, None])                 # (k b p n e)
     h = B_t.mT * (dt_t * x_t)                               # (k b p n e)
-    for i in range(ROUNDS):
+    open_length = isinstance(x.shape[2], torch.SymInt)
+    for i in range(ROUNDS if open_length else (x.shape[2] - 1).bit_length()):
         before = torch.arange(x.shape[2], device=x.device) - 2 ** i
         exists = (before >= 0)[:, None, None]
         before = before.clamp(min=0)

@@ -1,21 +1,70 @@
-"""The code in CONTRIBUTING.md runs; what other documents say of versions is true; no file needs a
-file that needs it."""
+"""The code in documents runs, their commands have the options that scripts have, their links lead
+to what they name; one version; no file needs a file that needs it."""
 import ast
+import contextlib
 import graphlib
+import importlib
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+import checkpoints
 import fastvim
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 CODE = re.findall(r"## A (.*?)\n.*?```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
+
+
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+BLOCKS = {f"{name} {i}": code for name in ("README.md", "docs/backends.md")
+          for i, code in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL))}
+SCRIPTS = "train_imagenet|train_mae|train_jump|finetune_dense|bench"
+COMMANDS = sorted({command.split("  #")[0].strip() for path in DOCUMENTS for command in
+                   re.findall(rf"(?:{SCRIPTS})\.py[^`\n]*", path.read_text())})
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_code_of_documents_runs(name, tmp_path):
+    weights = tmp_path / "FastVim_small.safetensors"
+    checkpoints.export(fastvim.create_model("fastvim_small"), weights)
+    code = BLOCKS[name].replace("FastVim_small.ckpt", str(weights))
+    code = code.replace('create_model("fastvim_tiny")', 'create_model("fastvim_tiny", depth=2)')
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_documents_have_real_options(command, tmp_path, monkeypatch):
+    """Or argparse would raise SystemExit. That there is no such checkpoint here is fine."""
+    monkeypatch.chdir(tmp_path)
+    script, *argv = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    if argv and not command.endswith("--help"):
+        with contextlib.suppress(FileNotFoundError):
+            importlib.import_module(script.removesuffix(".py")).get_args()
+
+
+def test_links_of_the_readme_lead_to_what_they_name():
+    lines = (ROOT / "fastvim.py").read_text().splitlines()
+    links = re.findall(r"\[`(\w+)`\]\(fastvim\.py#L(\d+)\)", (ROOT / "README.md").read_text())
+    assert len(links) >= 8
+    for name, number in links:
+        assert re.match(rf"\s*(def|class)? ?{name}\b", lines[int(number) - 1]), (name, number)
+
+
+def test_links_of_documents_lead_to_files():
+    for path in DOCUMENTS:
+        for link in re.findall(r"\]\(([^)#:]+)\)|(?:src|srcset)=\"([^\"]+)\"", path.read_text()):
+            assert (path.parent / "".join(link)).exists(), (path.name, link)
 
 
 @pytest.mark.parametrize("subject, code", CODE, ids=[subject for subject, _ in CODE])
