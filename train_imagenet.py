@@ -9,6 +9,8 @@ Classification: FastVim, Vim and baselines on ImageNet-1k, as in section 4.1 of 
     python train_imagenet.py --size s --data IMAGENET_DIR --eval FastVim_small.ckpt
                                                       released weights, or our own
     python train_imagenet.py --predict cat.jpg dog.png --eval runs/imagenet/best.pt
+    python train_imagenet.py --embed OUT.parquet --data DIR --eval runs/imagenet/best.pt
+                                                      features of all images, for other tools
 
 What the paper and its released logs report, top-1 of the EMA model, after epoch
 
@@ -30,6 +32,7 @@ import torch
 from torch import nn
 
 import classification
+import embed
 import fastvim
 import runs
 import training
@@ -60,6 +63,9 @@ def make_parser() -> runs.Parser:
     add("--eval", metavar="CKPT", help="only evaluate this checkpoint, ours or a released one")
     add("--predict", metavar="IMAGE", nargs="+", help="print the five likeliest classes of each "
         "image, by --eval CKPT (default: OUT/best.pt)")
+    add("--embed", metavar="FILE", type=embed.new_file, help="write the features of all images in "
+        "--data, in class folders or not, by --eval CKPT (default: OUT/best.pt) as a Parquet file; "
+        "the same command again goes on after a kill")
     add = classification.add_model_arguments(parser, ", or any of timm's")
     add("--vit-pool", action="store_const", const=True, help="alternate pooling in a ViT of timm")
     add("--vit-conv", action="store_const", const=True, help="a convolution before its attention, "
@@ -78,12 +84,15 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     The recipe is that of ImageNet, or of the digits without --data."""
     parser = make_parser()
     typed = vars(parser.parse_args(argv))
-    on_digits = not typed.keys() & {"data", "eval", "predict"}
+    on_digits = not typed.keys() & {"data", "eval", "predict", "embed"}
     toy = DIGITS if on_digits else {}
     chosen = {**runs.defaults(parser), **RECIPE, **toy, **typed}
     if chosen["vit_conv"] and not chosen["vit_pool"]:
         parser.error("--vit-conv goes with --vit-pool")
-    if chosen["eval"] or chosen["predict"]:
+    if chosen["embed"] and chosen["predict"]:
+        parser.error("--embed and --predict: give one of them")
+    only_look = chosen["eval"] or chosen["predict"] or chosen["embed"]
+    if only_look:
         start = runs.read(chosen["eval"] or f"{chosen['out']}/best.pt")
     else:
         classification.check_pairs(chosen, parser)
@@ -95,7 +104,6 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     if chosen["init"] and not classification.is_ours(model):
         raise ValueError(f"--init is for our models, {', '.join(fastvim.list_models())}: {model} "
                          "is none")
-    only_look = chosen["eval"] or chosen["predict"]
     if chosen["shard"] and (only_look or not classification.is_ours(model)):
         raise ValueError("--shard is for training our models: leave it out")
     recipe = {**chosen, "drop_path_rate": drop_path_of(model)}
@@ -116,10 +124,12 @@ def adamw(model: nn.Module, args: runs.Options, lr: float) -> torch.optim.Optimi
 def main() -> None:
     with runs.plain_errors("train_imagenet.py"):
         args, start = get_args()
-        ctx = training.setup(args, training=not (args.eval or args.predict))
+        ctx = training.setup(args, training=not (args.eval or args.predict or args.embed))
         if args.predict:
             if ctx.is_main:
                 classification.predict(args, ctx, start)
+        elif args.embed:
+            embed.embed_images(args, ctx, start)
         elif args.eval:
             classification.evaluate(args, ctx, start)
         else:
