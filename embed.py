@@ -56,11 +56,11 @@ def write(args: runs.Options, ctx: training.Context, files: data.Files, listing:
     on beside the model's weights. ValueError: the parts that are there are of something else."""
     folder = Path(f"{args.embed}.parts")
     folder.mkdir(parents=True, exist_ok=True)
+    size = max(1, PART // args.batch_size) * args.batch_size
     about = {**about, "version": fastvim.__version__, "model": args.model,
-             **runs.model_fields(args), "batch_size": args.batch_size, "amp": args.amp,
+             **runs.model_fields(args), "batch_size": args.batch_size, "part": size, "amp": args.amp,
              "weights": digest_of(model.state_dict()), "images": digest_of(listing)}
     refuse_other_parts(folder, about)
-    size = max(1, PART // args.batch_size) * args.batch_size
     parts = {folder / f"{start:09}.parquet": range(start, min(start + size, len(files)))
              for start in range(0, len(files), size)}
     missing = ctx.gather([path for path in parts if not path.exists()])[0]

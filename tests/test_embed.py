@@ -121,11 +121,13 @@ def test_encoders_without_a_head(tmp_path, monkeypatch):
     model = fastvim.create_model("fastvim_tiny", depth=2, img_size=32, patch_size=8, num_classes=0, pool_scale=0.25)
     content = torch.load(tmp_path / "mae/last.pt", weights_only=True)
     fastvim.load_checkpoint(model, content, encoder_only=True)
-    held_out = data.Digits(False, 32)
+    train, held_out = data.Digits(True, 32), data.Digits(False, 32)
+    train.augment = False
+    x = torch.stack([train[i][0] for i in range(100)] + [held_out[i][0] for i in range(360)])
     with torch.no_grad():
-        expected = model.eval()(torch.stack([held_out[i][0] for i in range(360)]))
-    assert_close(features[1437:], expected, rtol=1e-4, atol=1e-5)
-    assert list(frame["label"][1437:]) == [str(label) for label in held_out.labels]
+        expected = model.eval()(x)
+    assert_close(torch.cat([features[:100], features[1437:]]), expected, rtol=1e-4, atol=1e-5)
+    assert list(frame["label"]) == [str(label) for label in train.labels + held_out.labels]
     assert frame["path"][1440] == "val/3"
 
     torch.save({"state_dict": {f"backbone.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "released.ckpt")
@@ -233,7 +235,7 @@ def test_parts_of_something_else_are_refused(folder, photos, tmp_path, monkeypat
     torch.save(content, tmp_path / "other.pt")
     for more, changed in ((["--eval", tmp_path / "other.pt"], "weights"), (["--eval", photos, "--amp"], "amp"),
                           (["--eval", photos, "--data", folder / "val"], "images"),
-                          (["--eval", photos, "--batch-size", 5], "batch_size"),
+                          (["--eval", photos, "--batch-size", 5], "batch_size, part"),
                           (["--eval", photos, "--img-size", 48], "img_size, weights"),
                           (["--eval", photos, "--crop-pct", 0.9], "crop_pct")):
         message = error_of(imagenet, *options, "--batch-size", 6, *more)
