@@ -58,8 +58,8 @@ def write(args: runs.Options, ctx: training.Context, files: data.Files, listing:
     folder.mkdir(parents=True, exist_ok=True)
     size = max(1, PART // args.batch_size) * args.batch_size
     about = {**about, "version": fastvim.__version__, "model": args.model,
-             **runs.model_fields(args), "batch_size": args.batch_size, "part": size, "amp": args.amp,
-             "weights": digest_of(model.state_dict()), "images": digest_of(listing)}
+             **runs.model_fields(args), "amp": args.amp, "batch_size": args.batch_size,
+             "part": size, "weights": digest_of(model.state_dict()), "images": digest_of(listing)}
     refuse_other_parts(folder, about)
     parts = {folder / f"{start:09}.parquet": range(start, min(start + size, len(files)))
              for start in range(0, len(files), size)}

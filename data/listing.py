@@ -1,8 +1,8 @@
 """
 What is to be embedded: all images of a data set with what is known of them, in all splits.
 
-A listing is a dictionary of columns, lists of text of one length, None where nothing is known: path,
-split, label, of plates also compound, well and what else tells wells and sites apart.
+A listing is a dictionary of columns, lists of text of one length, None where nothing is known:
+path, split, label, of plates also compound, well and what else tells wells and sites apart.
 """
 
 import functools
