@@ -9,6 +9,8 @@ Classification: FastVim, Vim and baselines on ImageNet-1k, as in section 4.1 of 
     python train_imagenet.py --size s --data IMAGENET_DIR --eval FastVim_small.ckpt
                                                       released weights, or our own
     python train_imagenet.py --predict cat.jpg dog.png --eval runs/imagenet/best.pt
+    python train_imagenet.py --embed OUT.parquet --data DIR --eval runs/imagenet/best.pt
+                                                      features of all images, for other tools
 
 What the paper and its released logs report, top-1 of the EMA model, after epoch
 
@@ -30,6 +32,7 @@ import torch
 from torch import nn
 
 import classification
+import embed
 import fastvim
 import runs
 import training
@@ -49,6 +52,8 @@ DIGITS = {"epochs": 5.0, "warmup": 1.0, "batch_size": 32, "ema": 0.98, "mixup": 
           "out": "runs/digits"}  # workers: they lie in memory
 DIGITS_MODEL = {"img_size": 32, "patch_size": 8}
 
+LOOKS = ("eval", "predict", "embed")  # options that train nothing
+
 
 def make_parser() -> runs.Parser:
     parser = runs.Parser(usage="%(prog)s [options]", description="Train, evaluate or use an image "
@@ -61,6 +66,9 @@ def make_parser() -> runs.Parser:
     add("--eval", metavar="CKPT", help="only evaluate this checkpoint, ours or a released one")
     add("--predict", metavar="IMAGE", nargs="+", help="print the five likeliest classes of each "
         "image, by --eval CKPT (default: OUT/best.pt)")
+    add("--embed", metavar="FILE", type=embed.new_file, help="write the features of all images in "
+        "--data, in class folders or not, by --eval CKPT (default: OUT/best.pt) as a Parquet file; "
+        "the same command again goes on after a kill")
     add = classification.add_model_arguments(parser, ", or any of timm's")
     add("--vit-pool", action="store_const", const=True, help="alternate pooling in a ViT of timm")
     add("--vit-conv", action="store_const", const=True, help="a convolution before its attention, "
@@ -80,7 +88,7 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     parser = make_parser()
     typed = vars(parser.parse_args(argv))
     recipe = {**runs.defaults(parser), **RECIPE}
-    on_digits = not typed.keys() & {"data", "eval", "predict"}
+    on_digits = not typed.keys() & {"data", *LOOKS}
     if on_digits:
         recipe |= DIGITS
     start = starting_point({**recipe, **typed}, parser)
@@ -103,7 +111,9 @@ def starting_point(options: dict, parser: runs.Parser) -> runs.Saved:
     """The checkpoint that is looked at, or that the training starts from; or none."""
     if options["vit_conv"] and not options["vit_pool"]:
         parser.error("--vit-conv goes with --vit-pool")
-    if not (options["eval"] or options["predict"]):
+    if options["embed"] and options["predict"]:
+        parser.error("--embed and --predict: give one of them")
+    if not any(options[name] for name in LOOKS):
         classification.check_pairs(options, parser)
         return runs.starting_point(options, options["init"])
     if options["shard"]:
@@ -125,10 +135,12 @@ def adamw(model: nn.Module, args: runs.Options, lr: float) -> torch.optim.Optimi
 def main() -> None:
     with runs.plain_errors("train_imagenet.py"):
         args, start = get_args()
-        ctx = training.setup(args, training=not (args.eval or args.predict))
+        ctx = training.setup(args, training=not any(vars(args)[name] for name in LOOKS))
         if args.predict:
             if ctx.is_main:
                 classification.predict(args, ctx, start)
+        elif args.embed:
+            embed.embed_images(args, ctx, start)
         elif args.eval:
             classification.evaluate(args, ctx, start)
         else:

@@ -13,6 +13,8 @@ channel. FastChannelVim and its baselines on the JUMP-CP benchmark, or on your o
     python train_jump.py --data DIR --stats         mean and standard deviation of its channels
     python train_jump.py --data DIR --eval runs/jump/best.pt    accuracy by number of channels
     python train_jump.py --predict cell.npy --eval runs/jump/best.pt
+    python train_jump.py --embed OUT.parquet --data DIR --eval runs/jump/best.pt    features, for
+                                                    other tools; --per well: their means
 
 What the paper reports: top-1 on plate BR00116991 (161 classes, all 8 channels, S models, channel
 sampling, 8 GPUs: a batch of 256):
@@ -36,6 +38,7 @@ import functools
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +50,7 @@ import baselines
 import channels
 import checkpoints
 import data
+import embed
 import fastvim
 import runs
 import safety
@@ -124,8 +128,13 @@ def make_parser() -> runs.Parser:
         "OUT: where the checkpoint is)")
     add("--predict", metavar="FILE", nargs="+", help="print the five likeliest classes of each "
         "image, by --eval CKPT (default: OUT/best.pt)")
+    add("--embed", metavar="FILE", type=embed.new_file, help="write the features of all images of "
+        "--data, in class folders or not, or --index, by --eval CKPT (default: OUT/best.pt) as a "
+        "Parquet file; the same command again goes on after a kill")
+    add("--per", choices=["image", "well"], help="a row of --embed: an image, or the mean of a "
+        "well's (default image)")
     add("--split", choices=["train", "val", "test"], help="to evaluate (default test, if there is "
-        "one, else val)")
+        "one, else val), or to embed (default all)")
     channels.add_arguments(parser)
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="NAME", help="fastchannelvim, channelvim, fastvim, vim, vit, channelvit "
@@ -164,9 +173,13 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
         parser.error(f"--images {typed['images']}: OLD=NEW is expected")
     if len(typed.keys() & {"mean", "std"}) == 1:
         parser.error("--mean and --std go together")
+    if len(typed.keys() & {"embed", "predict", "stats"}) > 1:
+        parser.error("--embed, --predict, --stats: give one of them")
+    if "per" in typed and "embed" not in typed:
+        parser.error("--per goes with --embed")
     start = runs.Saved()
     toy = {} if typed.keys() & {"data", "index"} else CELLS
-    if typed.keys() & {"eval", "predict"}:
+    if typed.keys() & {"eval", "predict", "embed"}:
         path = typed.get("eval") or f"{typed.get('out', RECIPE['out'])}/best.pt"
         start = runs.read(path)
         typed = {"out": os.path.dirname(path) or ".", **typed}
@@ -176,7 +189,7 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
         if start.options and "mean" in typed:
             raise ValueError("--mean and --std: the model keeps those that it was trained with")
     chosen = {**runs.defaults(parser), **RECIPE, **toy, **typed}
-    if not typed.keys() & {"eval", "predict", "stats"}:
+    if not typed.keys() & {"eval", "predict", "embed", "stats"}:
         start = runs.starting_point(chosen, chosen["init"])
     return runs.Options({**chosen, **start.model_options(), **typed}), start
 
@@ -298,29 +311,41 @@ def train(args, ctx, start: runs.Saved) -> None:
 
 # ---- Evaluation --------------------------------------------------------------------------------
 
-def restore(args, ctx, saved: runs.Saved, raw: data.Files | None = None
+def restore(args, ctx, saved: runs.Saved, raw: data.Files | None = None, headless: bool = False
             ) -> tuple[nn.Module, Channels]:
-    """-> the model of a checkpoint, in eval mode, and its channels in raw images, or in files."""
+    """-> the model of a checkpoint, in eval mode, and its channels in raw images, or in files.
+
+    headless: the model gives the features that its head, if it has one, would be given."""
     known = saved_channels(saved)
     if not known and raw is None:           # a released one, and no data set to ask
         files = args.channel_names or list(data.JUMP_CHANNELS)
         known = {"files": files, "model": files, "mean": data.JUMP_MEAN, "std": data.JUMP_STD}
+    elif not known:                         # its channels are those of the files, all of them
+        every = runs.Options({**vars(args), "channels": None})
+        known = match_channels(every, ctx, raw, {})._asdict()
     seen = match_channels(args, ctx, raw, known)
     head = checkpoints.model_weights(saved.content)[0].get("head.weight", ())
+    if headless:
+        head = ()
     model = build_model(args, fields_of(args, len(seen.model), len(head)))
-    ctx.print(f"{saved.path}: {fastvim.load_checkpoint(model, saved.content)} into {args.model}, "
-              f"patch {args.patch_size}")
-    if raw and len(head) != len(raw.classes):
+    note = fastvim.load_checkpoint(model, saved.content, encoder_only=headless)
+    ctx.print(f"{saved.path}: {note} into {args.model}, patch {args.patch_size}")
+    if raw and not headless and len(head) != len(raw.classes):
         raise ValueError(f"the checkpoint tells {len(head)} classes apart, {raw.where} holds "
                          f"{len(raw.classes)}")
     return model.to(ctx.device).eval(), seen
 
 
-def evaluate(args, ctx, saved: runs.Saved) -> None:
-    """Top-1 by number of channels and of named subsets: a table, OUT/channels.json and .png."""
+def require_files(args, saved: runs.Saved) -> None:
+    """ValueError: neither are there files, nor was the model trained on drawn cells."""
     if not (args.data or args.index or was_on_cells(saved)):
         raise ValueError("--eval: this model was trained on files, so --data or --index has to say "
                          "where they are")
+
+
+def evaluate(args, ctx, saved: runs.Saved) -> None:
+    """Top-1 by number of channels and of named subsets: a table, OUT/channels.json and .png."""
+    require_files(args, saved)
     split = "test"
     if args.data and Path(args.data, "train").is_dir() and not Path(args.data, "test").is_dir():
         split = "val"
@@ -367,6 +392,59 @@ def predict(args, ctx, saved: runs.Saved) -> None:
         runs.print_likeliest(path, p, saved.classes or [str(i) for i in range(len(p))])
 
 
+def list_images(args) -> tuple[dict[str, list], data.Files]:
+    """What is to be embedded, and the raw images, each labelled by its number in the listing."""
+    load = functools.partial(data.load_cells, planes=dict(args.planes or []))
+    names = []
+    if args.index:
+        where = data.first_few(args.index)
+        listing = data.list_index(args.index, args.platemap, args.metadata, args.images or "",
+                                  args.split_by or "site")
+    elif args.data:
+        where = args.data
+        listing, names = data.list_cells(args.data, args.pattern or "", args.split_by or "")
+    else:
+        where = "the drawn cells"
+        cells = {split: data.Cells(split, np.asarray, args.img_size) for split in data.Cells.sizes}
+        labels = {split: [label for _, label in cells[split].samples] for split in cells}
+        listing, load = data.list_built_in(cells, labels)
+    listing = choose_images(args, listing, where)
+    samples = [(path, number) for number, path in enumerate(listing["path"])]
+    raw = data.Files(samples, [], load, np.asarray, where)
+    raw.channels = names
+    return listing, raw
+
+
+def choose_images(args, listing: dict[str, list], where: str) -> dict[str, list]:
+    """Those of --split, for --per well those in wells. ValueError: there are none."""
+    chosen = [i for i, split in enumerate(listing["split"]) if args.split in (None, split)]
+    if args.per == "well":
+        if not data.well_columns(listing):
+            raise ValueError("--per well: the wells are not known without --index, or a --pattern "
+                             "that has a group (?P<well>...)")
+        outside = [i for i in chosen if listing["well"][i] is None]
+        if outside:
+            warnings.warn(f"{where}: {len(outside)} of {len(chosen)} images are in no well and are "
+                          "left out")
+        chosen = [i for i in chosen if listing["well"][i] is not None]
+    if not chosen:
+        raise ValueError(f"{where}: none of {len(listing['path'])} images is to be embedded; "
+                         f"--split {args.split}, --per {args.per or 'image'}")
+    return data.pick(listing, chosen)
+
+
+def embed_images(args, ctx, saved: runs.Saved) -> None:
+    """Features of all images, or their means by well, as a Parquet file."""
+    require_files(args, saved)
+    listing, raw = list_images(args)
+    model, seen = restore(args, ctx, saved, raw, headless=True)
+    shown = torch.tensor(seen.shown)
+    about = {"checkpoint": saved.path, "channels": [seen.model[i] for i in seen.shown],
+             "known_channels": seen._asdict(), "planes": args.planes}
+    embed.write(args, ctx, seen.normalized(raw, args.img_size), listing, model,
+                lambda images: classify(args, model, images, shown), about)
+
+
 def write(args, name: str, content) -> None:
     """content(file) writes OUT/name; if it cannot, for a full disk, that is a warning."""
     Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -376,10 +454,13 @@ def write(args, name: str, content) -> None:
 def main() -> None:
     with runs.plain_errors("train_jump.py"):
         args, start = get_args()
-        ctx = training.setup(args, training=not (args.eval or args.predict or args.stats))
+        ctx = training.setup(args, training=not (args.eval or args.predict or args.embed or
+                                                 args.stats))
         if args.predict:
             if ctx.is_main:
                 predict(args, ctx, start)
+        elif args.embed:
+            embed_images(args, ctx, start)
         elif args.stats:
             raw = open_split(args, "train")
             mean, std = data.channel_statistics(raw, channels.count_channels(args, raw))

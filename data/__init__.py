@@ -12,7 +12,8 @@ The data of the experiments: readers of data sets, built-in data without downloa
 
 loading.py has the loader, and how a run goes on with a bad file; survey.py a look at the whole
 before training; images.py ImageNet; cells.py microscopy, by tiff.py, tables.py and sites.py;
-dense.py transforms and ADE20K; coco.py COCO; builtin.py digits, drawn cells and drawn scenes.
+listing.py a whole data set with what is known of its images; dense.py transforms and ADE20K;
+coco.py COCO; builtin.py digits, drawn cells and drawn scenes.
 """
 
 from torch.utils.data import default_collate
@@ -43,6 +44,7 @@ from .dense import (
     to_pixels,
 )
 from .images import (
+    EXTENSIONS,
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImageFolder,
@@ -51,6 +53,7 @@ from .images import (
     image_transform,
     load_rgb,
 )
+from .listing import list_built_in, list_cells, list_folder, list_index, pick, well_columns
 from .loading import BadDataError, Files, Seeded, extra, first_few, make_loader
 from .sites import group_sites, named_by_channel
 from .survey import order_of_classes, require_classes

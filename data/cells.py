@@ -9,6 +9,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -298,7 +299,7 @@ def cell_folder(root: str, split: str, transform: Callable, classes: list[str] |
     files = ImageFolder(root, split if sorted_already else "", transform, classes, load,
                         CELL_EXTENSIONS)
     names = []
-    sites = [Site(path, label, None) for path, label in files.samples]
+    sites = [Site(path, label, None, {}) for path, label in files.samples]
     if pattern:
         sites, names = group_sites(files.samples, pattern, root)
     if split_by == "well" and any(site.well is None for site in sites):
@@ -317,12 +318,11 @@ def cell_folder(root: str, split: str, transform: Callable, classes: list[str] |
 def sites_of_split(root: str, split: str, sites: list[Site], classes: list[str], split_by: str
                    ) -> list[Site]:
     """Class by class 60 : 20 : 20 of the wells, or of the sites where no wells are known."""
-    by_well = split_by != "site"
     known = {}
     chosen = []
     for label, name in enumerate(classes):
         of_class = [site for site in sites if site.label == label]
-        units = [site.well if by_well and site.well else site.path for site in of_class]
+        units = units_of_sites(of_class, split_by)
         splits = splits_of_units(units, split_of, known)
         mine = [site for site, its_split in zip(of_class, splits) if its_split == split]
         if not mine:
@@ -335,6 +335,12 @@ def sites_of_split(root: str, split: str, sites: list[Site], classes: list[str],
                 "val/CLASS and test/CLASS")
         chosen += mine
     return chosen
+
+
+def units_of_sites(sites: list[Site], split_by: str) -> list:
+    """What falls into one split: their wells, or they themselves."""
+    by_well = split_by != "site"
+    return [site.well if by_well and site.well else site.path for site in sites]
 
 
 def read_table(path: str, *wanted: str) -> list[list[str | None]]:
@@ -362,6 +368,27 @@ def read_table(path: str, *wanted: str) -> list[list[str | None]]:
     return columns
 
 
+class IndexRow(NamedTuple):
+    """An image of JUMP-CP's tables."""
+    path: str | None
+    table: str              # one for each plate
+    well: str | None
+    split: str
+
+
+def rows_of_index(tables: list[str], images: str, split_by: str) -> list[IndexRow]:
+    """All images of the tables; arguments as for JumpCP."""
+    found = []
+    units = []
+    for table in tables:
+        for path, name in zip(*read_table(table, "path", "well_loc")):
+            well = normal_well(name)
+            found.append((JumpCP.locate(path, table, images), table, well))
+            units.append((table, well) if split_by == "well" else len(found))
+    splits = splits_of_units(units, split_of, {})
+    return [IndexRow(*row, split) for row, split in zip(found, splits)]
+
+
 class JumpCP(Files):
     """The JUMP-CP benchmark: tables of images with their wells, and of what was in the wells.
 
@@ -380,23 +407,17 @@ class JumpCP(Files):
     def __init__(self, index: str | list[str], platemap: str, metadata: str, split: str,
                  transform: Callable, images: str = "", split_by: str = "site",
                  planes: Mapping[str, int] | None = None):
-        label_of, classes = labels_of_wells(platemap, metadata)
+        label_of, classes, _ = labels_of_wells(platemap, metadata)
         tables = [index] if isinstance(index, str) else list(index)
         where = f"{first_few(tables)} ({split})"
-        rows = []
-        units = []
-        for table in tables:
-            for path, name in zip(*read_table(table, "path", "well_loc")):
-                well = normal_well(name)
-                rows.append((self.locate(path, table, images), well))
-                units.append((table, well) if split_by == "well" else len(rows))
-        repeated = len(rows) - len({path for path, _ in rows})
+        rows = rows_of_index(tables, images, split_by)
+        repeated = len(rows) - len({row.path for row in rows})
         if repeated:
             warnings.warn(f"{repeated} of {len(rows)} rows of {where} repeat a path: splits will "
                           "share these images")
-        labelled = [path is not None and well in label_of for path, well in rows]
+        labelled = [row.path is not None and row.well in label_of for row in rows]
         if not all(labelled):
-            lost = {str(well) for (_, well), known in zip(rows, labelled) if not known}
+            lost = {str(row.well) for row, known in zip(rows, labelled) if not known}
             message = (
                 f"{labelled.count(False)} of {len(rows)} images have no label: their wells "
                 f"({first_few(sorted(lost))}) are not in {platemap} joined with {metadata}, which "
@@ -405,10 +426,9 @@ class JumpCP(Files):
                 raise ValueError(f"{where}: {message}")
             warnings.warn(f"{message}. They are left out.")
         samples = []
-        for (path, well), its_split, known in zip(rows, splits_of_units(units, split_of, {}),
-                                                  labelled):
-            if known and its_split == split:
-                samples.append((path, label_of[well]))
+        for row, known in zip(rows, labelled):
+            if known and row.split == split:
+                samples.append((row.path, label_of[row.well]))
         if not samples:
             raise ValueError(f"{where}: no images in this split of {len(rows)}")
         load = functools.partial(load_cells, planes=planes)
@@ -428,20 +448,24 @@ class JumpCP(Files):
         return folder + slash + path
 
 
-def labels_of_wells(platemap: str, metadata: str) -> tuple[dict, list[str]]:
-    """{well: label}, class names.
+def labels_of_wells(platemap: str, metadata: str) -> tuple[dict, list[str], dict]:
+    """{well: label}, class names, {well: what is in it}, also of wells without a label.
 
     The label is 0, "control", if what is in the well has no target, else 1 + the number of its
     target in the order in which targets appear when metadata is joined with platemap; of
     duplicate wells the last one holds.
     """
     wells_of = collections.defaultdict(list)    # None: untreated wells, and their row of metadata
-    for sample, well in zip(*read_table(platemap, "broad_sample", "well_position")):
-        wells_of[sample].append(normal_well(well))
+    sample_of_well = {}
+    for sample, name in zip(*read_table(platemap, "broad_sample", "well_position")):
+        well = normal_well(name)
+        wells_of[sample].append(well)
+        sample_of_well[well] = sample
     label_of_target = {None: 0}
     label_of_well = {}
     for sample, target in zip(*read_table(metadata, "broad_sample", "target|gene")):
         for well in wells_of[sample]:
             label = label_of_target.setdefault(target, len(label_of_target))
             label_of_well[well] = label
-    return label_of_well, ["control", *list(label_of_target)[1:]]
+            sample_of_well[well] = sample
+    return label_of_well, ["control", *list(label_of_target)[1:]], sample_of_well

@@ -20,6 +20,7 @@ class Site(NamedTuple):
     path: str                   # load_cells reads it
     label: int
     well: Hashable              # sites of one well are equal in this; None: not said
+    groups: dict[str, str]      # what the pattern's groups say of it, but for the channel
 
 
 def group_sites(samples: Sequence[tuple[str, int]], pattern: str, root: str
@@ -78,7 +79,7 @@ def group_sites(samples: Sequence[tuple[str, int]], pattern: str, root: str
             if "well" in groups:
                 well = tuple(value for name, value in groups.items() if name != "site")
             path = BETWEEN_FILES.join(files[channel] for channel in channels)
-            found.append(Site(path, label, well))
+            found.append(Site(path, label, well, groups))
     return found, [channel for channel in channels if channel]
 
 

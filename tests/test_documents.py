@@ -27,7 +27,7 @@ BLOCKS = {f"{name} {i}": code for name in ("README.md", "docs/backends.md")
           for i, code in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL))}
 SCRIPTS = "train_imagenet|train_mae|train_jump|finetune_dense|bench"
 COMMANDS = sorted({command.split("  #")[0].strip() for path in DOCUMENTS for command in
-                   re.findall(rf"(?:{SCRIPTS})\.py[^`\n]*", path.read_text())})
+                   re.findall(rf"(?:python|torchrun) .*?((?:{SCRIPTS})\.py[^`\n]*)", path.read_text())})
 
 
 @pytest.mark.parametrize("name", BLOCKS)

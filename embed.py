@@ -1,0 +1,231 @@
+"""
+Features of images, for whoever clusters, compares or classifies them by other means: --embed.
+
+    python train_imagenet.py --embed OUT.parquet --data DIR --eval CKPT
+    python train_jump.py --embed OUT.parquet --data DIR --eval CKPT --per well
+    np.stack(pandas.read_parquet("OUT.parquet")["features"])        # (n d) float32
+
+A row for each image: its path, what is known of it, and what the model gives its head. A run may be
+killed at any moment: it writes parts, whole or not at all, into OUT.parquet.parts, and a later one
+computes those that are missing. Where a part begins does not depend on who computes it, so one
+process, several, or one run after another end in the same bits.
+"""
+import argparse
+import collections
+import hashlib
+import itertools
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+import checkpoints
+import classification
+import data
+import fastvim
+import runs
+import safety
+import training
+
+PART = 1024     # images, about
+
+# ---- Parts ---------------------------------------------------------------------------------------
+
+
+def new_file(text: str) -> str:
+    """An argparse type: a file that is not there yet."""
+    path = os.path.expanduser(text)
+    if os.path.exists(path):
+        raise argparse.ArgumentTypeError(f"{path} exists: delete it, or choose another name")
+    return path
+
+
+def write(args: runs.Options, ctx: training.Context, files: data.Files, listing: dict[str, list],
+          model: nn.Module, encode: Callable[[Tensor], Tensor], about: dict) -> None:
+    """Writes args.embed: the listing's rows with encode(images (b c h w)) -> features (b d).
+
+    files: the images, each labelled by its number in the listing. about: what the features depend
+    on beside the model's weights. ValueError: the parts that are there are of something else."""
+    folder = Path(f"{args.embed}.parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    size = max(1, PART // args.batch_size) * args.batch_size
+    about = {**about, "version": fastvim.__version__, "model": args.model,
+             **runs.model_fields(args), "amp": args.amp, "batch_size": args.batch_size,
+             "part": size, "weights": digest_of(model.state_dict()), "images": digest_of(listing)}
+    refuse_other_parts(folder, about)
+    parts = {folder / f"{start:09}.parquet": range(start, min(start + size, len(files)))
+             for start in range(0, len(files), size)}
+    missing = ctx.gather([path for path in parts if not path.exists()])[0]
+    ctx.print(f"embedding {len(files):,} images; {len(parts) - len(missing)} of {len(parts)} parts "
+              "are there already")
+    mine = missing[ctx.rank::ctx.world_size]
+    todo = Subset(files, np.array([i for path in mine for i in parts[path]], int))
+    loader = data.make_loader(todo, args.batch_size, train=False, workers=args.workers)
+    batches = iter(tqdm(loader, "embedding", disable=None if ctx.is_main else True))
+    for path in mine:
+        count = math.ceil(len(parts[path]) / args.batch_size)
+        numbers = []
+        features = []
+        for images, labels in filter(None, itertools.islice(batches, count)):
+            with torch.inference_mode(), torch.autocast(ctx.device.type, torch.bfloat16,
+                                                        enabled=args.amp):
+                features.append(encode(images.to(ctx.device)).flatten(1).float().cpu())
+            numbers += labels.tolist()
+        if features:                                        # else no image of it could be read
+            write_part(path, data.pick(listing, numbers), torch.cat(features).numpy(), about)
+    ctx.gather(None)                                        # all parts are there
+    if ctx.is_main:
+        merge(args, [path for path in parts if path.exists()], listing, about)
+        for path in folder.glob("*.parquet*"):
+            path.unlink()
+        folder.rmdir()
+
+
+def digest_of(columns: dict) -> str:
+    """A short name for the values of tensors or lists of text."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, values in columns.items():
+        digest.update(name.encode())
+        if isinstance(values, Tensor):
+            digest.update(values.cpu().numpy().tobytes())
+        else:
+            digest.update(repr(values).encode())
+    return digest.hexdigest()
+
+
+def refuse_other_parts(folder: Path, about: dict) -> None:
+    """ValueError: a part in the folder is damaged, or of another embedding than `about` says."""
+    parquet = data.extra("pyarrow.parquet")
+    about = json.loads(json.dumps(about))                   # a tuple becomes a list
+    for path in sorted(folder.glob("*.parquet")):
+        try:
+            old = json.loads(parquet.read_schema(str(path)).metadata[b"fastvim"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no part of an embedding: delete it") from error
+        changed = [name for name in about if name != "checkpoint" and about[name] != old.get(name)]
+        if changed:
+            raise ValueError(f"{folder} was begun with other {', '.join(changed)}: go on as it was "
+                             "begun, delete it, or choose another name")
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+#
+# Parquet is read by a file's name: a Python object that pyarrow still holds at the exit aborts it.
+
+def table_of(listing: dict[str, list], features: np.ndarray):
+    """Columns of text, and features (n d) float32 as a column of lists of d numbers."""
+    pyarrow = data.extra("pyarrow")
+
+    def text(value):            # a name that is no text of this system's is escaped
+        return None if value is None else os.fsencode(value).decode(errors="backslashreplace")
+
+    columns = {name: pyarrow.array(map(text, values), pyarrow.string())
+               for name, values in listing.items()}
+    values = pyarrow.array(features.reshape(-1))
+    columns["features"] = pyarrow.FixedSizeListArray.from_arrays(values, features.shape[1])
+    return pyarrow.table(columns)
+
+
+def save(tables: Iterable, where, about: dict) -> None:
+    """Writes the tables, a row group each, to a path or a stream of pyarrow's."""
+    tables = iter(tables)
+    first = next(tables)
+    schema = first.schema.with_metadata({"fastvim": json.dumps(about)})
+    parquet = data.extra("pyarrow.parquet")
+    with parquet.ParquetWriter(where, schema, use_dictionary=False) as writer:
+        for table in itertools.chain([first], tables):
+            writer.write_table(table)
+
+
+def write_part(path: Path, listing: dict[str, list], features: np.ndarray, about: dict) -> None:
+    sink = data.extra("pyarrow").BufferOutputStream()
+    save([table_of(listing, features)], sink, about)
+    safety.write_whole(path, lambda file: file.write(sink.getvalue()))
+
+
+def merge(args: runs.Options, parts: list[Path], listing: dict[str, list], about: dict) -> None:
+    """The parts, one after the other or as means of wells -> args.embed."""
+    parquet = data.extra("pyarrow.parquet")
+    total = len(listing["path"])
+    read = sum(parquet.read_metadata(str(path)).num_rows for path in parts)
+    runs.require_images(read)
+    tables = (parquet.ParquetFile(str(path)).read(use_threads=False) for path in parts)
+    what = f"{read:,} images"
+    if vars(args).get("per") == "well":
+        tables = [well_means(tables, listing)]
+        what = f"{tables[0].num_rows:,} wells of {what}"
+    safety.write_whole(Path(args.embed), lambda file: save(tables, str(file.name), about))
+    print(f"{args.embed}: {what}; {total - read:,} of {total:,} cannot be read", flush=True)
+
+
+def well_means(tables: Iterable, listing: dict[str, list]):
+    """Rows of images -> a row for each well: what they agree in, `sites`, how many there are, and
+    the mean of their features. A warning names the wells of the listing without any."""
+    names = data.well_columns(listing)
+    rows = {}                                               # well -> what its images agree in
+    sites = collections.Counter()
+    sums = collections.defaultdict(float)
+    for table in tables:
+        features = np.stack(table["features"].to_numpy()).astype(np.float64)
+        known = table.drop_columns([name for name in ("path", "site", "features")
+                                    if name in table.column_names])
+        for row, values in zip(known.to_pylist(), features):
+            well = tuple(row[name] for name in names)
+            common = rows.setdefault(well, row)
+            common.update({name: None for name in row if row[name] != common[name]})
+            sites[well] += 1
+            sums[well] = sums[well] + values
+    wells = dict.fromkeys(zip(*(listing[name] for name in names)))
+    if lost := ["/".join(map(str, well)) for well in wells if well not in rows]:
+        warnings.warn(f"{len(lost)} of {len(wells)} wells are left out, none of their images can "
+                      f"be read: {data.first_few(lost)}")
+    means = np.stack([sums[well] / sites[well] for well in rows]).astype(np.float32)
+    columns = {name: [row[name] for row in rows.values()] for name in known.column_names}
+    table = table_of(columns, means)
+    place = table.num_columns - 1                           # before the features
+    return table.add_column(place, "sites", [[sites[well] for well in rows]])
+
+
+# ---- Photographs ---------------------------------------------------------------------------------
+
+def embed_images(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> None:
+    """--embed of train_imagenet.py."""
+    digits = classification.saw_digits(saved)
+    if args.data:
+        listing = data.list_folder(args.data, data.EXTENSIONS)
+        load = data.load_rgb
+        view = classification.view_of(args, saved)
+    elif digits:
+        sets = {split: data.Digits(split == "train", args.img_size) for split in ("train", "val")}
+        sets["train"].augment = False
+        listing, load = data.list_built_in(sets, {name: sets[name].labels for name in sets})
+        view = torch.as_tensor                              # they give what the model sees
+    else:
+        raise ValueError("--embed: this model was trained on images, so --data DIR has to say "
+                         "which ones")
+    samples = [(path, number) for number, path in enumerate(listing["path"])]
+    files = data.Files(samples, [], load, view, args.data or "the digits")
+    model = encoder(args, ctx, saved)
+    about = {"checkpoint": saved.path, "channels": ["red", "green", "blue"],
+             "crop_pct": args.crop_pct, "digits": digits}
+    write(args, ctx, files, listing, model, model, about)
+
+
+def encoder(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> nn.Module:
+    """The checkpoint's model, whatever its head or decoder, without one: it returns features."""
+    if not classification.is_ours(args.model):
+        model = classification.restore(args, ctx, saved)
+        model.reset_classifier(0)
+        return model
+    model = classification.build_model(args, 0)
+    note = checkpoints.load(model, saved.content, encoder_only=True)
+    ctx.print(f"{saved.path}: {note}; pool_scale {model.cfg.pool_scale:g}")
+    return model.to(ctx.device).eval()
