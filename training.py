@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 import logs
 import safety
 import sharding
+import sinks
 from processes import Context, join, seed_everything
 
 # ---- Options, and what follows from them -----------------------------------------------------------
@@ -57,8 +58,9 @@ def setup(args, training: bool = True) -> Context:
     problem = None
     if ctx.is_main:
         try:
+            sinks.require(args.log)
             safety.lock_folder(args.out)
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             problem = error
     if problem := ctx.gather(problem)[0]:  # none waits for a process that has been refused
         raise problem
@@ -384,7 +386,8 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
     elif ctx.world_size > 1:
         run.net = DistributedDataParallel(model)
     with (safety.unlocked_after(args.out), safety.lasting_output(),
-          safety.stop_signals() as signals, logs.bar(run) as bar):
+          safety.stop_signals() as signals, sinks.opened(run) as write_sinks,
+          logs.bar(run) as bar):
         for epoch in range(run.epoch, run.epochs):
             end = min((epoch + 1) * per_epoch, total)
             batches = start_epoch(run, loader, epoch)
@@ -414,6 +417,7 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
             run.save("last.pt", required=end == total)
             if ctx.is_main:
                 logs.tell(run, metric, bar)
+                write_sinks(run.history[-1])
             if end < total and ctx.total(len(signals)):
                 run.leave(signals)
     ctx.total(0)  # now all processes may read the checkpoints
