@@ -4,9 +4,9 @@ Where a run's log goes besides OUT/log.jsonl, when asked: --log tensorboard, --l
     tensorboard --logdir OUT                    reads OUT/tensorboard
     wandb sync OUT/wandb/offline-run-*          after a run with WANDB_MODE=offline
 
-Their packages are imported only when asked for. Each start writes the log from its first line on,
-which is what a resumed run has in its checkpoint: a line that a kill lost is there again, none is
-there twice. A sink that fails is closed with a warning; the training goes on.
+Their packages are imported only when asked for. A line is written before the checkpoint that knows
+of it: what a kill loses is written again by the resumed run, which takes back what lies beyond its
+checkpoint. A sink that fails is closed with a warning; the training goes on.
 """
 import contextlib
 import importlib
@@ -72,10 +72,16 @@ def numbers(line: dict) -> dict[str, float]:
 class TensorBoard:
     def __init__(self, run):
         module = importlib.import_module(MODULES["tensorboard"])
-        # The step from which on earlier files of this folder do not count.
-        self.writer = module.SummaryWriter(run.out / "tensorboard", purge_step=0)
+        folder = run.out / "tensorboard"
+        self.first = 0
+        if folder.exists():
+            self.first = run.step + 1
+        # Of what is there, TensorBoard forgets the steps from `first` on.
+        self.writer = module.SummaryWriter(folder, purge_step=self.first)
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        if step < self.first:
+            return
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
@@ -95,7 +101,7 @@ class WandB:
                               settings=wandb.Settings(console="off"))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        if step >= self.run.step:               # it has those before, and takes none again
+        if step >= self.run.step:               # the server has those before
             self.run.log(values, step=step, commit=True)
 
     def close(self) -> None:

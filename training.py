@@ -411,13 +411,13 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
                 with progress_kept(run):
                     metrics = measure(run, evaluate)
             end_epoch(run, lr(end - 1), metrics)
+            write_sinks(run.history[-1])
             if is_better(metrics.get(metric), run.best, lower_is_better):
                 run.best = metrics[metric]
                 run.save("best.pt")
             run.save("last.pt", required=end == total)
             if ctx.is_main:
                 logs.tell(run, metric, bar)
-                write_sinks(run.history[-1])
             if end < total and ctx.total(len(signals)):
                 run.leave(signals)
     ctx.total(0)  # now all processes may read the checkpoints
