@@ -107,6 +107,8 @@ def index_shard(path: str) -> list[tuple]:
         with tarfile.open(path, "r:") as shard:         # "r:" refuses a compressed one
             while member := shard.next():
                 shard.members = []                      # tarfile would keep all of them
+                if member.size < 0:                     # and read in a circle
+                    raise tarfile.ReadError(f"{member.name} has a negative size")
                 folder, _, name = member.name.rpartition("/")
                 key, _, kind = name.partition(".")
                 key = f"{folder}/{key}"

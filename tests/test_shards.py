@@ -17,6 +17,7 @@ from PIL import Image
 import classification
 import data
 import train_imagenet
+import train_mae
 from data.ilsvrc import read_rows
 from helpers import run_named_script, run_script, two_processes
 
@@ -174,6 +175,14 @@ def test_two_processes_train_as_one(kind, shards, parquet, tmp_path):
     assert a["metrics"]["loss"] == pytest.approx(b["metrics"]["loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["wds", "hfds"])
+def test_masked_autoencoding(kind, shards, parquet, tmp_path):
+    run_script(train_mae, "pretrain", "--data", f"{kind}/{shards if kind == 'wds' else parquet}", *SMALL, "--steps", 1,
+               "--eval-every", 1, "--decoder-dim", 8, "--out", tmp_path)
+    line = json.loads((tmp_path / "log.jsonl").read_text())
+    assert line["metrics"]["images"] == 6 and (tmp_path / "reconstruction-0001.png").exists()
+
+
 # ---- Tar shards ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("train, val", [
@@ -286,6 +295,16 @@ def test_damaged_shards_are_refused(damage, message, tmp_path):
         open_split(tmp_path)
 
 
+def test_a_shard_that_leads_back_is_refused(tmp_path):
+    write_shard(tmp_path / "train.tar", pairs(0, 1))
+    back = tarfile.TarInfo("back")
+    back.size = -5 * 512                                                    # to where it begins
+    content = (tmp_path / "train.tar").read_bytes()
+    (tmp_path / "train.tar").write_bytes(content[:2048] + back.tobuf(tarfile.GNU_FORMAT) + content[2048:])
+    with pytest.raises(ValueError, match="no whole tar archive .(back has a negative size|invalid offset)"):
+        open_split(tmp_path)
+
+
 def test_a_key_twice_is_refused(tmp_path):
     for extra in (("a/s000.png", png(3)), ("a/s000.jpg", png(3)), ("a/s000.cls", b"1")):
         write_shard(tmp_path / "train.tar", [*pairs(0, 1), extra])
@@ -297,6 +316,8 @@ def test_numbers_of_classes(tmp_path):
     write_shard(tmp_path / "train.tar", [*pair(0, 0), *pair(1, 2), *pair(2, 2)])
     with pytest.warns(UserWarning, match="no sample is of the classes 1"):
         assert open_split(tmp_path).classes == ["0", "1", "2"]
+    with pytest.warns(UserWarning, match="no sample is of the classes 1, 3"):       # of the last one there is none
+        assert open_split(tmp_path, classes=list("0123")).classes == list("0123")
     with pytest.raises(ValueError, match="2 classes of training. Missing: none. Unknown: 2"):
         open_split(tmp_path, classes=["0", "1"])
     with pytest.raises(ValueError, match="Missing: cat, dog, eel. Unknown: 0, 1, 2"):
