@@ -19,7 +19,7 @@ import tarfile
 from collections.abc import Callable
 
 from .images import load_rgb
-from .loading import Files
+from .loading import Files, first_few
 from .survey import NO_CLASS, SPLITS, Finder, order_labels
 
 KINDS = ("jpg", "jpeg", "png", "webp")      # what an image is called, after its key
@@ -103,6 +103,7 @@ def index_shard(path: str) -> list[tuple]:
     size 0: there is no image; label NO_CLASS: no class. ValueError: no whole tar, a key twice."""
     images = {}
     labels = {}
+    twice = []
     try:
         with tarfile.open(path, "r:") as shard:         # "r:" refuses a compressed one
             while member := shard.next():
@@ -111,12 +112,12 @@ def index_shard(path: str) -> list[tuple]:
                     raise tarfile.ReadError(f"{member.name} has a negative size")
                 folder, _, name = member.name.rpartition("/")
                 key, _, kind = name.partition(".")
-                key = f"{folder}/{key}"
+                key = os.path.join(folder, key)
                 kind = kind.lower()
                 if not member.isreg() or kind not in (*KINDS, "cls"):
                     continue
                 if key in (labels if kind == "cls" else images):
-                    raise ValueError(f"{path}: {member.name} is there twice, or in two formats")
+                    twice.append(member.name)
                 if kind == "cls":
                     number = CLASS.fullmatch(shard.extractfile(member).read(20))
                     labels[key] = int(number[1]) if number else NO_CLASS
@@ -125,9 +126,11 @@ def index_shard(path: str) -> list[tuple]:
             shard.fileobj.seek(shard.offset)            # a damaged header ends the loop, too
             if shard.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"damaged or cut at byte {shard.offset:,}")
-    except (tarfile.TarError, OSError) as error:
+    except Exception as error:                          # a damaged header can fail in any way
         raise ValueError(f"{path}: no whole tar archive ({error}). Fetch it again; a compressed one "
                          "has to be unpacked by gunzip") from error
+    if twice:
+        raise ValueError(f"{path}: {first_few(twice)} is there twice, or in two formats")
     samples = []
     for key in {**images, **labels}:
         name, offset, size = images.get(key, (key, 0, 0))
