@@ -83,7 +83,7 @@ def import_datasets() -> ModuleType:
 
 
 def call(where: str, function: Callable, *arguments, **options):
-    """function(...) with what the package `datasets` raises, all kinds of its own, as ValueError."""
+    """function(...), with all kinds of errors that the package `datasets` has as ValueError."""
     try:
         return function(*arguments, **options)
     except Exception as error:

@@ -67,8 +67,8 @@ def ground_truth(root: str, folder: str, paths: Sequence[str]) -> dict[str, str]
         raise ValueError(f"{folder} holds images without folders of classes, and {state}")
     [(path, rows)] = found.items()
     if len(rows) > len(paths):
-        warnings.warn(f"{path}: {len(rows) - len(paths):,} of its {len(rows):,} lines are of images "
-                      f"that are not in {folder}")
+        warnings.warn(f"{path}: {len(rows) - len(paths):,} of its {len(rows):,} lines are of "
+                      f"images that are not in {folder}")
     truth = {image: rows[key_of(image, rows)] for image in paths}
     if not any(name.isdecimal() for name in truth.values()):
         return truth

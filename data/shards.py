@@ -42,8 +42,9 @@ class Shards(Files):
         self.shards = find_shards(root, split)
         where = f"the {split} shards in {root}"
         if not self.shards:
+            words = ", ".join(sorted(SPLITS[split]))
             raise ValueError(f"{root}: no shards of this split. Expected *.tar, not compressed, "
-                             f"with one of the words {', '.join(sorted(SPLITS[split]))} in the name")
+                             f"with one of the words {words} in the name")
         names, count = read_info(root, split)
         with multiprocessing.Pool(min(INDEXERS, len(self.shards))) as pool:
             indices = pool.map(index_shard, self.shards, chunksize=1)
@@ -127,8 +128,8 @@ def index_shard(path: str) -> list[tuple]:
             if shard.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"damaged or cut at byte {shard.offset:,}")
     except Exception as error:                          # a damaged header can fail in any way
-        raise ValueError(f"{path}: no whole tar archive ({error}). Fetch it again; a compressed one "
-                         "has to be unpacked by gunzip") from error
+        raise ValueError(f"{path}: no whole tar archive ({error}). Fetch it again; a compressed "
+                         "one has to be unpacked by gunzip") from error
     if twice:
         raise ValueError(f"{path}: {first_few(twice)} is there twice, or in two formats")
     samples = []

@@ -158,7 +158,7 @@ def test_a_run_goes_on_with_the_same_bits(kind, shards, parquet, tmp_path, monke
 
 
 def in_process(cache, *argv):
-    os.environ["HF_DATASETS_CACHE"] = cache
+    datasets.config.HF_DATASETS_CACHE = cache
     run_named_script("train_imagenet", *argv)
 
 
