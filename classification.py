@@ -22,7 +22,8 @@ AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "crop_sc
 
 def add_data_argument(add: Callable) -> None:
     add("--data", metavar="DIR", help="ImageNet's layout: DIR/train/CLASS/*.jpg and "
-        "DIR/val/CLASS/*.jpg (or .png, .webp, .bmp, .gif, .tif)")
+        "DIR/val/CLASS/*.jpg (or .png, .webp, .bmp, .gif, .tif), or ILSVRC's flat DIR/val and its "
+        "ground truth; wds/DIR: tar shards; hfds/NAME or hfds/DIR: Hugging Face's")
 
 
 def size_name(letter: str) -> str:
@@ -188,7 +189,7 @@ def open_images(args: runs.Options, train: bool, classes: list | None = None):
     transform = data.image_transform(args.img_size, train, auto_augment=args.auto_augment,
                                      reprob=args.reprob, scale=(args.crop_scale, 1.0),
                                      crop_pct=args.crop_pct or CROP_PCT)
-    return data.ImageFolder(args.data, "train" if train else "val", transform, classes)
+    return data.open_split(args.data, "train" if train else "val", transform, classes)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ def evaluate(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> No
         raise ValueError(f"the checkpoint tells {outputs} classes apart, {args.data} holds "
                          f"{len(dataset.classes)}")
     if args.data and saved.classes is None:
-        order, note = data.order_of_classes(dataset.classes, outputs)
+        order, note = data.class_order(args.data, dataset.classes, outputs)
         if note:
             ctx.print(note)
         if order != dataset.classes:

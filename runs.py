@@ -29,6 +29,7 @@ import checkpoints
 import data
 import fastvim
 import safety
+import sinks
 import training
 
 # ---- Options -------------------------------------------------------------------------------------
@@ -127,6 +128,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, recipe: dict) -> Non
         help="bfloat16 autocast; off: float32, as in the paper")
     add("--resume", nargs="?", const="auto", metavar="FILE", help="continue, as if never stopped, "
         "from FILE or else from OUT/last.pt if it exists")
+    add("--log", nargs="+", action="extend", choices=sinks.MODULES, metavar="SINK",
+        help="also write the log's numbers for tensorboard, wandb, or both")
     add("--resume-changed", action="store_true", help="resume, though arguments changed")
     for action in parser._actions:
         value = recipe.get(action.dest)

@@ -238,8 +238,8 @@ def checkpoint_to_resume(out: str, resume: str | None) -> Path | None:
 
 
 # A resumed run may change these; any other change is refused: the result would be of neither.
-HARMLESS = {"out", "resume", "resume_changed", "workers", "device", "threads", "save_minutes",
-            "built", "git", "torch"}
+HARMLESS = {"out", "log", "resume", "resume_changed", "workers", "device", "threads",
+            "save_minutes", "built", "git", "torch"}
 
 
 def check_same_run(old: dict, new: dict, harmless) -> str:

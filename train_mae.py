@@ -358,7 +358,7 @@ def pretrain(args: runs.Options, ctx: training.Context, start: runs.Saved) -> li
     train_set = classification.open_images(args, True)
     loader = runs.loader_of(args, ctx, train_set, True)
     val_set = None
-    if args.data is None or pathlib.Path(args.data, "val").is_dir():
+    if args.data is None or data.has_split(args.data, "val"):
         val_set = classification.open_images(args, False)
         val_loader = runs.loader_of(args, ctx, val_set, False)
     model = build_autoencoder(args)

@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_map_only
 import logs
 import safety
 import sharding
+import sinks
 from processes import Context, join, seed_everything
 
 # ---- Options, and what follows from them -----------------------------------------------------------
@@ -54,6 +55,8 @@ def setup(args, training: bool = True) -> Context:
     seed_everything(args.seed)  # without the rank: all processes build the same model
     if not training:
         return ctx
+    if args.log:
+        sinks.require(args.log)
     problem = ctx.gather(ctx.is_main and safety.lock_folder(args.out))[0]
     if problem:  # all processes raise it: none waits for one that was refused
         raise ValueError(problem)
@@ -361,7 +364,8 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
         sharding.shard(run, shard_blocks)
     elif ctx.world_size > 1:
         run.net = DistributedDataParallel(model)
-    with safety.stop_signals() as signals, logs.bar(run) as bar:
+    also = sinks.opened(run) if args.log else contextlib.nullcontext()
+    with safety.stop_signals() as signals, also as write_sinks, logs.bar(run) as bar:
         try:
             for epoch in range(run.epoch, run.epochs):
                 end = min((epoch + 1) * run.per_epoch, run.total)
@@ -380,6 +384,8 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
                 if evaluate and (end == run.total or (epoch + 1) % args.eval_every == 0):
                     metrics = measure(run, evaluate)
                 end_epoch(run, lr(end - 1), metrics)
+                if write_sinks:
+                    write_sinks(run.history[-1])
                 if is_better(metrics.get(metric), run.best, lower_is_better):
                     run.best = metrics[metric]
                     run.save("best.pt")
@@ -446,7 +452,7 @@ def end_epoch(run: Run, lr: float, metrics: dict) -> None:
             "metrics": {name: value if math.isfinite(value) else None
                         for name, value in metrics.items()},
             "img_per_s": run.speed,
-            "peak_mib": torch.cuda.max_memory_allocated() / 2**20}  # 0 without a GPU
+            "peak_mib": torch.cuda.max_memory_allocated() / 2**20 or None}  # without a GPU
     run.epoch += 1
     run.history = [*run.history, line]
     run.running = NO_SUMS.copy()

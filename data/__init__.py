@@ -11,7 +11,8 @@ The data of the experiments: readers of data sets, built-in data without downloa
     for images, labels in loader: ...                   # (b 3 224 224) float32, (b) int64
 
 loading.py has the loader, and how a run goes on with a bad file; survey.py a look at the whole
-before training; images.py ImageNet; cells.py microscopy, by tiff.py, tables.py and sites.py;
+before training; images.py ImageNet, also as it is kept by ilsvrc.py, shards.py, huggingface.py,
+which layouts.py tells apart; cells.py microscopy, by tiff.py, tables.py and sites.py;
 listing.py a whole data set with what is known of its images; dense.py transforms and ADE20K;
 coco.py COCO; builtin.py digits, drawn cells and drawn scenes.
 """
@@ -53,6 +54,7 @@ from .images import (
     image_transform,
     load_rgb,
 )
+from .layouts import class_order, has_split, open_split
 from .listing import list_built_in, list_cells, list_folder, list_index, pick, well_columns
 from .loading import BadDataError, Files, Seeded, extra, first_few, make_loader
 from .sites import group_sites, named_by_channel

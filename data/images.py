@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .loading import Files, extra, first_few
-from .survey import Finder
+from .survey import Finder, require_same_classes
 
 Image = extra("PIL.Image")
 ImageOps = extra("PIL.ImageOps")
@@ -128,14 +128,7 @@ class ImageFolder(Files):
             raise ValueError(f"{folder}: no class folders. {layout}; sort the images into one "
                              "folder per class.")
         classes = found if classes is None else list(classes)
-        missing = sorted(set(classes) - set(found))
-        unknown = sorted(set(found) - set(classes))
-        if missing or unknown:
-            raise ValueError(
-                f"{folder}: its class folders are not the {len(classes)} classes of training. "
-                f"Missing: {first_few(missing) or 'none'}. "
-                f"Unknown: {first_few(unknown) or 'none'}. "
-                "Give both splits the same class folders.")
+        require_same_classes(folder, found, classes)
         samples = []
         empty = []
         for label, name in enumerate(classes):

@@ -21,6 +21,8 @@ LOOKED_AT = 200     # files, spread over the data set, are opened
 JUNK = {"thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "@recycle", "#recycle", "#snapshot",
         "~snapshot", "$recycle.bin", "system volume information", "lost+found", "__macosx"}
 ORIENTATION = 0x0112    # EXIF's tag
+SPLITS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}    # their names
+NO_CLASS = -1               # the label of a sample that has none
 
 
 # ---- Folders -------------------------------------------------------------------------------------
@@ -138,6 +140,50 @@ def require_classes(files: Files) -> None:
             inside = (f", and in it the folders {first_few(names)}. If those are the classes, move "
                       "them one folder up")
     raise ValueError(f"{files.where}: one class, {name!r}{inside}. There is nothing to tell apart")
+
+
+def require_same_classes(where: str, found: Iterable[str], classes: Sequence[str]) -> None:
+    """ValueError: a split has other classes than training: its labels would mean other things."""
+    missing = sorted(set(classes) - set(found))
+    unknown = sorted(set(found) - set(classes))
+    if missing or unknown:
+        raise ValueError(
+            f"{where}: its classes are not the {len(classes)} classes of training. "
+            f"Missing: {first_few(missing) or 'none'}. "
+            f"Unknown: {first_few(unknown) or 'none'}. Give both splits the same classes.")
+
+
+def order_labels(labels: Sequence[int], names: list[str] | None, classes: list[str] | None,
+                where: str) -> tuple[list[int], list[str]]:
+    """A reader's own labels -> labels in the order of `classes`, and `classes`.
+
+    names: of the reader's labels; None: they are called "0", "1", ... classes: as for ImageFolder.
+    NO_CLASS stays what it is. A class without samples is named in a warning.
+    ValueError: the classes are others than `classes`, or a label has no name, or none is there.
+    """
+    largest = max(labels, default=NO_CLASS)
+    if largest == NO_CLASS:
+        raise ValueError(f"{where}: no sample has the number of its class")
+    if names is None:
+        if largest >= max(len(labels), len(classes or ())):
+            raise ValueError(f"{where}: {len(labels)} samples, and class numbers up to {largest}. "
+                             "They have to count the classes, from 0 on")
+        names = [str(number) for number in range(largest + 1)]
+        if classes is not None and names == classes[:len(names)]:
+            names = classes                     # of the last ones there is no sample
+    if largest >= len(names) or len(set(names)) < len(names):
+        raise ValueError(f"{where}: labels go up to {largest}, and of classes, counted from 0, "
+                         f"there are {len(names)} names, {len(set(names))} different ones")
+    if classes is None:
+        classes = names
+    require_same_classes(where, names, classes)
+    seen = set(labels)
+    empty = [name for number, name in enumerate(names) if number not in seen]
+    if empty:
+        warnings.warn(f"{where}: no sample is of the classes {first_few(empty)}")
+    place = {name: label for label, name in enumerate(classes)}
+    order = [place[name] for name in names]
+    return [label if label == NO_CLASS else order[label] for label in labels], list(classes)
 
 
 def order_of_classes(names: Sequence[str], outputs: int) -> tuple[list[str], str]:

@@ -13,11 +13,14 @@ import resource
 import shutil
 import signal
 import sys
+import time
+import types
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import data
@@ -610,6 +613,154 @@ def test_failing_last_save_is_an_error(tmp_path, monkeypatch, name):
         toy("--out", tmp_path, "--epochs", 1, "--save-minutes", 0,
             on_step=lambda step: monkeypatch.setattr(safety.os, name, fail) if step == 3 else None)
     assert load(tmp_path / "last.pt")["step"] == 3 and not list(tmp_path.glob("*.tmp"))
+
+
+# ---- Sinks of the log ------------------------------------------------------------------------------------------------
+
+def on_board(out):
+    """What TensorBoard reads: {name: [its events]}."""
+    read = EventAccumulator(str(out / "tensorboard")).Reload()
+    return {name: read.Scalars(name) for name in read.Tags()["scalars"]}
+
+
+def lines_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").open()]
+
+
+def assert_on_board(out):
+    """Each line of the log once."""
+    lines = lines_of(out)
+    board = {name: [(event.step, event.value) for event in events] for name, events in on_board(out).items()}
+    names = {"epoch", "lr", "loss", "grad_norm", "seconds", "img_per_s", "val/top1", "val/top5", "val/loss", "val/images"}
+    assert board.keys() == names
+    for name in ("loss", "lr", "grad_norm", "epoch"):
+        assert board[name] == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+    assert board["val/top1"] == [(line["step"], pytest.approx(line["metrics"]["top1"])) for line in lines]
+
+
+def test_tensorboard_has_each_line_once_whatever_happened(tmp_path, whole):
+    killed = process(tmp_path / "said", "--out", tmp_path, "--log", "tensorboard", "--save-minutes", 0, "--kill-at", 13)
+    assert killed.wait() == -signal.SIGKILL
+    before = on_board(tmp_path)["loss"]
+    assert [event.step for event in before] == [6, 12]
+    [file] = (tmp_path / "tensorboard").iterdir()
+    while int(time.time()) <= int(file.name.split(".")[3]):  # TensorBoard sorts files by the second of their start
+        time.sleep(0.01)
+    toy("--out", tmp_path, "--log", "tensorboard", "--resume")
+    assert_on_board(tmp_path)
+    assert on_board(tmp_path)["loss"][:2] == before       # with the time of day
+    assert_same(load(tmp_path / "last.pt"), load(whole / "last.pt"))
+    toy("--out", tmp_path, "--log", "tensorboard", "--resume", tmp_path / "best.pt")        # from further back
+    assert_on_board(tmp_path)
+
+
+def test_a_log_that_began_before_its_sink_is_written_whole(tmp_path):
+    with pytest.raises(SystemExit):
+        toy("--out", tmp_path, on_step=lambda n: n == 13 and os.kill(os.getpid(), signal.SIGTERM))
+    toy("--out", tmp_path, "--log", "tensorboard", "--resume")
+    assert_on_board(tmp_path)
+
+
+def test_a_kill_between_sink_and_checkpoint(tmp_path, monkeypatch):
+    class Crash(BaseException):
+        pass
+
+    def crash(run, name, required=False):
+        if run.step == 12 and name == "last.pt":
+            raise Crash
+        return save(run, name, required)
+
+    save = training.Run.save
+    monkeypatch.setattr(training.Run, "save", crash)
+    with pytest.raises(Crash):
+        toy("--out", tmp_path, "--log", "tensorboard")
+    monkeypatch.undo()
+    assert load(tmp_path / "last.pt")["step"] == 6 and len(on_board(tmp_path)["loss"]) == 2
+    toy("--out", tmp_path, "--log", "tensorboard", "--resume", tmp_path / "last.pt")
+    assert_on_board(tmp_path)
+
+
+class FakeWandB(types.ModuleType):
+    """What wandb does, as far as sinks.py asks for it: a server that keeps the lines of each id."""
+
+    class Run:
+        def __init__(self, lines, options):
+            self.lines, self.options, self.step = lines, options, max(lines, default=-1) + 1
+
+        def log(self, values, step, commit):
+            assert step >= self.step and commit and step not in self.lines
+            self.lines[step] = values
+            self.step = step + 1
+
+        def finish(self):
+            self.finished = True
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs, self.server = [], {}
+
+    def Settings(self, console):
+        return console
+
+    def init(self, **options):
+        assert options["resume"] == "allow"
+        self.runs.append(self.Run(self.server.setdefault(options["id"], {}), options))
+        return self.runs[-1]
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    module = FakeWandB()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_wandb_goes_on_with_the_same_run(tmp_path, wandb):
+    with pytest.raises(SystemExit):
+        toy("--out", tmp_path, "--log", "wandb", on_step=lambda n: n == 8 and os.kill(os.getpid(), signal.SIGTERM))
+    toy("--out", tmp_path, "--log", "wandb", "--resume")
+    toy("--out", tmp_path, "--log", "wandb", "--resume", tmp_path / "best.pt")
+    [(name, lines)] = wandb.server.items()
+    assert name == (tmp_path / "wandb.id").read_text() and len(name) == 16
+    assert list(lines) == [6, 12, 18] and all(run.finished for run in wandb.runs)
+    assert [line["loss"] for line in lines.values()] == [line["loss"] for line in lines_of(tmp_path)]
+    assert lines[18]["val/top1"] == lines_of(tmp_path)[2]["metrics"]["top1"] and "peak_mib" not in lines[6]
+    assert wandb.runs[0].options["config"]["ema"] == 0.9 and wandb.runs[0].options["dir"] == tmp_path
+    toy("--out", tmp_path / "other", "--log", "wandb", "--epochs", 1)
+    assert len(wandb.server) == 2                         # another run, another id
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+def test_a_sink_that_fails_does_not_end_the_run(where, tmp_path, whole, wandb, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(wandb if where == "init" else FakeWandB.Run, where, fail)
+    toy("--out", tmp_path, "--log", "wandb", "tensorboard", "--log", "wandb")
+    said = capsys.readouterr().err
+    assert said.count("--log wandb ends here, the training goes on: ConnectionError: no route to host") == 1
+    assert_same(load(tmp_path / "last.pt"), load(whole / "last.pt"))
+    assert_on_board(tmp_path)
+
+
+def test_without_log_nothing_is_imported_and_a_missing_package_is_named_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    toy("--out", tmp_path / "without", "--epochs", 1)
+    for name in ("tensorboard", "wandb"):
+        with pytest.raises(ImportError, match=f"--log {name} needs the package {name} .*: pip install {name}$"):
+            toy("--out", tmp_path / name, "--log", name)
+        assert not (tmp_path / name).exists()
+    with pytest.raises(SystemExit):
+        toy("--out", tmp_path, "--log", "paper")
+    assert "invalid choice: 'paper'" in capsys.readouterr().err
+
+
+def test_the_main_process_alone_writes(tmp_path):
+    ended = two_processes(tmp_path, toy, "--out", str(tmp_path), "--log", "tensorboard", "--batch-size", "4")
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    assert_on_board(tmp_path)
 
 
 # ---- Other people's processes and folders --------------------------------------------------------------------------
