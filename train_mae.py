@@ -27,7 +27,6 @@ What the paper reports (ImageNet-1k top-1):
                   the learning rate at every block (finetune --decay-blocks 1); B 82.8 with means
                   over the kept tokens (pretrain --mask-divisor count)
 """
-import argparse
 import math
 import pathlib
 from collections.abc import Callable
@@ -81,7 +80,7 @@ DIGITS = dict(
 # ---- Options -------------------------------------------------------------------------------------
 
 
-def make_parsers() -> tuple[runs.Parser, dict[str, argparse.ArgumentParser]]:
+def make_parsers() -> tuple[runs.Parser, dict[str, runs.Parser]]:
     """-> the parser of the command line, and that of each stage."""
     top = runs.Parser(description="Masked autoencoding. Without --data: on the handwritten digits "
                       "that come with scikit-learn, by recipes scaled to them.")
@@ -91,11 +90,9 @@ def make_parsers() -> tuple[runs.Parser, dict[str, argparse.ArgumentParser]]:
         finetune="Train a classifier that starts from the encoder. FastVim-L and -H: learning rate "
         "0.004 x batch / 1024, 50 epochs, layer decay 0.75. From 448 px on: --clip 3 --crop-pct 1.",
         linear="Train a linear classifier on the frozen encoder.")
-    parsers = {}
     for stage, text in texts.items():
         parser = stages.add_parser(stage, help=text.partition(".")[0], description=text,
                                    usage="%(prog)s [options]")
-        parsers[stage] = parser
         add = parser.add_argument_group("what to do").add_argument
         classification.add_data_argument(add)
         add("--init", metavar="CKPT", help="start from this checkpoint, ours or a released one "
@@ -115,7 +112,7 @@ def make_parsers() -> tuple[runs.Parser, dict[str, argparse.ArgumentParser]]:
         if stage != "pretrain":
             classification.add_label_arguments(add)
         runs.add_training_arguments(parser, RECIPES[stage])
-    return top, parsers
+    return top, stages.choices
 
 
 def add_pretraining_arguments(add: Callable) -> None:
@@ -139,13 +136,15 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     parser = parsers[stage]
     if "scratch" in typed and "init" in typed:
         parser.error("--scratch starts from random weights, --init from a checkpoint: choose one")
-    on_digits = not typed.keys() & {"data", "reconstruct"}
-    toy = DIGITS[stage] if on_digits else {}
-    chosen = {**runs.defaults(parser), **RECIPES[stage], **toy, **typed}
+    recipe = {**runs.defaults(parser), **RECIPES[stage]}
+    toy = {}
+    if not typed.keys() & {"data", "reconstruct"}:
+        toy = DIGITS[stage]
+    chosen = {**recipe, **toy, **typed}
     if stage != "pretrain":
         classification.check_pairs(chosen, parser)
     start = find_start(stage, chosen)
-    if on_digits and not start.content:
+    if toy and not start.content:
         toy = {**toy, **DIGITS_MODEL}
     if stage == "pretrain":
         known = start.model_options()
@@ -153,22 +152,20 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     else:
         known = runs.encoder_options(start, typed)
     known |= classification.crop_of(start, typed)
-    recipe = {**runs.defaults(parser), **RECIPES[stage]}
-    found = {**recipe, **known, **typed}
-    if stage == "finetune" and not on_digits:
-        if found["model"].endswith(("_large", "_huge")):
-            recipe |= FINETUNE_LARGE
-        if found["img_size"] >= 448:
-            recipe |= FINETUNE_448
+    found = {**recipe, **toy, **known, **typed}
     if not classification.is_ours(found["model"]):
         raise ValueError(f"--model {found['model']} is none of ours: "
                          f"{', '.join(fastvim.list_models())}")
+    if stage == "finetune" and found["model"].endswith(("_large", "_huge")):
+        recipe |= FINETUNE_LARGE
+    if stage == "finetune" and found["img_size"] >= 448:
+        recipe |= FINETUNE_448
     return runs.Options({**recipe, **toy, **known, **typed}), start
 
 
 def find_start(stage: str, options: dict) -> runs.Saved:
     """What the stage starts from: its own run, --init, or the last pretraining; or nothing."""
-    paints = stage == "pretrain" and options["reconstruct"]
+    paints = options.get("reconstruct")
     path = options["init"]
     advice = "run `python train_mae.py pretrain` first, or name one with --init"
     if stage != "pretrain":
@@ -231,20 +228,10 @@ class MaskedAutoencoder(fastvim.FastVim):
         self.decoder_blocks = nn.ModuleList(fastvim.Block(decoder) for _ in range(decoder_depth))
         self.decoder_norm = fastvim.NORMS["rmsnorm"](d, eps=1e-5)
         self.decoder_pred = nn.Linear(d, cfg.patch_size ** 2 * cfg.in_chans)
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """As the encoder's, but Xavier uniform patches; sines and cosines, fixed, for positions."""
-        patches = self.patch_embed.proj
-        nn.init.trunc_normal_(patches.weight)  # not used, but what a seed gives lies behind it
-        nn.init.xavier_uniform_(patches.weight.flatten(1))
-        self.patch_embed.proj = nn.Identity()
-        fastvim.init_weights(self)
-        self.patch_embed.proj = patches
+        fastvim.init_weights(self, init_patches)
         for pos in (self.pos_embed, self.decoder_pos_embed):
-            pos.copy_(sincos_pos_embed(*self.grid_size, pos.shape[2], self.cfg.class_token))
-            pos.requires_grad_(False)
+            sincos = sincos_pos_embed(*self.grid_size, pos.shape[2], cfg.class_token)
+            pos.requires_grad_(False).copy_(sincos)
 
     def kept_patches(self, patches: int) -> int:
         """How many of them the encoder is shown. Raises ValueError if all or none."""
@@ -289,20 +276,19 @@ class MaskedAutoencoder(fastvim.FastVim):
         keep = noise.argsort(1)[:, :kept].sort(1).values
         return keep, torch.ones(noise.shape, device=noise.device).scatter(1, keep, 0.0)
 
-    def decode(self, tokens: Tensor, keep: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The tokens (b s d) of patches keep (b s) of a grid (h, w) -> the image (b l p*p*c)."""
+    def decode(self, tokens: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens (b s d) of a grid (h, w) -> the image (b l p*p*c). ids (b s): which patch each
+        token is of, or fastvim.CLASS."""
         length = math.prod(grid)
         pos, class_pos = fastvim.resize_pos_embed(self.decoder_pos_embed, self.grid_size, grid,
                                                   self.class_row)
         tokens = self.decoder_embed(tokens)  # (b s d)
-        own = tokens[:, :0]
-        if self.cfg.class_token:  # from the middle of the kept tokens to the end of all
-            at = keep.shape[1] // 2
-            own = tokens[:, at:at + 1] + class_pos
-            tokens = torch.cat([tokens[:, :at], tokens[:, at + 1:]], 1)
-        x = self.mask_token.to(tokens).expand(len(keep), length, -1)
-        x = x.scatter(1, keep[..., None].expand(tokens.shape), tokens) + pos  # (b l d)
-        x = torch.cat([x, own], 1)
+        x = self.mask_token.to(tokens).expand(len(ids), length, -1)
+        if self.cfg.class_token:  # its place is behind all patches
+            x = F.pad(x, (0, 0, 0, 1))
+            pos = torch.cat([pos, class_pos], 1)
+            ids = ids.masked_fill(ids == fastvim.CLASS, length)
+        x = x.scatter(1, ids[..., None].expand(tokens.shape), tokens) + pos  # (b l d)
         sequence = fastvim.Grid(sizes=(("l", x.shape[1]),))
         backend = fastvim.pick_backend(x.device)
         recompute = self.grad_checkpointing and self.training
@@ -324,10 +310,16 @@ class MaskedAutoencoder(fastvim.FastVim):
             raise ValueError(f"noise must be a number per patch, {tuple(target.shape[:2])}, not "
                              f"{tuple(noise.shape)}")
         keep, mask = self.random_masking(noise)  # (b s) (b l)
-        tokens, _ = self._encode(x, keep, None, checked=True)  # (b s d)
-        pred = self.decode(tokens, keep, (h, w))  # (b l p*p*c)
+        tokens, ids = self._encode(x, keep, None, checked=True)  # (b s d) (b s)
+        pred = self.decode(tokens, ids, (h, w))  # (b l p*p*c)
         error = (fastvim.at_least_float32(pred) - target).square().mean(-1)  # (b l)
         return MAEOutput((error * mask).sum() / mask.sum(), pred, mask)
+
+
+def init_patches(weight: Tensor) -> None:
+    """Xavier uniform, for a linear layer on patches."""
+    nn.init.trunc_normal_(weight)  # not used, but what a seed gives lies behind it
+    nn.init.xavier_uniform_(weight.flatten(1))
 
 
 def sincos_pos_embed(h: int, w: int, dim: int, class_token: bool = False) -> Tensor:
@@ -344,7 +336,7 @@ def sincos_pos_embed(h: int, w: int, dim: int, class_token: bool = False) -> Ten
 
 def build_autoencoder(args: runs.Options) -> MaskedAutoencoder:
     """The one that args ask for."""
-    fields = {**fastvim.model_fields(args.model), "num_classes": 0, **runs.model_fields(args)}
+    fields = {**fastvim.model_fields(args.model), **runs.model_fields(args)}
     model = MaskedAutoencoder(args.mask_ratio, args.decoder_dim, args.decoder_depth,
                               not args.pixel_loss, **fields)
     model.grad_checkpointing = args.grad_checkpointing
@@ -357,10 +349,6 @@ def pretrain(args: runs.Options, ctx: training.Context, start: runs.Saved) -> li
     """One run; returns training.fit's log."""
     train_set = classification.open_images(args, True)
     loader = classification.loader_of(args, ctx, train_set, True)
-    val_set = None
-    if args.data is None or pathlib.Path(args.data, "val").is_dir():
-        val_set = classification.open_images(args, False)
-        val_loader = classification.loader_of(args, ctx, val_set, False)
     model = build_autoencoder(args)
     if start.gives_weights:
         ctx.print(f"{start.path}: {checkpoints.load(model, start.content)}")
@@ -370,12 +358,15 @@ def pretrain(args: runs.Options, ctx: training.Context, start: runs.Saved) -> li
               f"parameters, {model.kept_patches(patches)} of {patches} patches kept, "
               f"{len(train_set):,} images")
 
-    def evaluate(model, epoch):
-        if val_set is None:
-            return {}
-        if ctx.is_main:
-            paint_some(model, val_set, args, f"{args.out}/reconstruction-{epoch:04}.png")
-        return masked_loss(model, val_loader, ctx, args.amp)
+    evaluate = None
+    if args.data is None or pathlib.Path(args.data, "val").is_dir():
+        val_set = classification.open_images(args, False)
+        val_loader = classification.loader_of(args, ctx, val_set, False)
+
+        def evaluate(model, epoch):
+            if ctx.is_main:
+                paint_some(model, val_set, args, f"{args.out}/reconstruction-{epoch:04}.png")
+            return masked_loss(model, val_loader, ctx, args.amp)
 
     peak = training.peak_lr(args, ctx)
     groups = training.parameter_groups(model, args.weight_decay, lambda name, param: False)
@@ -464,19 +455,11 @@ def reconstruct(args: runs.Options, ctx: training.Context, start: runs.Saved) ->
     ctx.print(f"{start.path}: {checkpoints.load(model, start.content)}")
     digits = classification.saw_digits(start)
     transform = classification.view_of(args, start)
-
-    def load(path):
-        image = data.load_rgb(path)
-        if min(image.size) < model.cfg.patch_size and not digits:
-            raise ValueError(f"{image.width} x {image.height} pixels are less than one patch of "
-                             f"{model.cfg.patch_size}")
-        return transform(image)
-
     images = []
     out = pathlib.Path(args.out)
     try:
-        for _, image in data.each_readable(args.reconstruct, load):
-            images.append(image)
+        for _, image in data.each_readable(args.reconstruct, data.load_rgb):
+            images.append(transform(image))
     finally:
         if images:
             out.mkdir(parents=True, exist_ok=True)
@@ -530,13 +513,13 @@ def linear(args: runs.Options, ctx: training.Context, start: runs.Saved) -> list
 def main() -> None:
     with runs.plain_errors("train_mae.py"):
         args, start = get_args()
-        paints = args.stage == "pretrain" and args.reconstruct
+        stages = {"pretrain": pretrain, "finetune": finetune, "linear": linear}
+        paints = vars(args).get("reconstruct")
         ctx = training.setup(args, training=not paints)
         if paints:
             reconstruct(args, ctx, start)
         else:
-            {"pretrain": pretrain, "finetune": finetune, "linear": linear}[args.stage](
-                args, ctx, start)
+            stages[args.stage](args, ctx, start)
         ctx.close()
 
 
