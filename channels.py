@@ -125,11 +125,12 @@ def match_channels(args, ctx, raw: data.Files | None, saved: dict) -> Channels:
     saved: of saved_channels. A trained model has its channels by name: files may lack some of them,
         --channels may leave some out. {}: a model to be trained."""
     count = count_channels(args, raw) if raw else len(saved["files"])
-    by_file = getattr(raw, "channels", [])          # of a file for each channel
-    files = args.channel_names or by_file or saved.get("files")
     benchmark = bool(args.index) and count == len(data.JUMP_CHANNELS)
-    if files is None:
-        files = list(data.JUMP_CHANNELS) if benchmark else [str(i) for i in range(count)]
+    default = [str(i) for i in range(count)]
+    if benchmark:
+        default = list(data.JUMP_CHANNELS)
+    by_file = getattr(raw, "channels", [])          # of a file for each channel
+    files = args.channel_names or by_file or saved.get("files", default)
     if raw and len(files) != count:
         raise ValueError(f"the images in {raw.where} have {count} channels, not {len(files)} "
                          f"({', '.join(files)}): name theirs with --channel-names")
@@ -243,16 +244,15 @@ def accuracy(args, ctx, model: nn.Module, loader, subsets: list[tuple[str, list[
     hits = torch.zeros(len(subsets) + 1, dtype=torch.float64, device=ctx.device)    # last: images
     hidden = None if ctx.is_main else True                  # None: a bar only on a terminal
     with torch.inference_mode(), torch.autocast(ctx.device.type, torch.bfloat16, enabled=args.amp):
-        for batch in tqdm(loader, "subsets", disable=hidden):
-            if batch is None:                               # no image of it could be read
-                continue
+        for batch in filter(None, tqdm(loader, "subsets", disable=hidden)):
             images, labels = (x.to(ctx.device) for x in batch)
             for i, (_, ids) in enumerate(subsets):
                 logits = classify(args, model, images, torch.tensor(ids))
                 hits[i] += (logits.argmax(1) == labels).sum()
             hits[-1] += len(labels)
     *hits, count = ctx.sum(hits).tolist()
-    return [100 * hit / max(count, 1) for hit in hits], int(count)
+    runs.require_images(count)
+    return [100 * hit / count for hit in hits], int(count)
 
 
 def print_table(rows: list[dict]) -> None:

@@ -433,17 +433,17 @@ def paint(model: MaskedAutoencoder, images: Tensor, path: str, digits: bool,
                "patch means": torch.where(removed, mean, patches),
                "reconstruction": torch.where(removed, pred, patches)}
     pixels = torch.stack([model.unpatchify(column, h) for column in columns.values()])
-    shift, scale = data.DIGITS_MEAN, data.DIGITS_STD
+    shift = data.DIGITS_MEAN
+    scale = data.DIGITS_STD
     if not digits:
         shift = images.new_tensor(data.IMAGENET_MEAN)[:, None, None]
         scale = images.new_tensor(data.IMAGENET_STD)[:, None, None]
     pixels = ((pixels * scale + shift).clamp(0, 1) * 255).round().byte()
     zoom = max(1, 128 // pixels.shape[4])
     tiles = repeat(pixels, "column b c h w -> (b column) c (h x) (w y)", x=zoom, y=zoom)
-    sheet = to_pil_image(make_grid(tiles, nrow=len(columns), padding=4, pad_value=255))
-    sheet = sheet.crop((4, -12, sheet.width - 4, sheet.height))  # a line for the columns' names
+    grid = make_grid(tiles, nrow=len(columns), padding=4, pad_value=255)[..., 4:-4]
+    sheet = to_pil_image(F.pad(grid, (0, 0, 12, 0), value=255))  # a line for the columns' names
     pen = ImageDraw.Draw(sheet)
-    pen.rectangle((0, 0, sheet.width, 15), "white")
     for i, name in enumerate(columns):
         pen.text((i * (tiles.shape[3] + 4), 2), name, fill="black")
     safety.write_whole(pathlib.Path(path), lambda file: sheet.save(file, format="png"), required)
