@@ -57,13 +57,15 @@ MASKING = dict(mask_ratio=0.75, mask_divisor="axis", decoder_depth=2, decoder_di
                pixel_loss=False)
 FINETUNE = dict(COMMON, **classification.AUGMENTATION, recipe_lr=5e-4 * 1024 / 256,
                 recipe_batch=1024, epochs=100.0, warmup=5.0, weight_decay=0.05, layer_decay=0.65,
-                decay_blocks=2, drop_path_rate=0.3, out="runs/mae_finetune")
+                decay_blocks=2, drop_path_rate=0.3, init="runs/mae/last.pt",
+                out="runs/mae_finetune")
 FINETUNE_LARGE = dict(recipe_lr=1e-3 * 1024 / 256, epochs=50.0, layer_decay=0.75)  # L and H
 FINETUNE_448 = dict(clip=3.0, crop_pct=1.0)
 FINETUNE_END = 1e-5  # of its cosine; the others end at 0
 LINEAR = dict(COMMON, recipe_lr=0.1 * 4096 / 256, recipe_batch=4096, epochs=90.0, warmup=10.0,
               weight_decay=0.0, drop_path_rate=0.0, auto_augment="none", reprob=0.0,
-              crop_scale=0.08, mixup=0.0, cutmix=0.0, smoothing=0.0, out="runs/mae_linear")
+              crop_scale=0.08, mixup=0.0, cutmix=0.0, smoothing=0.0, init="runs/mae/last.pt",
+              out="runs/mae_linear")
 RECIPES = dict(pretrain=PRETRAIN | MASKING, finetune=FINETUNE, linear=LINEAR)
 
 # The same on the digits, scaled to 1,437 training images of 8 x 8 pixels and two CPU cores.
@@ -73,9 +75,9 @@ DIGITS = dict(
                   eval_every=5, out="runs/digits_mae"),
     finetune=dict(recipe_lr=1e-3, recipe_batch=32, batch_size=32, epochs=2.0, warmup=0.5,
                   drop_path_rate=0.0, mixup=0.0, cutmix=0.0, layer_decay=0.9,
-                  out="runs/digits_finetune"),
+                  init="runs/digits_mae/last.pt", out="runs/digits_finetune"),
     linear=dict(recipe_lr=0.1 * 64 / 256, recipe_batch=64, batch_size=64, epochs=10.0, warmup=1.0,
-                out="runs/digits_linear"))
+                init="runs/digits_mae/last.pt", out="runs/digits_linear"))
 
 # ---- Options -------------------------------------------------------------------------------------
 
@@ -93,14 +95,17 @@ def make_parsers() -> tuple[runs.Parser, dict[str, runs.Parser]]:
     for stage, text in texts.items():
         parser = stages.add_parser(stage, help=text.partition(".")[0], description=text,
                                    usage="%(prog)s [options]")
-        add = parser.add_argument_group("what to do").add_argument
+        group = parser.add_argument_group("what to do")
+        add = group.add_argument
         classification.add_data_argument(add)
-        add("--init", metavar="CKPT", help="start from this checkpoint, ours or a released one "
-            "(default: the last pretraining; pretrain: none)")
+        start = group.add_mutually_exclusive_group()
+        start.add_argument("--init", metavar="CKPT", help="start from this checkpoint, ours or a "
+                           "released one (default: the last pretraining; pretrain: none)")
         if stage == "pretrain":
             add_pretraining_arguments(add)
         else:
-            add("--scratch", action="store_true", help="start from random weights instead")
+            start.add_argument("--scratch", dest="init", action="store_const", const=None,
+                               help="start from random weights (default: as --init says)")
             add("--released-pos-rows", action="store_true", help="hand over Vim's position rows in "
                 "the released code's order, which gives half of the patches a neighbour's")
         if stage == "finetune":
@@ -134,8 +139,6 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     typed = vars(top.parse_args(argv))
     stage = typed["stage"]
     parser = parsers[stage]
-    if "scratch" in typed and "init" in typed:
-        parser.error("--scratch starts from random weights, --init from a checkpoint: choose one")
     recipe = {**runs.defaults(parser), **RECIPES[stage]}
     toy = {}
     if not typed.keys() & {"data", "reconstruct"}:
@@ -164,18 +167,16 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
 
 
 def find_start(stage: str, options: dict) -> runs.Saved:
-    """What the stage starts from: its own run, --init, or the last pretraining; or nothing."""
+    """What the stage starts from: its own run, --init, or nothing."""
     paints = options.get("reconstruct")
     path = options["init"]
-    advice = "run `python train_mae.py pretrain` first, or name one with --init"
-    if stage != "pretrain":
-        advice += ", or --scratch for none"
-        if path is None and not options["scratch"]:
-            path = f"{PRETRAIN['out'] if options['data'] else DIGITS['pretrain']['out']}/last.pt"
-    elif paints and path is None:
+    if paints and path is None:
         path = f"{options['out']}/last.pt"
         if options["out"] == PRETRAIN["out"] and not pathlib.Path(path).is_file():
             path = f"{DIGITS['pretrain']['out']}/last.pt"  # where it is without --data
+    advice = "run `python train_mae.py pretrain` first, or name one with --init"
+    if stage != "pretrain":
+        advice += ", or --scratch for none"
     try:
         return runs.read(path) if paints else runs.starting_point(options, path)
     except FileNotFoundError as error:

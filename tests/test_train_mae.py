@@ -394,7 +394,7 @@ def test_impossible_requests_end_in_one_clear_line(flags, message, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("", "STAGE"), ("probe", "invalid choice"), ("finetune --scratch --init x", "choose one"),
+    ("", "STAGE"), ("probe", "invalid choice"), ("finetune --scratch --init x", "not allowed with"),
     ("linear --layer-decay 0.5", "unrecognized"), ("pretrain --mixup 0.8", "unrecognized"),
     ("finetune --batch-size 3 --mixup 1", "even"), ("finetune --decay-blocks 0", "at least 1")])
 def test_flags_that_cannot_be_are_named(flags, message, capsys):
