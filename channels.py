@@ -125,57 +125,54 @@ def match_channels(args, ctx, raw: data.Files | None, saved: dict) -> Channels:
     saved: of saved_channels. A trained model has its channels by name: files may lack some of them,
         --channels may leave some out. {}: a model to be trained."""
     count = count_channels(args, raw) if raw else len(saved["files"])
-    by_file = getattr(raw, "channels", [])          # of a file for each channel
-    files = args.channel_names or by_file or saved.get("files")
     benchmark = bool(args.index) and count == len(data.JUMP_CHANNELS)
-    if files is None:
-        files = list(data.JUMP_CHANNELS) if benchmark else [str(i) for i in range(count)]
+    default = [str(i) for i in range(count)]
+    if benchmark:
+        default = list(data.JUMP_CHANNELS)
+    by_file = getattr(raw, "channels", [])          # of a file for each channel
+    files = args.channel_names or by_file or saved.get("files", default)
     if raw and len(files) != count:
         raise ValueError(f"the images in {raw.where} have {count} channels, not {len(files)} "
                          f"({', '.join(files)}): name theirs with --channel-names")
     picked = indices(args.channels or files, files, files)
     place = {files[i]: i for i in picked}
-    if not saved:
-        mean, std = statistics_of(args, ctx, raw, count, benchmark)
-        saved = {"model": list(place), "mean": [mean[i] for i in picked],
-                 "std": [std[i] for i in picked]}
-        hidden = indices(args.mask_channels or [], list(place), files)
-        check_deviations(args, saved, hidden, raw.where)
-    model = saved["model"]
+    model = saved.get("model", list(place))
     taken = [place.get(name, -1) for name in model]
     if max(taken) < 0:
         raise ValueError(f"the model knows the channels {', '.join(model)}, it is to see "
                          f"{', '.join(place)}: none in common")
-    masked = indices(args.mask_channels or saved.get("masked", []), model, files)
-    return Channels(files, model, saved["mean"], saved["std"], taken, [model[i] for i in masked])
+    hidden = indices(args.mask_channels or saved.get("masked", []), model, files)
+    masked = [model[i] for i in hidden]
+    if saved:
+        return Channels(files, model, saved["mean"], saved["std"], taken, masked)
+    mean, std = statistics_of(args, ctx, raw, count, benchmark)[:, taken].tolist()
+    seen = Channels(files, model, mean, std, taken, masked)
+    check_deviations(args, seen, raw.where)
+    return seen._replace(std=[deviation or 1.0 for deviation in std])       # 0: a masked one's
 
 
-def statistics_of(args, ctx, raw: data.Files, count: int, benchmark: bool) -> list[list[float]]:
-    """Means and deviations of the files' channels: those given, the benchmark's or measured."""
+def statistics_of(args, ctx, raw: data.Files, count: int, benchmark: bool) -> np.ndarray:
+    """(2 count) means and deviations of the files' channels: given, the benchmark's, measured."""
     if args.mean:
-        statistics = [args.mean, args.std]
-    elif benchmark:
-        statistics = [list(data.JUMP_MEAN), list(data.JUMP_STD)]
-    else:
-        own = torch.tensor(data.channel_statistics(raw, count, 1000), device=ctx.device)
-        statistics = (ctx.sum(own) / ctx.world_size).tolist()           # the same everywhere
-    if not all(len(numbers) == count for numbers in statistics):
-        raise ValueError(f"--mean and --std need one number for each of the {count} channels of "
-                         f"the files: they are {args.mean} and {args.std}")
-    return statistics
+        if not len(args.mean) == len(args.std) == count:
+            raise ValueError(f"--mean and --std need one number for each of the {count} channels "
+                             f"of the files: they are {args.mean} and {args.std}")
+        return np.array([args.mean, args.std])
+    if benchmark:
+        return np.array([data.JUMP_MEAN, data.JUMP_STD])
+    own = torch.tensor(data.channel_statistics(raw, count, 1000), device=ctx.device)
+    return (ctx.sum(own) / ctx.world_size).cpu().double().numpy()       # the same everywhere
 
 
-def check_deviations(args, saved: dict, hidden: list[int], where: str) -> None:
-    """A masked channel's deviation may be 0: it becomes 1. ValueError: another channel's is."""
-    mean, std = saved["mean"], saved["std"]
-    for i in hidden:
-        std[i] = std[i] or 1.0
-    if not np.isfinite([*mean, *std]).all() or (args.std and min(std) <= 0):
+def check_deviations(args, seen: Channels, where: str) -> None:
+    """ValueError: the deviation of a channel that is not masked is 0, or some number is none."""
+    constant = [name for name, deviation in zip(seen.model, seen.std)
+                if deviation <= 0 and name not in seen.masked]
+    if not np.isfinite([*seen.mean, *seen.std]).all() or (args.std and constant):
         raise ValueError("--mean and --std need one number for each channel that is used, and no "
-                         f"deviation of 0: they are {mean} and {std}")
-    constant = [name for name, deviation in zip(saved["model"], std) if deviation <= 0]
+                         f"deviation of 0: they are {seen.mean} and {seen.std}")
     if constant:
-        others = [name for name in saved["model"] if name not in constant]
+        others = [name for name in seen.model if name not in constant]
         raise ValueError(f"{where}: channel {', '.join(constant)} is constant, so that it cannot "
                          f"be normalised: leave it out by --channels {','.join(others)}")
 
@@ -243,16 +240,15 @@ def accuracy(args, ctx, model: nn.Module, loader, subsets: list[tuple[str, list[
     hits = torch.zeros(len(subsets) + 1, dtype=torch.float64, device=ctx.device)    # last: images
     hidden = None if ctx.is_main else True                  # None: a bar only on a terminal
     with torch.inference_mode(), torch.autocast(ctx.device.type, torch.bfloat16, enabled=args.amp):
-        for batch in tqdm(loader, "subsets", disable=hidden):
-            if batch is None:                               # no image of it could be read
-                continue
+        for batch in filter(None, tqdm(loader, "subsets", disable=hidden)):
             images, labels = (x.to(ctx.device) for x in batch)
             for i, (_, ids) in enumerate(subsets):
                 logits = classify(args, model, images, torch.tensor(ids))
                 hits[i] += (logits.argmax(1) == labels).sum()
             hits[-1] += len(labels)
     *hits, count = ctx.sum(hits).tolist()
-    return [100 * hit / max(count, 1) for hit in hits], int(count)
+    runs.require_images(count)
+    return [100 * hit / count for hit in hits], int(count)
 
 
 def print_table(rows: list[dict]) -> None:

@@ -105,8 +105,8 @@ def make_parser() -> runs.Parser:
     yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("what to do").add_argument
     add("--data", metavar="DIR", help="your images: DIR/CLASS/*.npy (channels, height, width), "
-        "*.npz of one such array, or *.tif with a page per channel, each class split 60 : 20 : 20; or DIR/train/CLASS/, "
-        "DIR/val/CLASS/ and perhaps DIR/test/CLASS/")
+        "*.npz of one such array, or *.tif with a page per channel, each class split 60 : 20 : 20; "
+        "or DIR/train/CLASS/, DIR/val/CLASS/ and perhaps DIR/test/CLASS/")
     add("--index", metavar="TABLE", nargs="+", help="JUMP-CP: Parquet with the columns path and "
         "well_loc, a path or URL (s3://...), one for each plate; split 60 : 20 : 20")
     add("--platemap", metavar="TABLE", help="its table of well_position and broad_sample")
@@ -178,16 +178,16 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     if "per" in typed and "embed" not in typed:
         parser.error("--per goes with --embed")
     start = runs.Saved()
-    toy = {} if typed.keys() & {"data", "index"} else CELLS
     if typed.keys() & {"eval", "predict", "embed"}:
         path = typed.get("eval") or f"{typed.get('out', RECIPE['out'])}/best.pt"
         start = runs.read(path)
-        typed = {"out": os.path.dirname(path) or ".", **typed}
-        if not was_on_cells(start):
-            toy = {}
-        typed = {**{name: start.options.get(name) for name in READING}, **typed}
+        reading = {name: start.options.get(name) for name in READING}
+        typed = {"out": os.path.dirname(path) or ".", **reading, **typed}
         if start.options and "mean" in typed:
             raise ValueError("--mean and --std: the model keeps those that it was trained with")
+    toy = {}
+    if not typed.keys() & {"data", "index", "eval", "predict", "embed"}:
+        toy = CELLS
     chosen = {**runs.defaults(parser), **RECIPE, **toy, **typed}
     if not typed.keys() & {"eval", "predict", "embed", "stats"}:
         start = runs.starting_point(chosen, chosen["init"])
@@ -354,8 +354,6 @@ def evaluate(args, ctx, saved: runs.Saved) -> None:
     subsets = seen.subsets(args)
     loader = runs.loader_of(args, ctx, seen.normalized(raw, args.img_size))
     top1, count = channels.accuracy(args, ctx, model, loader, subsets)
-    if not count:
-        raise ValueError(f"{raw.where}: none of the images can be read")
     if not ctx.is_main:
         return
     rows = []

@@ -27,7 +27,6 @@ What the paper reports (ImageNet-1k top-1):
                   the learning rate at every block (finetune --decay-blocks 1); B 82.8 with means
                   over the kept tokens (pretrain --mask-divisor count)
 """
-import argparse
 import math
 import pathlib
 from collections.abc import Callable
@@ -58,30 +57,32 @@ MASKING = dict(mask_ratio=0.75, mask_divisor="axis", decoder_depth=2, decoder_di
                pixel_loss=False)
 FINETUNE = dict(COMMON, **classification.AUGMENTATION, recipe_lr=5e-4 * 1024 / 256,
                 recipe_batch=1024, epochs=100.0, warmup=5.0, weight_decay=0.05, layer_decay=0.65,
-                decay_blocks=2, drop_path_rate=0.3, out="runs/mae_finetune")
+                decay_blocks=2, drop_path_rate=0.3, init="runs/mae/last.pt",
+                out="runs/mae_finetune")
 FINETUNE_LARGE = dict(recipe_lr=1e-3 * 1024 / 256, epochs=50.0, layer_decay=0.75)  # L and H
 FINETUNE_448 = dict(clip=3.0, crop_pct=1.0)
 FINETUNE_END = 1e-5  # of its cosine; the others end at 0
 LINEAR = dict(COMMON, recipe_lr=0.1 * 4096 / 256, recipe_batch=4096, epochs=90.0, warmup=10.0,
               weight_decay=0.0, drop_path_rate=0.0, auto_augment="none", reprob=0.0,
-              crop_scale=0.08, mixup=0.0, cutmix=0.0, smoothing=0.0, out="runs/mae_linear")
+              crop_scale=0.08, mixup=0.0, cutmix=0.0, smoothing=0.0, init="runs/mae/last.pt",
+              out="runs/mae_linear")
 RECIPES = dict(pretrain=PRETRAIN | MASKING, finetune=FINETUNE, linear=LINEAR)
 
 # The same on the digits, scaled to 1,437 training images of 8 x 8 pixels and two CPU cores.
 DIGITS_MODEL = dict(img_size=32, patch_size=4, decoder_dim=128)
 DIGITS = dict(
     pretrain=dict(recipe_lr=1e-3, recipe_batch=64, batch_size=64, epochs=20.0, warmup=2.0,
-                  eval_every=5, out="runs/digits_mae"),
+                  eval_every=5, workers=0, out="runs/digits_mae"),
     finetune=dict(recipe_lr=1e-3, recipe_batch=32, batch_size=32, epochs=2.0, warmup=0.5,
-                  drop_path_rate=0.0, mixup=0.0, cutmix=0.0, layer_decay=0.9,
-                  out="runs/digits_finetune"),
+                  drop_path_rate=0.0, mixup=0.0, cutmix=0.0, layer_decay=0.9, workers=0,
+                  init="runs/digits_mae/last.pt", out="runs/digits_finetune"),
     linear=dict(recipe_lr=0.1 * 64 / 256, recipe_batch=64, batch_size=64, epochs=10.0, warmup=1.0,
-                out="runs/digits_linear"))
+                workers=0, init="runs/digits_mae/last.pt", out="runs/digits_linear"))
 
 # ---- Options -------------------------------------------------------------------------------------
 
 
-def make_parsers() -> tuple[runs.Parser, dict[str, argparse.ArgumentParser]]:
+def make_parsers() -> tuple[runs.Parser, dict[str, runs.Parser]]:
     """-> the parser of the command line, and that of each stage."""
     top = runs.Parser(description="Masked autoencoding. Without --data: on the handwritten digits "
                       "that come with scikit-learn, by recipes scaled to them.")
@@ -91,19 +92,20 @@ def make_parsers() -> tuple[runs.Parser, dict[str, argparse.ArgumentParser]]:
         finetune="Train a classifier that starts from the encoder. FastVim-L and -H: learning rate "
         "0.004 x batch / 1024, 50 epochs, layer decay 0.75. From 448 px on: --clip 3 --crop-pct 1.",
         linear="Train a linear classifier on the frozen encoder.")
-    parsers = {}
     for stage, text in texts.items():
         parser = stages.add_parser(stage, help=text.partition(".")[0], description=text,
                                    usage="%(prog)s [options]")
-        parsers[stage] = parser
-        add = parser.add_argument_group("what to do").add_argument
+        group = parser.add_argument_group("what to do")
+        add = group.add_argument
         classification.add_data_argument(add)
-        add("--init", metavar="CKPT", help="start from this checkpoint, ours or a released one "
-            "(default: the last pretraining; pretrain: none)")
+        start = group.add_mutually_exclusive_group()
+        start.add_argument("--init", metavar="CKPT", help="start from this checkpoint, ours or a "
+                           "released one (default: the last pretraining; pretrain: none)")
         if stage == "pretrain":
             add_pretraining_arguments(add)
         else:
-            add("--scratch", action="store_true", help="start from random weights instead")
+            start.add_argument("--scratch", dest="init", action="store_const", const=None,
+                               help="start from random weights (default: as --init says)")
             add("--released-pos-rows", action="store_true", help="hand over Vim's position rows in "
                 "the released code's order, which gives half of the patches a neighbour's")
         if stage == "finetune":
@@ -115,7 +117,7 @@ def make_parsers() -> tuple[runs.Parser, dict[str, argparse.ArgumentParser]]:
         if stage != "pretrain":
             classification.add_label_arguments(add)
         runs.add_training_arguments(parser, RECIPES[stage])
-    return top, parsers
+    return top, stages.choices
 
 
 def add_pretraining_arguments(add: Callable) -> None:
@@ -137,15 +139,15 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     typed = vars(top.parse_args(argv))
     stage = typed["stage"]
     parser = parsers[stage]
-    if "scratch" in typed and "init" in typed:
-        parser.error("--scratch starts from random weights, --init from a checkpoint: choose one")
-    on_digits = not typed.keys() & {"data", "reconstruct"}
-    toy = DIGITS[stage] if on_digits else {}
-    chosen = {**runs.defaults(parser), **RECIPES[stage], **toy, **typed}
+    recipe = {**runs.defaults(parser), **RECIPES[stage]}
+    toy = {}
+    if not typed.keys() & {"data", "reconstruct"}:
+        toy = DIGITS[stage]
+    chosen = {**recipe, **toy, **typed}
     if stage != "pretrain":
         classification.check_pairs(chosen, parser)
     start = find_start(stage, chosen)
-    if on_digits and not start.content:
+    if toy and not start.content:
         toy = {**toy, **DIGITS_MODEL}
     if stage == "pretrain":
         known = start.model_options()
@@ -153,32 +155,28 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     else:
         known = runs.encoder_options(start, typed)
     known |= classification.crop_of(start, typed)
-    recipe = {**runs.defaults(parser), **RECIPES[stage]}
-    found = {**recipe, **known, **typed}
-    if stage == "finetune" and not on_digits:
-        if found["model"].endswith(("_large", "_huge")):
-            recipe |= FINETUNE_LARGE
-        if found["img_size"] >= 448:
-            recipe |= FINETUNE_448
+    found = {**recipe, **toy, **known, **typed}
     if not classification.is_ours(found["model"]):
         raise ValueError(f"--model {found['model']} is none of ours: "
                          f"{', '.join(fastvim.list_models())}")
+    if stage == "finetune" and found["model"].endswith(("_large", "_huge")):
+        recipe |= FINETUNE_LARGE
+    if stage == "finetune" and found["img_size"] >= 448:
+        recipe |= FINETUNE_448
     return runs.Options({**recipe, **toy, **known, **typed}), start
 
 
 def find_start(stage: str, options: dict) -> runs.Saved:
-    """What the stage starts from: its own run, --init, or the last pretraining; or nothing."""
-    paints = stage == "pretrain" and options["reconstruct"]
+    """What the stage starts from: its own run, --init, or nothing."""
+    paints = options.get("reconstruct")
     path = options["init"]
-    advice = "run `python train_mae.py pretrain` first, or name one with --init"
-    if stage != "pretrain":
-        advice += ", or --scratch for none"
-        if path is None and not options["scratch"]:
-            path = f"{PRETRAIN['out'] if options['data'] else DIGITS['pretrain']['out']}/last.pt"
-    elif paints and path is None:
+    if paints and path is None:
         path = f"{options['out']}/last.pt"
         if options["out"] == PRETRAIN["out"] and not pathlib.Path(path).is_file():
             path = f"{DIGITS['pretrain']['out']}/last.pt"  # where it is without --data
+    advice = "run `python train_mae.py pretrain` first, or name one with --init"
+    if stage != "pretrain":
+        advice += ", or --scratch for none"
     try:
         return runs.read(path) if paints else runs.starting_point(options, path)
     except FileNotFoundError as error:
@@ -231,20 +229,10 @@ class MaskedAutoencoder(fastvim.FastVim):
         self.decoder_blocks = nn.ModuleList(fastvim.Block(decoder) for _ in range(decoder_depth))
         self.decoder_norm = fastvim.NORMS["rmsnorm"](d, eps=1e-5)
         self.decoder_pred = nn.Linear(d, cfg.patch_size ** 2 * cfg.in_chans)
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """As the encoder's, but Xavier uniform patches; sines and cosines, fixed, for positions."""
-        patches = self.patch_embed.proj
-        nn.init.trunc_normal_(patches.weight)  # not used, but what a seed gives lies behind it
-        nn.init.xavier_uniform_(patches.weight.flatten(1))
-        self.patch_embed.proj = nn.Identity()
-        fastvim.init_weights(self)
-        self.patch_embed.proj = patches
+        fastvim.init_weights(self, init_patches)
         for pos in (self.pos_embed, self.decoder_pos_embed):
-            pos.copy_(sincos_pos_embed(*self.grid_size, pos.shape[2], self.cfg.class_token))
-            pos.requires_grad_(False)
+            sincos = sincos_pos_embed(*self.grid_size, pos.shape[2], cfg.class_token)
+            pos.requires_grad_(False).copy_(sincos)
 
     def kept_patches(self, patches: int) -> int:
         """How many of them the encoder is shown. Raises ValueError if all or none."""
@@ -289,20 +277,19 @@ class MaskedAutoencoder(fastvim.FastVim):
         keep = noise.argsort(1)[:, :kept].sort(1).values
         return keep, torch.ones(noise.shape, device=noise.device).scatter(1, keep, 0.0)
 
-    def decode(self, tokens: Tensor, keep: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The tokens (b s d) of patches keep (b s) of a grid (h, w) -> the image (b l p*p*c)."""
+    def decode(self, tokens: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens (b s d) of a grid (h, w) -> the image (b l p*p*c). ids (b s): which patch each
+        token is of, or fastvim.CLASS."""
         length = math.prod(grid)
         pos, class_pos = fastvim.resize_pos_embed(self.decoder_pos_embed, self.grid_size, grid,
                                                   self.class_row)
         tokens = self.decoder_embed(tokens)  # (b s d)
-        own = tokens[:, :0]
-        if self.cfg.class_token:  # from the middle of the kept tokens to the end of all
-            at = keep.shape[1] // 2
-            own = tokens[:, at:at + 1] + class_pos
-            tokens = torch.cat([tokens[:, :at], tokens[:, at + 1:]], 1)
-        x = self.mask_token.to(tokens).expand(len(keep), length, -1)
-        x = x.scatter(1, keep[..., None].expand(tokens.shape), tokens) + pos  # (b l d)
-        x = torch.cat([x, own], 1)
+        x = self.mask_token.to(tokens).expand(len(ids), length, -1)
+        if self.cfg.class_token:  # its place is behind all patches
+            x = F.pad(x, (0, 0, 0, 1))
+            pos = torch.cat([pos, class_pos], 1)
+            ids = ids.masked_fill(ids == fastvim.CLASS, length)
+        x = x.scatter(1, ids[..., None].expand(tokens.shape), tokens) + pos  # (b l d)
         sequence = fastvim.Grid(sizes=(("l", x.shape[1]),))
         backend = fastvim.pick_backend(x.device)
         recompute = self.grad_checkpointing and self.training
@@ -324,10 +311,16 @@ class MaskedAutoencoder(fastvim.FastVim):
             raise ValueError(f"noise must be a number per patch, {tuple(target.shape[:2])}, not "
                              f"{tuple(noise.shape)}")
         keep, mask = self.random_masking(noise)  # (b s) (b l)
-        tokens, _ = self._encode(x, keep, None, checked=True)  # (b s d)
-        pred = self.decode(tokens, keep, (h, w))  # (b l p*p*c)
+        tokens, ids = self._encode(x, keep, None, checked=True)  # (b s d) (b s)
+        pred = self.decode(tokens, ids, (h, w))  # (b l p*p*c)
         error = (fastvim.at_least_float32(pred) - target).square().mean(-1)  # (b l)
         return MAEOutput((error * mask).sum() / mask.sum(), pred, mask)
+
+
+def init_patches(weight: Tensor) -> None:
+    """Xavier uniform, for a linear layer on patches."""
+    nn.init.trunc_normal_(weight)  # not used, but what a seed gives lies behind it
+    nn.init.xavier_uniform_(weight.flatten(1))
 
 
 def sincos_pos_embed(h: int, w: int, dim: int, class_token: bool = False) -> Tensor:
@@ -344,7 +337,7 @@ def sincos_pos_embed(h: int, w: int, dim: int, class_token: bool = False) -> Ten
 
 def build_autoencoder(args: runs.Options) -> MaskedAutoencoder:
     """The one that args ask for."""
-    fields = {**fastvim.model_fields(args.model), "num_classes": 0, **runs.model_fields(args)}
+    fields = {**fastvim.model_fields(args.model), **runs.model_fields(args)}
     model = MaskedAutoencoder(args.mask_ratio, args.decoder_dim, args.decoder_depth,
                               not args.pixel_loss, **fields)
     model.grad_checkpointing = args.grad_checkpointing
@@ -357,10 +350,6 @@ def pretrain(args: runs.Options, ctx: training.Context, start: runs.Saved) -> li
     """One run; returns training.fit's log."""
     train_set = classification.open_images(args, True)
     loader = runs.loader_of(args, ctx, train_set, True)
-    val_set = None
-    if args.data is None or data.has_split(args.data, "val"):
-        val_set = classification.open_images(args, False)
-        val_loader = runs.loader_of(args, ctx, val_set, False)
     model = build_autoencoder(args)
     if start.gives_weights:
         ctx.print(f"{start.path}: {checkpoints.load(model, start.content)}")
@@ -370,12 +359,15 @@ def pretrain(args: runs.Options, ctx: training.Context, start: runs.Saved) -> li
               f"parameters, {model.kept_patches(patches)} of {patches} patches kept, "
               f"{len(train_set):,} images")
 
-    def evaluate(model, epoch):
-        if val_set is None:
-            return {}
-        if ctx.is_main:
-            paint_some(model, val_set, args, f"{args.out}/reconstruction-{epoch:04}.png")
-        return masked_loss(model, val_loader, ctx, args.amp)
+    evaluate = None
+    if args.data is None or data.has_split(args.data, "val"):
+        val_set = classification.open_images(args, False)
+        val_loader = runs.loader_of(args, ctx, val_set, False)
+
+        def evaluate(model, epoch):
+            if ctx.is_main:
+                paint_some(model, val_set, args, f"{args.out}/reconstruction-{epoch:04}.png")
+            return masked_loss(model, val_loader, ctx, args.amp)
 
     peak = training.peak_lr(args, ctx)
     groups = training.parameter_groups(model, args.weight_decay, lambda name, param: False)
@@ -442,17 +434,17 @@ def paint(model: MaskedAutoencoder, images: Tensor, path: str, digits: bool,
                "patch means": torch.where(removed, mean, patches),
                "reconstruction": torch.where(removed, pred, patches)}
     pixels = torch.stack([model.unpatchify(column, h) for column in columns.values()])
-    shift, scale = data.DIGITS_MEAN, data.DIGITS_STD
+    shift = data.DIGITS_MEAN
+    scale = data.DIGITS_STD
     if not digits:
         shift = images.new_tensor(data.IMAGENET_MEAN)[:, None, None]
         scale = images.new_tensor(data.IMAGENET_STD)[:, None, None]
     pixels = ((pixels * scale + shift).clamp(0, 1) * 255).round().byte()
     zoom = max(1, 128 // pixels.shape[4])
     tiles = repeat(pixels, "column b c h w -> (b column) c (h x) (w y)", x=zoom, y=zoom)
-    sheet = to_pil_image(make_grid(tiles, nrow=len(columns), padding=4, pad_value=255))
-    sheet = sheet.crop((4, -12, sheet.width - 4, sheet.height))  # a line for the columns' names
+    grid = make_grid(tiles, nrow=len(columns), padding=4, pad_value=255)[..., 4:-4]
+    sheet = to_pil_image(F.pad(grid, (0, 0, 12, 0), value=255))  # a line for the columns' names
     pen = ImageDraw.Draw(sheet)
-    pen.rectangle((0, 0, sheet.width, 15), "white")
     for i, name in enumerate(columns):
         pen.text((i * (tiles.shape[3] + 4), 2), name, fill="black")
     safety.write_whole(pathlib.Path(path), lambda file: sheet.save(file, format="png"), required)
@@ -464,19 +456,11 @@ def reconstruct(args: runs.Options, ctx: training.Context, start: runs.Saved) ->
     ctx.print(f"{start.path}: {checkpoints.load(model, start.content)}")
     digits = classification.saw_digits(start)
     transform = classification.view_of(args, start)
-
-    def load(path):
-        image = data.load_rgb(path)
-        if min(image.size) < model.cfg.patch_size and not digits:
-            raise ValueError(f"{image.width} x {image.height} pixels are less than one patch of "
-                             f"{model.cfg.patch_size}")
-        return transform(image)
-
     images = []
     out = pathlib.Path(args.out)
     try:
-        for _, image in data.each_readable(args.reconstruct, load):
-            images.append(image)
+        for _, image in data.each_readable(args.reconstruct, data.load_rgb):
+            images.append(transform(image))
     finally:
         if images:
             out.mkdir(parents=True, exist_ok=True)
@@ -530,13 +514,13 @@ def linear(args: runs.Options, ctx: training.Context, start: runs.Saved) -> list
 def main() -> None:
     with runs.plain_errors("train_mae.py"):
         args, start = get_args()
-        paints = args.stage == "pretrain" and args.reconstruct
+        stages = {"pretrain": pretrain, "finetune": finetune, "linear": linear}
+        paints = vars(args).get("reconstruct")
         ctx = training.setup(args, training=not paints)
         if paints:
             reconstruct(args, ctx, start)
         else:
-            {"pretrain": pretrain, "finetune": finetune, "linear": linear}[args.stage](
-                args, ctx, start)
+            stages[args.stage](args, ctx, start)
         ctx.close()
 
 
