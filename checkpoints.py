@@ -174,11 +174,8 @@ def _flat(content, path=""):
     return flat
 
 
-def stored_weights(content: dict, encoder_only: bool = False) -> tuple[dict[str, Tensor], str]:
-    """What `read` returned -> (weights of the encoder or autoencoder, or else of what has it as its
-    backbone, as stored; where in the file they lay). Raises ValueError if there is none, or
-    several."""
-    flat = _flat(content)
+def _find(content, flat):
+    """-> how the encoder's paths begin in _flat(content), and where that is, in words."""
     beginnings = {match[1] for match in map(ENCODER.fullmatch, flat) if match}
     if "message_hub" in content:            # MMEngine's state_dict is the average, and this not
         beginnings = {path for path in beginnings if not path.startswith("ema_state_dict/")}
@@ -201,9 +198,17 @@ def stored_weights(content: dict, encoder_only: bool = False) -> tuple[dict[str,
                          f"({', '.join(where or 'its own names' for where in chosen)}): hand over "
                          "the dictionary with the weights of one")
     [where] = chosen
-    beginning = found[where]
     if averages:
-        where += ", the moving average"
+        return found[where], f"{where}, the moving average"
+    return found[where], where or "the weights"
+
+
+def stored_weights(content: dict, encoder_only: bool = False) -> tuple[dict[str, Tensor], str]:
+    """What `read` returned -> (weights of the encoder or autoencoder, or else of what has it as its
+    backbone, as stored; where in the file they lay). Raises ValueError if there is none, or
+    several."""
+    flat = _flat(content)
+    beginning, where = _find(content, flat)
     if not encoder_only:
         beginning = re.split(r"\bbackbone\.", beginning)[0]
     weights = {}
@@ -211,7 +216,7 @@ def stored_weights(content: dict, encoder_only: bool = False) -> tuple[dict[str,
         name = path[len(beginning):]
         if path.startswith(beginning) and "/" not in name:      # of the same dictionary
             weights[WRAPPED_BLOCK.sub("", name)] = weight
-    return weights, where or "the weights"
+    return weights, where
 
 
 def model_weights(content: dict) -> tuple[dict[str, Tensor], str]:

@@ -87,9 +87,8 @@ def check_config(cfg, schedules: dict, norms: dict, pools: dict):
 
 
 def check_blocks(name: str, indices: Sequence[int], depth: int):
-    if not are_ids(as_plain(indices), depth):
-        raise ValueError(f"{name}={as_plain(indices)!r} must list different blocks between 0 and "
-                         f"{depth - 1}")
+    if not are_ids(indices, depth):
+        raise ValueError(f"{name}={indices!r} must list different blocks between 0 and {depth - 1}")
 
 
 def check_taps(indices: Sequence[int], cfg):

@@ -112,6 +112,7 @@ class Backbone(nn.Module):
         cfg = self.cfg
         if indices is None:
             indices = cfg.out_indices
+        indices = checks.as_plain(indices)
         checks.check_taps(indices, cfg)
         tokens, grids, ids, sizes = self._embed(x, None, channels)
         maps = {}
@@ -377,7 +378,7 @@ class Features(nn.Module):
             out_indices = sorted({max(depth * part // 4, 1) - 1 for part in range(1, 5)})
         if type(out_indices) is int:                        # as in timm: the last ones
             out_indices = range(max(depth - out_indices, 0), depth)
-        blocks = [i + depth if i < 0 else i for i in out_indices]
+        blocks = [i + depth if i < 0 else i for i in checks.as_plain(out_indices)]
         checks.check_blocks("out_indices", blocks, depth)
         self.feature_info = FeatureInfo(model.feature_info, tuple(blocks))
         self.out_indices = blocks
