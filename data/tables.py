@@ -11,8 +11,8 @@ from .loading import extra, first_few
 
 MAX_BYTES = 2**30               # of an unpacked table
 # What pyarrow and pandas take for nothing in a text table.
-NOTHING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND",
-           "1.#QNAN", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null"}
+NOTHING = dict.fromkeys(["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan",
+                         "1.#IND", "1.#QNAN", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null"])
 WELL = re.compile(r"([A-Za-z]{1,2})0*([0-9]{1,2})")
 
 
@@ -71,7 +71,7 @@ def read_text(content: bytes) -> list[tuple[str, list[str | None]]]:
     if "\t" in header:
         delimiter = "\t"
     rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
-    return [(name.strip(), [None if v in NOTHING else v for v in values])
+    return [(name.strip(), [NOTHING.get(v, v) for v in values])
             for name, *values in zip(*rows, strict=True)]
 
 

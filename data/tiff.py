@@ -177,8 +177,8 @@ def to_channels(image: np.ndarray, axes: str, chosen: dict[str, int]) -> np.ndar
     """Pixels with a letter for each axis -> (channels h w)."""
     for name, index in chosen.items():
         letter = name.upper()
-        size = image.shape[axes.index(letter)] if letter in axes else 1
-        if not 0 <= index < size:
+        sizes = dict(zip(axes, image.shape))
+        if not 0 <= index < sizes.get(letter, 1):
             raise ValueError(f"no {name}={index}: its axes are {axes}, of {image.shape}; numbers "
                              "begin at 0")
         if letter in axes:
