@@ -14,27 +14,27 @@ import zipfile
 import torch
 from torch import Tensor, nn
 
-# A mixer's parameters hold both directions, k = 2, on their first axis; released files hold two.
+# A mixer's parameters hold both directions, k = 2, on their first axis. Released files hold the two
+# apart, and some with an axis of length 1: the number is its place when both are stacked.
 PAIRS = {
-    "conv_weight": ("conv1d.weight", "conv1d_b.weight"),        # (k e w)       (e 1 w)
-    "conv_bias": ("conv1d.bias", "conv1d_b.bias"),              # (k e)         (e)
-    "x_proj": ("x_proj.weight", "x_proj_b.weight"),             # (k r+2n e)    (r+2n e)
-    "dt_proj": ("dt_proj.weight", "dt_proj_b.weight"),          # (k e r)       (e r)
-    "dt_bias": ("dt_proj.bias", "dt_proj_b.bias"),              # (k e)         (e)
-    "A_log": ("A_log", "A_b_log"),                              # (k e n)       (e n)
-    "D": ("D", "D_b"),                                          # (k e)         (e)
-    "score_weight": ("pool_proj.weight", "pool_proj_b.weight"),     # (k e)     (1 e)
-    "score_bias": ("pool_proj.bias", "pool_proj_b.bias"),           # (k)       (1)
+    "conv_weight": ("conv1d.weight", "conv1d_b.weight", 2),             # (k e w)       (e 1 w)
+    "conv_bias": ("conv1d.bias", "conv1d_b.bias", None),                # (k e)         (e)
+    "x_proj": ("x_proj.weight", "x_proj_b.weight", None),               # (k r+2n e)    (r+2n e)
+    "dt_proj": ("dt_proj.weight", "dt_proj_b.weight", None),            # (k e r)       (e r)
+    "dt_bias": ("dt_proj.bias", "dt_proj_b.bias", None),                # (k e)         (e)
+    "A_log": ("A_log", "A_b_log", None),                                # (k e n)       (e n)
+    "D": ("D", "D_b", None),                                            # (k e)         (e)
+    "score_weight": ("pool_proj.weight", "pool_proj_b.weight", 1),      # (k e)         (1 e)
+    "score_bias": ("pool_proj.bias", "pool_proj_b.bias", 1),            # (k)           (1)
 }
-DROPPED_AXIS = {"conv_weight": 2, "score_weight": 1, "score_bias": 1}       # the 1, after stacking
 
 
 def _pairs(weights):
-    """(our name, the two released ones, DROPPED_AXIS) of what each mixer in weights may have."""
+    """A row of PAIRS, in full names, for each parameter that the mixers in weights may have."""
     found = (re.match(r"(.*\.)?mixer\.", name) for name in weights)
     for prefix in dict.fromkeys(match[0] for match in found if match):
-        for own, (first, second) in PAIRS.items():
-            yield prefix + own, prefix + first, prefix + second, DROPPED_AXIS.get(own)
+        for own, (first, second, axis) in PAIRS.items():
+            yield prefix + own, prefix + first, prefix + second, axis
 
 
 def from_released(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -104,10 +104,12 @@ READER = types.SimpleNamespace(
     load=lambda file, **options: _TensorsOnly(file, **options).load())
 
 OTHER_FILES = {                             # how they begin, and what they are
-    b"version https://git-lfs": "a Git LFS pointer to the file: run `git lfs pull`",
-    b"<": "a web page (HTML): download the file itself",
-    b"\x1f\x8b": "packed by gzip: unpack it",
-    b"PK": "a zip archive that is cut short: download or copy it again",
+    rb"\Z": "empty",
+    rb"version https://git-lfs": "a Git LFS pointer to the file: run `git lfs pull`",
+    rb"(\xef\xbb\xbf)?\s*<": "a web page (HTML): download the file itself",
+    rb"\x1f\x8b": "packed by gzip: unpack it",
+    rb".{257}ustar": "a tar archive: unpack it and name the file within",
+    rb"[ -~]{4,60}(?=[ -~]*([\r\n]|\Z))": "text that begins with {!r}",
 }
 
 
@@ -124,37 +126,31 @@ def read(path: str | os.PathLike) -> dict:
         start = file.read(512)
     wrong = _what_else(path, start)
     try:
-        if not wrong and (path.endswith(".safetensors") or start[8:10] == b'{"'):
+        if wrong is None and start[8:10] == b'{"':
             from safetensors.torch import load_file
             return load_file(path)
-        if not wrong:
+        if wrong is None:
             content = torch.load(path, map_location="cpu", pickle_module=READER, weights_only=False)
             if isinstance(content, dict):
                 return content
             wrong = f"a {type(content).__name__}, not a dictionary: save the model's state_dict()"
     except Exception as error:                          # a damaged file can fail in any way
-        wrong = f"damaged or cut short ({type(error).__name__}: {error})"
-        line = start.splitlines()[0]
-        if line.isascii() and line.decode().isprintable():
-            wrong = f"text that begins with {line.decode()[:60]!r}"
+        wrong = f"damaged or cut short ({type(error).__name__}: {error}): copy it again"
     raise ValueError(f"{path} is not a readable checkpoint: it is {wrong}")
 
 
 def _what_else(path, start):
     """What a file that starts so is, instead of a checkpoint; or None."""
-    if not start:
-        return "empty"
-    if start[257:262] == b"ustar":
-        return "a tar archive: unpack it and name the file within"
+    for begins, kind in OTHER_FILES.items():
+        if match := re.match(begins, start, re.DOTALL):
+            return kind.format(match[0].decode("latin1"))
     if zipfile.is_zipfile(path):
         names = zipfile.ZipFile(path).namelist()
         if any(name.endswith("constants.pkl") for name in names):
             return "a TorchScript program: save the model's state_dict()"
         if not any(name.endswith("data.pkl") for name in names):
             return f"a zip archive of other files ({', '.join(names[:3])}): unpack it"
-        return None
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
-    return next((kind for begin, kind in OTHER_FILES.items() if text.startswith(begin)), None)
+    return None
 
 
 # ---- Finding the model ---------------------------------------------------------------------------
@@ -162,32 +158,30 @@ def _what_else(path, start):
 # An encoder is where these names are, in whichever dictionary and after whichever prefix: trainers
 # and wrappers have many. A moving average goes before what it is of; else there must be only one.
 
-ENCODER = re.compile(r"(.*\.|)(?:patch_embed\.proj\.weight|layers\.0\.mixer\.in_proj\.weight)")
+ENCODER = re.compile(r"(.*[./]|)(?:patch_embed\.proj\.weight|layers\.0\.mixer\.in_proj\.weight)")
 AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 WRAPPED_BLOCK = re.compile(r"\b(?:_orig_mod|_checkpoint_wrapped_module)\.")
 
 
-def _encoders(content, keys=()):
-    """{where in the file: (the dictionary of weights, the prefix of the encoder's names)}"""
-    weights = {name: value for name, value in content.items()
-               if isinstance(name, str) and isinstance(value, Tensor)}
-    prefixes = {match[1] for match in map(ENCODER.fullmatch, weights) if match}
-    found = {".".join([*keys, prefix]).strip("."): (weights, prefix) for prefix in prefixes}
+def _flat(content, path=""):
+    """A dictionary, and those in it -> {path: tensor}, as "ema/layers.0.norm.weight"."""
+    flat = {}
     for key, value in content.items():
-        if isinstance(value, dict) and len(keys) < 4:       # a dictionary may hold itself
-            found |= _encoders(value, (*keys, str(key)))
-    return found
+        if isinstance(value, Tensor):
+            flat[f"{path}{key}"] = value
+        if isinstance(value, dict) and path.count("/") < 4:     # a dictionary may hold itself
+            flat |= _flat(value, f"{path}{key}/")
+    return flat
 
 
-def _find(content):
-    """-> the dictionary of weights, the prefix of the encoder's names, and where that is."""
-    found = _encoders(content)
+def _find(content, flat):
+    """-> how the encoder's paths begin in _flat(content), and where that is, in words."""
+    beginnings = {match[1] for match in map(ENCODER.fullmatch, flat) if match}
     if "message_hub" in content:            # MMEngine's state_dict is the average, and this not
-        found = {where: found[where] for where in found if not where.startswith("ema_state_dict")}
-    if not found and "args" in content:     # a run's file, of a baseline without these names
-        for key in ("ema", "model"):
-            if isinstance(content.get(key), dict):
-                return content[key], "", key
+        beginnings = {path for path in beginnings if not path.startswith("ema_state_dict/")}
+    if not beginnings and "args" in content:    # a run's file, of a baseline without these names
+        beginnings = {f"{key}/" for key in ("ema", "model") if isinstance(content.get(key), dict)}
+    found = {path.replace("/", ".").strip("."): path for path in sorted(beginnings)}
     averages = [where for where in found if AVERAGE.search(where)]
     outermost = min((where.count(".") for where in averages), default=0)
     chosen = [where for where in averages if where.count(".") == outermost] or [*found]
@@ -203,35 +197,32 @@ def _find(content):
         raise ValueError("the checkpoint holds several encoders "
                          f"({', '.join(where or 'its own names' for where in chosen)}): hand over "
                          "the dictionary with the weights of one")
-    return *found[chosen[0]], chosen[0]
+    [where] = chosen
+    if averages:
+        return found[where], f"{where}, the moving average"
+    return found[where], where or "the weights"
 
 
-def _within(weights, prefix):
-    """Those of that prefix, without it."""
-    return {WRAPPED_BLOCK.sub("", name[len(prefix):]): weight for name, weight in weights.items()
-            if name.startswith(prefix)}
-
-
-def stored_weights(content: dict) -> tuple[dict[str, Tensor], str]:
-    """What `read` returned -> (weights of the encoder, or of what has it as its backbone, as
-    stored; where in the file they lay). Raises ValueError if there is no encoder, or several."""
-    weights, prefix, where = _find(content)
-    return _within(weights, re.split(r"\bbackbone\.", prefix)[0]), where
-
-
-def _unwrapped(content):
-    """The weights of the encoder or autoencoder alone, as stored, and where they lay."""
-    weights, prefix, where = _find(content)
-    if AVERAGE.search(where):
-        where += ", the moving average"
-    return _within(weights, prefix), where or "the weights"
+def stored_weights(content: dict, encoder_only: bool = False) -> tuple[dict[str, Tensor], str]:
+    """What `read` returned -> (weights of the encoder or autoencoder, or else of what has it as its
+    backbone, as stored; where in the file they lay). Raises ValueError if there is none, or
+    several."""
+    flat = _flat(content)
+    beginning, where = _find(content, flat)
+    if not encoder_only:
+        beginning = re.split(r"\bbackbone\.", beginning)[0]
+    weights = {}
+    for path, weight in flat.items():
+        name = path[len(beginning):]
+        if path.startswith(beginning) and "/" not in name:      # of the same dictionary
+            weights[WRAPPED_BLOCK.sub("", name)] = weight
+    return weights, where
 
 
 def model_weights(content: dict) -> tuple[dict[str, Tensor], str]:
-    """What `read` returned -> (weights of the encoder or autoencoder under our names, where in the
-    file they lay). Raises ValueError if there is none, or several."""
-    weights, source = _unwrapped(content)
-    return from_released(weights), source
+    """stored_weights of the encoder or autoencoder alone, under our names."""
+    weights, where = stored_weights(content, encoder_only=True)
+    return from_released(weights), where
 
 
 # ---- Loading -------------------------------------------------------------------------------------
@@ -248,23 +239,28 @@ def load(model: nn.Module, content: str | os.PathLike | dict, encoder_only: bool
     released_pos_rows: hand over an autoencoder's pos_embed, whose first row is the class token's,
         as it is, as the released code did: half of a Vim's patches get their neighbour's row.
     pos_grid: rows and columns of the file's positions, which are resized to the model's. Default:
-        as the file's "built" or "args" say, else those of the model, else as many of both.
+        as the file's "built" says, else those of the model, else as many of both.
     Raises ValueError, listing the keys that differ, if the file belongs to another model, which is
     then left as it was; FileNotFoundError or ValueError as `read`."""
     if not isinstance(content, dict):
         content = read(content)
-    weights, source = _unwrapped(content)
+    weights, where = stored_weights(content, encoder_only=True)
     model = _innermost(model)
     state = model.state_dict()
-    names = {WRAPPED_BLOCK.sub("", name): name for name in state}
-    own = {name: state[names[name]] for name in names}
+    own = {WRAPPED_BLOCK.sub("", name): value for name, value in state.items()}
     if weights.keys() != from_released(weights).keys():
         own = to_released(own)                          # differences bear the names of the file
-    note = f"loaded {source}"
-    if hasattr(model, "resize_positions"):              # a FastVim
-        note += _fit_positions(model, weights, released_pos_rows, pos_grid, content)
-    elif pos_grid is not None:
+    note = f"loaded {where}"
+    is_autoencoder = hasattr(model, "mask_token")
+    is_encoder = hasattr(model, "resize_positions") and not is_autoencoder
+    if pos_grid is not None and not is_encoder:
         raise ValueError(f"pos_grid={pos_grid} is for a FastVim, not a {type(model).__name__}")
+    if is_encoder:
+        note += _fit_positions(model, weights, released_pos_rows, pos_grid, content)
+    for name in ("pos_embed", "decoder_pos_embed"):         # of an autoencoder: sines and cosines
+        if is_autoencoder and name in weights and weights[name].shape != own[name].shape:
+            weights[name] = own[name]
+            note += f", {name} that of the model's grid"
     if encoder_only:
         head = {name: value for name, value in own.items() if name.startswith("head.")}
         dropped = [name for name in weights
@@ -274,7 +270,8 @@ def load(model: nn.Module, content: str | os.PathLike | dict, encoder_only: bool
                  f"dropped ({', '.join(parts) or 'none'}), {len(head)} of the head as initialised")
         weights = {name: value for name, value in weights.items() if name not in dropped} | head
     _refuse_differences(own, weights)
-    weights = {names[name]: value for name, value in from_released(weights).items()}
+    weights = from_released(weights)
+    weights = {name: weights[WRAPPED_BLOCK.sub("", name)] for name in state}
     room = {name: torch.empty_like(value, device=weights[name].device)
             for name, value in state.items() if value.is_meta}
     model.load_state_dict(room, strict=False, assign=True)
@@ -314,21 +311,13 @@ def _fit_positions(model, weights, released_pos_rows, pos_grid, content):
     """Moves and resizes weights["pos_embed"] to where the model expects it; says what was done."""
     pos = weights.get("pos_embed", torch.empty(0))
     new = model.grid_size
-    grid = " x ".join(map(str, new))
-    if hasattr(model, "mask_token"):                    # it has sines and cosines for its own grid
-        if pos_grid is not None:
-            raise ValueError(f"pos_grid={pos_grid}, but an autoencoder computes its positions")
-        if pos.shape == model.pos_embed.shape:
-            return ""
-        weights.update(pos_embed=model.pos_embed, decoder_pos_embed=model.decoder_pos_embed)
-        return f", position embeddings those of {grid} patches"
-
+    if pos.ndim != 3 or pos.shape[::2] != (1, model.cfg.embed_dim):
+        return ""                                       # listed as of another shape
     row = model.class_row                               # the class token's in the model, or None
     has_class = row is not None
-    if pos.ndim != 3 or pos.shape[0] != 1 or pos.shape[2] != model.cfg.embed_dim:
-        return ""                                       # listed as of another shape
-    old, note = _stored_grid(model, pos.shape[1] - has_class, pos_grid, content)
-    if old is None:
+    cells = pos.shape[1] - has_class
+    old, note = _stored_grid(model, cells, pos_grid, content)
+    if math.prod(old) != cells:
         return ""
     old_row = None
     if has_class:
@@ -337,7 +326,7 @@ def _fit_positions(model, weights, released_pos_rows, pos_grid, content):
             old_row = 0                                 # of an autoencoder
             note += f", position row of the class token moved from 0 to {row}"
     if old != new:
-        note += f", position embeddings resized from {old[0]} x {old[1]} to {grid}"
+        note += f", position embeddings resized from {old[0]} x {old[1]} to {new[0]} x {new[1]}"
     pos, class_pos = model.resize_positions(pos, old, new, old_row)
     if has_class:
         pos = torch.cat([pos[:, :row], class_pos, pos[:, row:]], 1)
@@ -346,34 +335,33 @@ def _fit_positions(model, weights, released_pos_rows, pos_grid, content):
 
 
 def _stored_grid(model, cells, pos_grid, content):
-    """-> (rows, columns) of the grid that the file has `cells` positions of, or None; a note."""
+    """-> (rows, columns) of the grid that the file's `cells` positions are of, if any; a note."""
     h, w = model.grid_size
-    said = _said_grid(content, model.cfg.patch_size)
     if pos_grid is not None:
         said = tuple(torch.as_tensor(pos_grid).flatten().tolist())
         if len(said) != 2 or min(said) < 1 or math.prod(said) != cells:
             raise ValueError(f"pos_grid={pos_grid} must be two whole numbers, rows and columns, "
                              f"of {cells} patches, as the file's pos_embed is")
+        return said, ""
+    said = _said_grid(content, model.cfg.patch_size)
     if said is not None and math.prod(said) == cells:
         return said, ""
-    side = math.isqrt(max(0, cells))
-    square = side > 0 and side * side == cells
-    if h * w == cells:
-        if square and h != w:
-            return (h, w), f", the {cells} positions taken for a grid of {h} x {w}"
+    side = math.isqrt(max(cells, 0))
+    if side == 0 or side * side != cells:
         return (h, w), ""
-    rows = math.isqrt(cells * h // w) if square else 0      # of a grid like the model's
-    if rows and h != w and rows * rows * w == cells * h:
+    if h != w and h * w == cells:
+        return (h, w), f", the {cells} positions taken for a grid of {h} x {w}"
+    rows = math.isqrt(cells * h // w)                   # of a grid like the model's
+    if h != w and rows * rows * w == cells * h:
         raise ValueError(f"pos_embed may be of {side} x {side} patches or, like the model's, of "
                          f"{rows} x {cells // rows}: say which by pos_grid=(rows, columns)")
-    return (side, side) if square else None, ""
+    return (side, side), ""
 
 
 def _said_grid(content, patch_size):
     """The grid of the model that the file says it was trained with, or None."""
     try:
-        size = content["built"]["fields"]["img_size"]
-        h, w = size if isinstance(size, (tuple, list)) else (size, size)
-        return -(-h // patch_size), -(-w // patch_size)
-    except (KeyError, TypeError, ValueError):
+        h, w = torch.tensor(content["built"]["fields"]["img_size"]).expand(2).tolist()
+    except (KeyError, TypeError, ValueError, RuntimeError):
         return None
+    return math.ceil(h / patch_size), math.ceil(w / patch_size)

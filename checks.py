@@ -5,25 +5,26 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16,
-            torch.uint32, torch.uint64)
-LEAST = {"patch_size": 1, "in_chans": 1, "num_classes": 0, "embed_dim": 1, "depth": 1, "d_state": 1,
-         "d_conv": 0, "expand": 1, "dt_rank": 1}            # fields of whole numbers
-SWITCHES = ("class_token", "skip_before_expand", "hcs", "hcs_sorted")
-
 
 def as_plain(value):
-    """Numbers of NumPy, alone or in an array, list or tuple, as Python's; others as they are."""
-    if isinstance(value, (np.generic, np.ndarray)):
+    """Numbers of NumPy or PyTorch, alone or in an array or a list, as Python's; others stay."""
+    if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, (list, tuple)):
         return type(value)(map(as_plain, value))
     return value
+
+
+def are_ids(values, count: int) -> bool:
+    """Are they a sequence of different whole numbers from 0 to count - 1, at least one?"""
+    if not isinstance(values, Sequence):
+        return False
+    known = all(type(i) is int and 0 <= i < count for i in values)
+    return known and 0 < len(values) == len(set(values))
 
 
 def check_fields(fields: dict, config: type):
@@ -46,55 +47,55 @@ def check_config(cfg, schedules: dict, norms: dict, pools: dict):
     for name, value in vars(cfg).items():
         object.__setattr__(cfg, name, as_plain(value))
 
-    def require(field, right, must):
-        if not right:
-            raise ValueError(f"{field}={getattr(cfg, field)!r} {must}")
+    def require(right, must, *fields):
+        for field in fields:
+            value = getattr(cfg, field)
+            if not right(value):
+                raise ValueError(f"{field}={value!r} {must}")
 
-    def is_number(value):
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    def choose(field, names):
+        known = f"is unknown; choose from {', '.join(map(str, names))}"
+        require(lambda v: v in list(names), known, field)
 
-    choices = {"schedule": schedules, "block_norm": norms, "ssm_norm": [None, *norms],
-               "pool": pools, "mask_divisor": ["axis", "count"]}
-    for field, names in choices.items():
-        known = getattr(cfg, field) in list(names)
-        require(field, known, f"is unknown; choose from {', '.join(map(str, names))}")
-    for field, least in LEAST.items():
-        value = getattr(cfg, field)
-        whole = type(value) is int and value >= least or field == "dt_rank" and value is None
-        require(field, whole, f"must be a whole number of at least {least}")
-    for field in SWITCHES:
-        require(field, isinstance(getattr(cfg, field), bool), "must be True or False")
-    size = cfg.img_size
-    fits = isinstance(size, tuple) and len(size) == 2
-    fits = fits and all(type(side) is int and side >= cfg.patch_size for side in size)
-    require("img_size", fits, "must be one size or (height, width) in whole pixels, of at least "
-                              f"one patch ({cfg.patch_size} px)")
-    rate = cfg.drop_path_rate
-    require("drop_path_rate", is_number(rate) and 0 <= rate < 1, "must be a number in [0, 1)")
-    scale = cfg.pool_scale
-    require("pool_scale", is_number(scale) and 0 < scale < math.inf, "must be a positive number")
+    choose("schedule", schedules)
+    choose("block_norm", norms)
+    choose("ssm_norm", [None, *norms])
+    choose("pool", pools)
+    choose("mask_divisor", ["axis", "count"])
+    require(lambda v: type(v) is int and v >= 0, "must be a whole number of at least 0",
+            "num_classes", "d_conv")
+    require(lambda v: type(v) is int and v >= 1, "must be a whole number of at least 1",
+            "patch_size", "in_chans", "embed_dim", "depth", "d_state", "expand")
+    require(lambda v: v is None or type(v) is int and v >= 1,
+            "must be a whole number of at least 1, or None", "dt_rank")
+    require(lambda v: type(v) is bool, "must be True or False",
+            "class_token", "skip_before_expand", "hcs", "hcs_sorted")
+    require(lambda v: type(v) in (int, float) and 0 <= v < 1, "must be a number in [0, 1)",
+            "drop_path_rate")
+    require(lambda v: type(v) in (int, float) and 0 < v < math.inf, "must be a positive number",
+            "pool_scale")
+    require(lambda v: len(v) == 2 and all(type(n) is int and n >= cfg.patch_size for n in v),
+            "must be one size or (height, width) in whole pixels, of at least one patch "
+            f"({cfg.patch_size} px)", "img_size")
     pooling = any(pooled for _, pooled in cfg.rows)
     like = f"schedule={cfg.schedule!r}"
-    require("pool", pooling or cfg.pool == "mean", f"has nothing to pool in {like}")
-    require("pool_scale", scale == 1 or pooling and cfg.pool == "mean",
-            f"scales mean pooling only; this model has {like}, pool={cfg.pool!r}")
+    require(lambda v: v == "mean" or pooling, f"has nothing to pool in {like}", "pool")
+    require(lambda v: v == 1 or pooling and cfg.pool == "mean",
+            f"scales mean pooling only; this model has {like}, pool={cfg.pool!r}", "pool_scale")
     if cfg.out_indices is not None:
         check_blocks("out_indices", cfg.out_indices, cfg.depth)
 
 
 def check_blocks(name: str, indices: Sequence[int], depth: int):
-    indices = as_plain(indices)
-    blocks = tuple(indices) if isinstance(indices, Sequence) else ()
-    exist = blocks and all(type(i) is int and 0 <= i < depth for i in blocks)
-    if not exist or len(set(blocks)) < len(blocks):
+    if not are_ids(indices, depth):
         raise ValueError(f"{name}={indices!r} must list different blocks between 0 and {depth - 1}")
 
 
 def check_taps(indices: Sequence[int], cfg):
     check_blocks("indices", indices, cfg.depth)
     if cfg.out_indices is not None and tuple(cfg.out_indices) != tuple(indices):
-        norms = f"the model has norms for out_indices={cfg.out_indices}"
-        raise ValueError(f"indices={tuple(indices)}, but {norms}")
+        raise ValueError(f"indices={tuple(indices)}, but the model has norms for out_indices="
+                         f"{cfg.out_indices}")
 
 
 def check_has_head(cfg):
@@ -118,24 +119,19 @@ def check_images(x: Tensor, channels, cfg):
     if min(x.shape[2:]) < 1:
         raise ValueError(f"images of shape {tuple(x.shape)} have no pixels")
     c = x.shape[1]
-    if not cfg.per_channel and channels is not None:
+    last = cfg.in_chans - 1
+    if channels is None:
+        if c != cfg.in_chans:
+            raise ValueError(f"images have {c} channels, the model in_chans={cfg.in_chans}; a "
+                             f"per-channel model takes channels=[ids between 0 and {last}]")
+    elif not cfg.per_channel:
         raise ValueError("channels= is for per-channel models; this model mixes its channels in "
                          "patch_embed")
-    last = cfg.in_chans - 1
-    if channels is None and c != cfg.in_chans:
-        hint = f": say which they are by channels=[ids between 0 and {last}]"
-        raise ValueError(f"images have {c} channels, the model in_chans={cfg.in_chans}"
-                         f"{hint if cfg.per_channel else ''}")
-    if channels is None or not has_values(channels):
-        return
-    device = channels.device if isinstance(channels, Tensor) else "cpu"
-    ids = torch.as_tensor(channels, device=device)          # where they are: no wait for a GPU
-    right = ids.shape == (c,) and ids.dtype in INTEGERS and c > 0
-    known = ids.long()
-    right = right and len(known.unique()) == c
-    if not right or not 0 <= int(known.min()) <= int(known.max()) <= last:
-        raise ValueError(f"channels={ids.tolist()} must give another id between 0 and {last} for "
-                         f"each of the image's {c} channels")
+    elif has_values(channels):
+        ids = as_plain(channels)
+        if not are_ids(ids, cfg.in_chans) or len(ids) != c:
+            raise ValueError(f"channels={ids!r} must give another id between 0 and {last} for each "
+                             f"of the image's {c} channels")
 
 
 def has_values(v) -> bool:
@@ -144,9 +140,7 @@ def has_values(v) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
-    if not isinstance(v, Tensor):
-        return True
-    return type(v) in (Tensor, Parameter) and not v.is_meta
+    return not isinstance(v, Tensor) or type(v) in (Tensor, Parameter) and not v.is_meta
 
 
 def check_keep(keep, tokens: Tensor):
@@ -157,10 +151,11 @@ def check_keep(keep, tokens: Tensor):
     except (TypeError, ValueError) as error:
         raise ValueError("keep must be a rectangle of token ids, shorter rows padded with -1 "
                          f"({error})") from None
-    rectangle = keep.ndim == 2 and keep.shape[0] == b and keep.shape[1] > 0
-    if not rectangle or keep.dtype not in INTEGERS:
+    kind = keep.dtype
+    integers = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+    if not integers or keep.ndim != 2 or keep.shape[0] != b or keep.shape[1] == 0:
         raise ValueError(f"keep must hold integer token ids of shape (B={b}, kept tokens), -1 for "
-                         f"padding; got {keep.dtype} of shape {tuple(keep.shape)}")
+                         f"padding; got {kind} of shape {tuple(keep.shape)}")
     if not has_values(keep) or b == 0:
         return
     ids = keep.long().sort(1, descending=True).values

@@ -112,6 +112,7 @@ class Backbone(nn.Module):
         cfg = self.cfg
         if indices is None:
             indices = cfg.out_indices
+        indices = checks.as_plain(indices)
         checks.check_taps(indices, cfg)
         tokens, grids, ids, sizes = self._embed(x, None, channels)
         maps = {}
@@ -154,8 +155,7 @@ class Backbone(nn.Module):
     def _class_place(self, count, masked):
         """Which of `count` tokens is the class token."""
         h, w = self.grid_size
-        pooled = any(pooled for _, pooled in self.cfg.rows) and not self.cfg.per_channel
-        if masked or not pooled:
+        if masked or self.cfg.per_channel or not self.cfg.rows[0][1]:
             return (count - 1) // 2
         if count != h * w + 1:
             raise ValueError(f"forward_head finds the class token among the {h * w + 1} tokens of "
@@ -191,12 +191,8 @@ class Backbone(nn.Module):
         """Names of the parameters without weight decay, as for fine-tuning: position embeddings,
         class token, biases, D. One-dimensional ones are everybody's own rule. A_log decays, as when
         the released models were trained."""
-        names = {"pos_embed", "cls_token"}
-        for name, parameter in self.named_parameters():
-            is_bias = name.endswith("bias") and parameter.ndim > 1          # one per direction
-            if is_bias or name.endswith(".D") or name in names:
-                names.add(name)
-        return names & dict(self.named_parameters()).keys()
+        return {name for name, _ in self.named_parameters()
+                if name in ("pos_embed", "cls_token") or name.endswith(("bias", ".D"))}
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """For layer-wise decay: what comes before the blocks, each block; norm and head are last.
@@ -217,9 +213,9 @@ class Backbone(nn.Module):
         weights = self.state_dict()
         with torch.device("meta"):
             made = type(self)(**fields).state_dict()
-        changed = [name for name in sorted(weights.keys() | made.keys())
-                   if name not in weights or name not in made
-                   or weights[name].shape != made[name].shape]
+        shapes = {name: value.shape for name, value in weights.items()}
+        expected = {name: value.shape for name, value in made.items()}
+        changed = sorted({name for name, _ in shapes.items() ^ expected.items()})
         if changed:
             raise ValueError(f"{', '.join(changed[:4])} changed since the model was made, which "
                              f"{CONFIG} does not hold: keep its state_dict instead, or make a "
@@ -331,8 +327,6 @@ def build(name: str, create: Callable, pretrained: bool = False, pretrained_cfg=
     if options.pop("feature_cls", "getter") != "getter":
         raise ValueError("feature_cls: features_only of these models has a class of its own, which "
                          "calls forward_intermediates")
-    made = []
-
     def make(drop_rate=0.0, global_pool=None, **fields):
         if drop_rate:
             raise ValueError(f"drop_rate={drop_rate}: there is no dropout before the head; "
@@ -342,13 +336,12 @@ def build(name: str, create: Callable, pretrained: bool = False, pretrained_cfg=
         model.register_load_state_dict_pre_hook(take_released_names)
         if from_file:
             log.info("%s: %s", name, load_source(model, source))
-        made.append(model)
         return model
 
     model = build_model_with_cfg(
         make, name, pretrained and not from_file, source, feature_cfg={"feature_cls": Features,
         "out_indices": None}, pretrained_filter_fn=checkpoints.from_released, **options)
-    described = default_cfg(made[0].cfg)
+    described = default_cfg(getattr(model, "model", model).cfg)     # of Features, that within
     for key in ("input_size", "mean", "std"):               # unless the caller said otherwise
         if tuple(getattr(source, key)) == default_cfgs[name][key]:
             model.pretrained_cfg[key] = described[key]
@@ -385,7 +378,7 @@ class Features(nn.Module):
             out_indices = sorted({max(depth * part // 4, 1) - 1 for part in range(1, 5)})
         if type(out_indices) is int:                        # as in timm: the last ones
             out_indices = range(max(depth - out_indices, 0), depth)
-        blocks = [i + depth if i < 0 else i for i in out_indices]
+        blocks = [i + depth if i < 0 else i for i in checks.as_plain(out_indices)]
         checks.check_blocks("out_indices", blocks, depth)
         self.feature_info = FeatureInfo(model.feature_info, tuple(blocks))
         self.out_indices = blocks

@@ -134,11 +134,9 @@ def print_machine() -> None:
         print(f"{command:9} {_version(command)}")
     print(f"backends  FASTVIM_BACKEND is {os.environ.get('FASTVIM_BACKEND') or 'not set'}")
     for backend in fastvim.BACKENDS.values():
-        state = backend.why
-        if "cuda" in backend.devices and not gpus:
-            state = "no GPU here"
-        elif backend.devices:                                               # asking compiles it
-            state = backend.problem() or "compiled kernels, ready"
+        state = "no GPU here"
+        if gpus or "cuda" not in backend.devices:
+            state = backend.problem() or backend.why                        # asking compiles it
         print(f"  {backend.name:8} {', '.join(backend.devices) or 'every device'}: {state}")
     devices = ["cpu"]
     if gpus:

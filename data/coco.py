@@ -7,6 +7,7 @@ only one thing can be meant, it is read; an object that cannot be drawn is left 
 
 import collections
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,9 @@ from .loading import extra
 from .survey import report_turned, spread
 
 FAR = 1e5       # pixels: no image is so large
-NEAR = 2, 0.1  # a box is around its mask up to so many pixels, or such a share of its side
+# Objects that are measured by, but not learnt from.
+CROWD = "objects in a crowd"
+SMALL = "objects smaller than a pixel"
 
 
 class Coco(DenseFiles):
@@ -60,52 +63,43 @@ class Coco(DenseFiles):
                              f"({type(error).__name__}: {error})") from error
         for note in notes:
             warnings.warn(f"{path}: {note}")
+        files = [os.path.join(folder, image["file"]) for image in images]
+        samples = [(file, json.dumps(image).encode()) for file, image in zip(files, images)]
         classes = [category["name"] for category in categories.values()]
-        samples = [(os.path.join(folder, image["file"]), json.dumps(image).encode())
-                   for image in images]
-        looked_at = spread([file for file, _ in samples])
+        looked_at = spread(files)
         if not any(map(os.path.exists, looked_at)):
             raise FileNotFoundError(f"{looked_at[0]}: not found, nor any other of the "
                                     f"{len(looked_at)} images looked at that {path} names")
         if unsized:
-            unsized = [os.path.join(folder, name) for name in unsized]
             warnings.warn(f"{path}: {len(unsized):,} images without height and width, which are "
                           "taken from the files")
-            report_turned(folder, unsized, sized=False)
-        else:
-            report_turned(folder, [file for file, _ in samples])
+        report_turned(folder, unsized or files, sized=not unsized)
         super().__init__(samples, classes, load_objects, transform, folder)
 
 
 # ---- What tools write ----------------------------------------------------------------------------
 
-def number_of(value) -> float | int | None:
-    """A finite number, or one that is written as text; else None. Whole ones are int."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    if not math.isfinite(number):
-        return None
-    return int(number) if number.is_integer() else number
+def plain(value):
+    """What a text says, "5" or "[[2, 2, 9, 2, 9, 9]]"; of 5.0 the 5; in lists, too. Else value."""
+    if isinstance(value, str):
+        for read in (json.loads, float):
+            with contextlib.suppress(ValueError):
+                return plain(read(value))
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list) and not are_numbers(value):
+        return [plain(item) for item in value]
+    return value
 
 
-def numbers_of(values) -> list | None:
-    """A list of numbers, or None; text becomes numbers."""
-    if not isinstance(values, list):
-        return None
-    if set(map(type, values)) <= {int, float}:  # nearly always: COCO has 40 million coordinates
-        return values
-    values = [number_of(value) for value in values]
-    return None if None in values else values
+def are_numbers(values: list) -> bool:
+    return set(map(type, values)) <= {int, float}   # quickly: COCO has 40 million coordinates
 
 
 def id_of(value, what: str) -> int | str:
     """An id, a whole number if it is the text of one. ValueError: it is neither."""
-    number = number_of(value)
-    if isinstance(number, int):
+    number = plain(value)
+    if type(number) is int:
         return number
     if isinstance(value, str) and value:
         return value
@@ -114,12 +108,10 @@ def id_of(value, what: str) -> int | str:
 
 def is_crowd(value) -> int:
     """iscrowd of an object, 0 or 1. ValueError: it says neither."""
-    if isinstance(value, str):
-        value = {"true": 1, "false": 0, "": 0}.get(value.strip().lower(), value)
-    number = number_of(int(value) if isinstance(value, bool) else value or 0)
-    if number not in (0, 1):
+    said = plain(str(value or 0).lower())               # "True" is no JSON, "true" is
+    if said not in (0, 1):
         raise ValueError(f"iscrowd is {value!r}, and should be 0 or 1")
-    return number
+    return int(said)
 
 
 def by_id(items: list[dict], kind: str) -> dict:
@@ -138,12 +130,14 @@ def categories_of(content: dict) -> dict:
     known = dict(sorted(by_id(content["categories"], "categories").items()))
     for number, category in known.items():
         name = category.get("name")
-        known[number] = category | dict(name=str(number if name in (None, "") else name))
+        if name in (None, ""):
+            name = number
+        known[number] = category | dict(name=str(name))
     return known
 
 
 def images_of(content: dict, folder: str) -> tuple[dict, list[str]]:
-    """{id: image with a size}, and the names of those that had none: it is their files'.
+    """{id: image with a size}, and the files of those that had none: it is theirs.
 
     A size of 0 x 0: the file cannot be opened. It is a bad file.
     """
@@ -153,13 +147,13 @@ def images_of(content: dict, folder: str) -> tuple[dict, list[str]]:
         name = image["file_name"]
         if not isinstance(name, str) or not name:
             raise ValueError(f"the file_name of image {number} is {name!r}, and no name")
-        size = [number_of(image.get(side)) for side in ("height", "width")]
-        if not all(isinstance(length, int) and 0 < length < FAR for length in size):
-            unsized.append(name)
-            size = [0, 0]
-            with contextlib.suppress(Exception), Image.open(os.path.join(folder, name)) as opened:
-                size = [opened.height, opened.width]
-        known[number] = image | dict(height=size[0], width=size[1])
+        height, width = (plain(image.get(side)) for side in ("height", "width"))
+        if not all(type(length) is int and 0 < length < FAR for length in (height, width)):
+            unsized.append(os.path.join(folder, name))
+            height = width = 0
+            with contextlib.suppress(Exception), Image.open(unsized[-1]) as opened:
+                width, height = opened.size
+        known[number] = image | dict(height=height, width=width)
     return known, unsized
 
 
@@ -175,13 +169,12 @@ def sort_objects(content: dict, known: dict, category_ids: list, train: bool
     """
     label_of = {number: label for label, number in enumerate(category_ids)}
     images = {}
-    truth = []
-    left_out = collections.Counter()
-    passed_over = collections.Counter()         # of the objects to learn from
-    boxes = collections.Counter()
     for number, image in known.items():
         size = [image["height"], image["width"]]
         images[number] = dict(id=number, file=image["file_name"], size=size, labels=[], masks=[])
+    truth = []
+    reasons = collections.Counter()             # of leaving something out
+    boxes = collections.Counter()
     for item in content["annotations"]:
         category = id_of(item["category_id"], "the category of an object")
         number = id_of(item["image_id"], "the image of an object")
@@ -193,36 +186,36 @@ def sort_objects(content: dict, known: dict, category_ids: list, train: bool
         try:
             outline, box, partly = drawable(item, *image["size"])
         except ValueError as error:
-            left_out[f"objects {error}"] += 1
+            reasons[f"objects {error}"] += 1
             continue
         if partly:
-            left_out["objects' polygons, but not all of them"] += 1
+            reasons["objects' polygons, but not all of them"] += 1
         if not train:                           # numbered anew: to pycocotools id 0 is no object
-            area = number_of(item.get("area")) or 0
-            if area <= 0:
-                area = mask_area(outline, *image["size"])
+            area = plain(item.get("area"))
+            if type(area) not in (int, float) or not 0 < area < math.inf:
+                area = float(extra("pycocotools.mask").area(encoded(outline, *image["size"])))
             truth.append(item | dict(id=len(truth) + 1, image_id=number, category_id=category,
                                      iscrowd=crowd, bbox=box, segmentation=outline, area=area))
         if crowd:
-            passed_over["objects in a crowd"] += 1
+            reasons[CROWD] += 1
         elif min(box[2:]) < 1:
-            passed_over["objects smaller than a pixel"] += 1
+            reasons[SMALL] += 1
         else:
             boxes[how_box_lies(box, outline)] += 1
             image["labels"].append(label_of[category])
             image["masks"].append(outline)
-    with_objects = [image for image in images.values() if image["labels"]]
-    if not with_objects:
-        listed = list_of(left_out + passed_over)
-        raise ValueError(f"no object that can be used: {listed}".removesuffix(": "))
-    if train:
-        left_out += passed_over
-        if len(with_objects) < len(images):
-            unseen = len(images) - len(with_objects)
-            left_out[f"of {len(images):,} images without objects"] = unseen
-    notes = [f"left out {list_of(left_out)}"] if left_out else []
-    notes += notes_of(boxes)
-    return with_objects if train else list(images.values()), truth, notes
+    found = [image for image in images.values() if image["labels"]]
+    if not found:
+        raise ValueError(f"no object that can be used: {list_of(reasons)}".removesuffix(": "))
+    if train and len(found) < len(images):
+        reasons[f"of {len(images):,} images without objects"] = len(images) - len(found)
+    if not train:                               # what is no object to learn from is measured by
+        found = list(images.values())
+        del reasons[CROWD], reasons[SMALL]
+    notes = notes_of(boxes)
+    if reasons:
+        notes.append(f"left out {list_of(reasons)}")
+    return found, truth, notes
 
 
 def list_of(counts: collections.Counter) -> str:
@@ -246,55 +239,48 @@ def drawable(item: dict, height: int, width: int) -> tuple[list | dict, list, bo
     """
     if not height:
         raise ValueError("of images without a size whose files cannot be opened")
-    box = item.get("bbox")
-    if box not in (None, []):
-        box = numbers_of(box)
-        if not box or len(box) != 4 or min(box[2:]) < 0 or not are_near(box):
-            raise ValueError("without a proper box")
-    given = item.get("segmentation")
-    if isinstance(given, str):                  # a cell of a spreadsheet
-        with contextlib.suppress(ValueError):
-            given = json.loads(given)
+    box = plain(item.get("bbox")) or []
+    if box and not (are_near(box) and len(box) == 4 and min(box[2:]) >= 0):
+        raise ValueError("without a proper box")
+    given = plain(item.get("segmentation"))
     partly = False
     if isinstance(given, dict):
         outline = sound_runs(given, height, width)
     else:
         outline = sound_polygons(given)
         partly = len(outline) < len(given)
-    if not box:
-        box = box_around(outline, height, width)
-    return outline, box, partly
+    return outline, box or box_around(outline, height, width), partly
 
 
 def sound_polygons(polygons) -> list[list]:
     """Those of three points and more. ValueError: there are none."""
+    sound = []
     if isinstance(polygons, list):
-        polygons = [numbers_of(polygon) for polygon in polygons]
-        polygons = [polygon for polygon in polygons if polygon and are_near(polygon)
-                    and len(polygon) >= 6 and len(polygon) % 2 == 0]
-    if not isinstance(polygons, list) or not polygons:
+        sound = [polygon for polygon in polygons
+                 if are_near(polygon) and len(polygon) >= 6 and len(polygon) % 2 == 0]
+    if not sound:
         raise ValueError("without a polygon of three points")
-    return polygons
+    return sound
 
 
-def are_near(coordinates: list) -> bool:
-    low = min(coordinates)
-    high = max(coordinates)
-    return -FAR < low and high < FAR and math.isfinite(sum(coordinates))     # NaN hides in min, max
+def are_near(coordinates) -> bool:
+    """A list of numbers, none beyond any image. NaN hides in min and max, but not in the sum."""
+    if not isinstance(coordinates, list) or not coordinates or not are_numbers(coordinates):
+        return False
+    near = -FAR < min(coordinates) and max(coordinates) < FAR
+    return near and math.isfinite(sum(coordinates))
 
 
 def sound_runs(outline: dict, height: int, width: int) -> dict:
     """A run-length encoding, packed or not, as numbers. ValueError: it is not of that size."""
     packed = outline.get("counts")
+    runs = []
     if isinstance(packed, str):
         runs = run_lengths(packed)
     elif isinstance(packed, list):
-        runs = packed = [number_of(run) for run in packed]
-    else:
-        runs = [None]
-    if (numbers_of(outline.get("size")) != [height, width]
-            or not all(isinstance(run, int) and run >= 0 for run in runs)
-            or sum(runs) != height * width):
+        runs = packed = [plain(run) for run in packed]
+    whole = all(type(run) is int and run >= 0 for run in runs)
+    if plain(outline.get("size")) != [height, width] or not whole or sum(runs) != height * width:
         raise ValueError("whose mask is not of their image's size")
     return dict(size=[height, width], counts=packed)
 
@@ -326,41 +312,37 @@ def run_lengths(text: str) -> list[int]:
 
 def how_box_lies(box: list, outline: list | dict) -> str:
     """Is it "around" the mask, or would its numbers be as corners ("corners"), or "beside" it?"""
-    left, top, right, bottom = extent(outline)
-    if fits([box[0], box[1], box[0] + box[2], box[1] + box[3]], left, top, right, bottom):
+    left, top, width, height = box
+    edges = edges_of(outline)
+    if are_close([left, top, left + width, top + height], edges):
         return "around"
-    if fits(box, left, top, right, bottom):
+    if are_close(box, edges):
         return "corners"
     return "beside"
 
 
-def extent(outline: list | dict) -> tuple:
+def edges_of(outline: list | dict) -> list:
     """Left, top, right, bottom of what is drawn."""
     if isinstance(outline, dict):
-        left, top, width, height = extra("pycocotools.mask").toBbox(
-            encoded(outline, *outline["size"])).tolist()
-        return left, top, left + width, top + height
-    left = min(min(polygon[0::2]) for polygon in outline)
-    top = min(min(polygon[1::2]) for polygon in outline)
-    right = max(max(polygon[0::2]) for polygon in outline)
-    bottom = max(max(polygon[1::2]) for polygon in outline)
-    return left, top, right, bottom
+        box = extra("pycocotools.mask").toBbox(encoded(outline, *outline["size"])).tolist()
+        return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+    points = list(itertools.chain(*outline))            # x, y, x, y ...
+    x = points[0::2]
+    y = points[1::2]
+    return [min(x), min(y), max(x), max(y)]
+
+
+def are_close(corners: list, edges: list) -> bool:
+    """Up to two pixels, or a tenth of the side."""
+    sides = [edges[2] - edges[0], edges[3] - edges[1]] * 2
+    return all(abs(corner - edge) <= max(2, 0.1 * side)
+               for corner, edge, side in zip(corners, edges, sides))
 
 
 def box_around(outline: list | dict, height: int, width: int) -> list:
     """Left, top, width, height of what is drawn in the image."""
-    left, top, right, bottom = extent(outline)
-    left = max(0, left)
-    top = max(0, top)
-    return [left, top, max(0, min(right, width) - left), max(0, min(bottom, height) - top)]
-
-
-def fits(corners: list, left: float, top: float, right: float, bottom: float) -> bool:
-    pixels, share = NEAR
-    wide = max(pixels, share * (right - left))
-    high = max(pixels, share * (bottom - top))
-    return (abs(corners[0] - left) <= wide and abs(corners[2] - right) <= wide
-            and abs(corners[1] - top) <= high and abs(corners[3] - bottom) <= high)
+    left, top, right, bottom = np.clip(edges_of(outline), 0, [width, height] * 2).tolist()
+    return [left, top, right - left, bottom - top]
 
 
 def notes_of(boxes: collections.Counter) -> list[str]:
@@ -399,10 +381,6 @@ def load_objects(path: str, text: bytes) -> tuple[torch.Tensor, dict]:
 def object_mask(outline: list | dict, height: int, width: int) -> np.ndarray:
     """COCO's polygons, or a run-length encoding, packed or not -> mask (height width) uint8."""
     return extra("pycocotools.mask").decode(encoded(outline, height, width))
-
-
-def mask_area(outline: list | dict, height: int, width: int) -> float:
-    return float(extra("pycocotools.mask").area(encoded(outline, height, width)))
 
 
 def encoded(outline: list | dict, height: int, width: int) -> dict:

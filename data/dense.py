@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .images import EXTENSIONS, IMAGENET_MEAN, IMAGENET_STD, load_rgb
+from .images import EXTENSIONS, IMAGENET_MEAN, IMAGENET_STD, each_file, load_rgb
 from .loading import Files, extra
-from .survey import Finder, report_turned, spread
+from .survey import report_turned, spread
 
 IGNORE_INDEX = 255      # label of the pixels that nobody labelled
 PAD_VALUE = 114         # gray beside the images of detection
@@ -221,20 +221,19 @@ class ADE20K(DenseFiles):
 def require_labels(samples: list[tuple], load: Callable, where: str) -> None:
     """ValueError: no image can be used, or in no map a pixel is labelled, of those looked at."""
     looked_at = spread(samples)
-    fault = None
-    readable = 0
+    faults = []
     for sample in looked_at:
         try:
             _, labels = load(*sample)
         except Exception as error:          # as in Files
-            fault = error
-            continue
-        if (labels != IGNORE_INDEX).any():
-            return
-        readable += 1
+            faults.append(error)
+        else:
+            if (labels != IGNORE_INDEX).any():
+                return
+    readable = len(looked_at) - len(faults)
     if not readable:
         raise ValueError(f"{where}: none of the {len(looked_at)} images looked at can be used with "
-                         f"its map of labels. The last one: {fault}") from fault
+                         f"its map of labels. The last one: {faults[-1]}") from faults[-1]
     raise ValueError(f"{where}: no pixel is labelled in the maps of the {readable} images looked "
                      "at. In a map 0 and 255 mean no label, the first class is 1: are these the "
                      "right maps?")
@@ -281,16 +280,11 @@ def paths_by_stem(folder: str, extensions: tuple[str, ...]) -> dict[str, str]:
     ValueError: two files share a stem, there are none.
     """
     paths = {}
-    finder = Finder(folder, extensions)
-    for path in finder.find(folder):
+    for path in each_file([folder], extensions):
         stem = os.path.splitext(os.path.relpath(path, folder))[0]
         if stem in paths:
             raise ValueError(f"{paths[stem]} and {path}: which of them is it? Remove one")
         paths[stem] = path
-    if not paths:
-        raise ValueError(f"{folder}: no images ({', '.join(extensions)}) in this folder"
-                         f"{finder.instead()}")
-    finder.report(folder)
     return paths
 
 

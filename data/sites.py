@@ -43,9 +43,11 @@ def group_sites(samples: Sequence[tuple[str, int]], pattern: str, root: str
             continue
         groups = match.groupdict()
         channel = groups.pop("channel", None) or ""
+        well = None
         if "well" in groups:
             groups["well"] = normal_well(groups["well"])
-        key = (label, *groups.items())
+            well = tuple(value for group, value in groups.items() if group != "site")
+        key = (label, well, *groups.values())
         if "channel" not in match.re.groupindex:
             key = (*key, name)
         files = sites.setdefault(key, {})
@@ -72,12 +74,8 @@ def group_sites(samples: Sequence[tuple[str, int]], pattern: str, root: str
             raise ValueError(f"{message}. Let --pattern match complete sites only")
         warnings.warn(f"{message}. They are left out")
     found = []
-    for (label, *groups), files in sites.items():
+    for (label, well, *_), files in sites.items():
         if len(files) == len(channels):
-            groups = dict(group for group in groups if isinstance(group, tuple))
-            well = None
-            if "well" in groups:
-                well = tuple(value for name, value in groups.items() if name != "site")
             path = BETWEEN_FILES.join(files[channel] for channel in channels)
             found.append(Site(path, label, well, groups))
     return found, [channel for channel in channels if channel]

@@ -50,30 +50,23 @@ class Finder:
         """The sorted names of the folders in `folder`; find() enters them, but no link to them."""
         names = []
         for entry in entries(folder):
-            if not self.is_folder(entry):
-                continue
-            real = self.enter(entry, os.path.realpath(folder))
-            if real:
+            if self.is_folder(entry) and self.enter(entry):
                 names.append(entry.name)
         return sorted(names)
 
     def find(self, folder: str) -> list[str]:
         """Sorted paths of the files in `folder` and below."""
-        return sorted(self.walk(folder, os.path.realpath(folder)))
-
-    def walk(self, folder: str, real: str) -> list[str]:
         paths = []
         for entry in entries(folder):           # knows folder from file: no stat per file (1.28 M)
             if self.is_folder(entry):
-                inner = self.enter(entry, real)
-                if inner:
-                    paths += self.walk(entry.path, inner)
+                if self.enter(entry):
+                    paths += self.find(entry.path)
             elif entry.name.lower().endswith(self.extensions):
                 paths.append(entry.path)
             else:
                 suffix = os.path.splitext(entry.name)[1].lower()
                 self.others[suffix or "without ending"] += 1
-        return paths
+        return sorted(paths)
 
     def is_folder(self, entry: os.DirEntry) -> bool:
         try:
@@ -81,17 +74,17 @@ class Finder:
         except OSError:                         # a link to itself
             return False
 
-    def enter(self, entry: os.DirEntry, real: str) -> str | None:
-        """The real path of a folder in the folder `real`; None if it is not to be entered."""
-        inner = os.path.join(real, entry.name)
-        if entry.is_symlink():
-            inner = os.path.realpath(entry.path)
-        above = contains(inner, real) or contains(inner, self.root)
-        if above or inner in self.known:
+    def enter(self, entry: os.DirEntry) -> bool:
+        """Is this folder to be entered? Not twice, and not where a link leads up."""
+        inner = os.path.realpath(entry.path)
+        outer = os.path.realpath(os.path.dirname(entry.path))
+        leads_up = inner in (os.path.commonpath([inner, outer]),
+                             os.path.commonpath([inner, self.root]))
+        if leads_up or inner in self.known:
             self.links.append(entry.path)
-            return None
+            return False
         self.known.add(inner)
-        return inner
+        return True
 
     def kinds(self) -> str:
         """'3 .heic, 1 .txt'"""
@@ -118,11 +111,6 @@ def entries(folder: str) -> list[os.DirEntry]:
     with os.scandir(folder) as found:
         kept = [entry for entry in found if not is_junk(entry.name)]
     return sorted(kept, key=lambda entry: (entry.is_symlink(), entry.name))
-
-
-def contains(folder: str, path: str) -> bool:
-    """Is `path` the folder or below it? Both are real."""
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 # ---- Classes -------------------------------------------------------------------------------------

@@ -177,8 +177,8 @@ def to_channels(image: np.ndarray, axes: str, chosen: dict[str, int]) -> np.ndar
     """Pixels with a letter for each axis -> (channels h w)."""
     for name, index in chosen.items():
         letter = name.upper()
-        size = image.shape[axes.index(letter)] if letter in axes else 1
-        if not 0 <= index < size:
+        sizes = dict(zip(axes, image.shape))
+        if not 0 <= index < sizes.get(letter, 1):
             raise ValueError(f"no {name}={index}: its axes are {axes}, of {image.shape}; numbers "
                              "begin at 0")
         if letter in axes:
@@ -190,8 +190,5 @@ def to_channels(image: np.ndarray, axes: str, chosen: dict[str, int]) -> np.ndar
         which = " ".join(f"{axis.lower()}=0" for axis in several if axis not in "CS")
         raise ValueError(f"its axes are {axes}, of {image.shape}: only channels, height and width "
                          f"are read. Slices or time points are not channels: {CHOOSE} {which}")
-    order = [*several, "Y", "X"]
-    left = "".join(axis for axis in axes if axis in order)
-    image = image.squeeze(tuple(i for i, axis in enumerate(axes) if axis not in order))
-    image = image.transpose([left.index(axis) for axis in order])
-    return image.reshape(-1, *image.shape[-2:])
+    image = np.moveaxis(image, (axes.index("Y"), axes.index("X")), (-2, -1))
+    return image.reshape(-1, *image.shape[-2:])             # of the others at most one is no 1

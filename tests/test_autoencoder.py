@@ -301,6 +301,15 @@ def test_a_fine_tuned_classifier_is_loaded_as_it_is():
     assert target.head.weight.shape == (3, 16)
 
 
+def test_an_autoencoder_without_positions_is_refused():
+    weights = {name: value for name, value in mae().state_dict().items() if name != "pos_embed"}
+    with pytest.raises(ValueError, match="1 missing in the file: pos_embed"):
+        checkpoints.load(mae(), weights)
+    other = mae(img_size=48)
+    assert "pos_embed that of the model's grid" in checkpoints.load(other, mae().state_dict())
+    assert other.pos_embed.equal(mae(img_size=48).pos_embed)
+
+
 def test_an_autoencoder_is_continued_with_its_decoder():
     model, other = mae(), mae(mask_ratio=0.5)
     with torch.no_grad():

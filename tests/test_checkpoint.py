@@ -943,3 +943,13 @@ def test_ids_of_numpy(dtype):
     for wrong in ([4, 5], [1, 1]):
         with pytest.raises(ValueError, match="channels="):
             model(x, channels=np.array(wrong, dtype))
+
+
+def test_ids_of_tensors():
+    model = tiny(torch.float32, schedule="channelvim", in_chans=5)
+    x = images(model, channels=2)
+    expected = model(x, channels=[4, 1])
+    for ids in (torch.tensor([4, 1]), [torch.tensor(4), torch.tensor(1)], (4, np.int64(1))):
+        assert model(x, channels=ids).equal(expected)
+    maps = model.forward_intermediates(x, torch.tensor([0, 2]), [4, 1])
+    assert maps[1].equal(model.forward_intermediates(x, [2], [4, 1])[0])

@@ -497,10 +497,12 @@ def test_masks_in_a_cell_of_a_table(tmp_path):
     def change(content):
         for item in content["annotations"]:
             item["segmentation"] = json.dumps(item["segmentation"])
+            item["bbox"] = json.dumps(item["bbox"])
         content["annotations"][1]["segmentation"] = json.dumps(dict(size=[24, 32], counts=SOUND))
 
     val = coco_of(tmp_path, change)
     assert (val[1][1]["masks"][0].numpy() == square_mask(2, 2, 9, 9)).all()
+    assert val.coco.anns[1]["bbox"] == [2, 2, 10, 10]
 
 
 def test_ids_may_be_words_but_not_nothing(tmp_path):
