@@ -34,6 +34,7 @@ def group_sites(samples: Sequence[tuple[str, int]], pattern: str, root: str
     ValueError: no file matches, two files for the same channel of a site, too many incomplete ones.
     """
     sites = {}                                  # key -> {channel: path}
+    said = {}                                   # key -> the groups but for the channel
     left_out = []
     for path, label in samples:
         name = os.path.relpath(path, root).replace(os.sep, "/")
@@ -50,6 +51,7 @@ def group_sites(samples: Sequence[tuple[str, int]], pattern: str, root: str
         key = (label, well, *groups.values())
         if "channel" not in match.re.groupindex:
             key = (*key, name)
+        said[key] = groups
         files = sites.setdefault(key, {})
         if channel in files:
             raise ValueError(
@@ -74,10 +76,10 @@ def group_sites(samples: Sequence[tuple[str, int]], pattern: str, root: str
             raise ValueError(f"{message}. Let --pattern match complete sites only")
         warnings.warn(f"{message}. They are left out")
     found = []
-    for (label, well, *_), files in sites.items():
+    for key, files in sites.items():
         if len(files) == len(channels):
             path = BETWEEN_FILES.join(files[channel] for channel in channels)
-            found.append(Site(path, label, well, groups))
+            found.append(Site(path, *key[:2], said[key]))
     return found, [channel for channel in channels if channel]
 
 
