@@ -207,10 +207,10 @@ def find_nvcc() -> tuple[str | None, str]:
         if version is not None and version.split(".")[0] == torch.version.cuda.split(".")[0]:
             return path, "; ".join([f"{version} {path} ({found_by})", *wrong])
         wrong.append(f"{path} ({found_by}) is of CUDA {version}, torch of {torch.version.cuda}")
-    wrong = wrong or ["no nvcc found"]
-    return None, (f"{'; '.join(wrong)}: install the CUDA toolkit {torch.version.cuda} (from CUDA 13 "
-                  f'on: pip install "cuda-toolkit[nvcc,cudart,cccl]=={torch.version.cuda}.*") or '
-                  "set CUDA_HOME")
+    said = "; ".join(wrong) or "no nvcc found"
+    return None, (f"{said}: install the CUDA toolkit {torch.version.cuda} (from CUDA 13 on: "
+                  f'pip install "cuda-toolkit[nvcc,cudart,cccl]=={torch.version.cuda}.*") or set '
+                  "CUDA_HOME")
 
 
 def gpu_targets(archs: str) -> list[str]:

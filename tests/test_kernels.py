@@ -488,6 +488,24 @@ def test_tables_made_in_inference_mode_serve_training(backend):
     model(x).sum().backward()
 
 
+def test_a_graph_of_cuda_takes_only_tables_that_are_there(monkeypatch):
+    """Made within a capture they would be empty; those that a graph reads are kept for good."""
+    cuda = torch.device("cuda", 0)
+    grid = ("h w", "h w", "w", (3, 2), None, 1.0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(fastvim_kernels, "READ_BY_GRAPHS", [])
+    fastvim_kernels.full_walk.cache_clear()
+    with pytest.raises(RuntimeError, match=r"run the model once, at \(3, 2\) tokens, before"):
+        fastvim_kernels.unpack(cuda, *grid)
+    assert not fastvim_kernels.READ_BY_GRAPHS
+    monkeypatch.setattr(fastvim_kernels, "full_walk", lambda *arguments: arguments)
+    walk = fastvim_kernels.unpack(cuda, *grid)
+    assert fastvim_kernels.READ_BY_GRAPHS == [walk] == [(*grid, cuda)]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    fastvim_kernels.unpack(cuda, *grid)
+    assert len(fastvim_kernels.READ_BY_GRAPHS) == 1
+
+
 # ---- what looks into an operation ----------------------------------------------------------------
 
 KINDS = {
@@ -617,6 +635,28 @@ def test_compiled_models_run_by_kernels_and_as_use_backend_says():
             assert found == [[1, 1, 1, 1]]
         run()
         assert not graphs
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(class_token=True)], ids=["", "class token"])
+def test_compiled_models_make_no_tables(fields):
+    """Those of a full grid are looked up when an operation runs: sorting is in no graph, and a
+    second call finds them."""
+    model = tiny(torch.float32, depth=2, **fields)
+    x = images(model)
+    names = []
+
+    def note(graph, _):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=note))
+    fastvim_kernels.full_walk.cache_clear()
+    with fastvim.use_backend("cpu"):
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), model(x))
+            assert fastvim_kernels.full_walk.cache_info().misses == 2
+    assert any("fastvim.ssm" in name for name in names)
+    assert not any("sort" in name for name in names)
 
 
 @pytest.mark.parametrize("backend", REAL, indirect=True)
