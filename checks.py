@@ -131,22 +131,25 @@ def check_images(x: Tensor, channels, cfg):
     device = channels.device if isinstance(channels, Tensor) else "cpu"
     ids = torch.as_tensor(channels, device=device)          # where they are: no wait for a GPU
     right = ids.shape == (c,) and ids.dtype in INTEGERS and c > 0
-    known = ids.long()
-    right = right and len(known.unique()) == c
-    if not right or not 0 <= int(known.min()) <= int(known.max()) <= last:
+    if right:                                               # one wait for a GPU
+        known = ids.long().sort().values
+        right = bool((known[0] >= 0) & (known[-1] <= last) & known.diff().all())
+    if not right:
         raise ValueError(f"channels={ids.tolist()} must give another id between 0 and {last} for "
                          f"each of the image's {c} channels")
 
 
 def has_values(v) -> bool:
-    """Can v be read here? Not a tensor on `meta`, nor while a graph is made or a transform runs."""
+    """Can v be read here? Not a tensor on `meta`, nor while a graph is made or a transform runs. A
+    CUDA graph's arguments are looked at by the calls before its capture, and not by its replays."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     if not isinstance(v, Tensor):
         return True
-    return type(v) in (Tensor, Parameter) and not v.is_meta
+    plain = type(v) in (Tensor, Parameter) and not v.is_meta
+    return plain and not (v.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def check_keep(keep, tokens: Tensor):
@@ -165,8 +168,8 @@ def check_keep(keep, tokens: Tensor):
         return
     ids = keep.long().sort(1, descending=True).values
     twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
-    exist = int(ids.min()) >= -1 and int(ids.max()) < length and int(ids[:, 0].min()) >= 0
-    if not exist or bool(twice.any()):
+    exist = (ids[:, -1] >= -1) & (ids[:, 0] < length) & (ids[:, 0] >= 0)
+    if not (exist & ~twice.any(1)).all():                   # one wait for a GPU
         raise ValueError(f"keep must name at least one of the {length} tokens (0 to {length - 1}) "
                          "of every image, each at most once, and be -1 where it is padding")
 
