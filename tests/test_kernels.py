@@ -11,8 +11,8 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch import nn
-from torch._subclasses import FakeTensorMode
 from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses import FakeTensorMode
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 

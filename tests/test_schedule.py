@@ -386,7 +386,7 @@ def test_the_class_token_of_fastvim_takes_the_middle_step_unpooled(h, w):
 @pytest.mark.parametrize("by_count", [False, True])
 @pytest.mark.parametrize("schedule", fastvim.SCHEDULES)
 def test_tables_of_a_full_grid_with_a_class_token(schedule, by_count):
-    """They are looked up by the grid's lengths, and are those of the same tokens as a masked set."""
+    """Looked up by the lengths of its axes, they are those of the same tokens as a masked set."""
     for lengths in (dict(h=2, w=3, c=4), dict(h=3, w=1, c=2), dict(h=1, w=1, c=1)):
         for row in fastvim.SCHEDULES[schedule]:
             storage = fastvim.SCHEDULES[schedule][0][0]
