@@ -134,7 +134,7 @@ def build_once(path: str, command: list[str], level: int):
         return
     with lock(os.path.splitext(path)[0] + ".lock"):
         if not os.path.exists(path):            # nobody else has built it meanwhile
-            log.log(level, "compiling %s: once, a minute at most", path)
+            log.log(level, "compiling %s: once, which may take a minute", path)
             output_of(*command, "-o", f"{path}.tmp")
             os.replace(f"{path}.tmp", path)     # all or nothing, even if killed
 
