@@ -13,10 +13,10 @@ A benchmark that tells the truth: every figure is measured here and now, beside 
     loop        what the training loop costs beside bare forward, backward and AdamW
     data        images per second of the training pipelines of ImageNet and of microscopy
 
-All peers of a size are warmed up, then called in turn, again and again, so that all see the same
-machine: tables give the median, the slowest and the fastest call. What is absent, skipped or fails
-keeps its row and says why. Before anything is timed, every backend must agree with plain PyTorch.
-Ratios carry over to other machines best.
+All peers of a size get one input and are warmed up, then called in turn, again and again, so that
+all see the same machine: tables give the median, the slowest and the fastest call. What is absent,
+skipped or fails keeps its row and says why. Before anything is timed, every backend must agree with
+plain PyTorch. Ratios carry over to other machines best.
 
 Symbols: those of fastvim.py; px pixels, the height and width of images.
 """
@@ -24,6 +24,7 @@ import argparse
 import concurrent.futures
 import datetime
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -37,14 +38,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import fastvim
 import info
 import runs
 from benchmark import pipelines, report
-from benchmark.clock import clock, median, race
+from benchmark.clock import capture, clock, median, race
 from benchmark.composition import Composition, mamba_scan, ssm_by_stages
 
 FIGURES = ("model", "block", "sizes", "training", "masked")
@@ -121,7 +122,7 @@ def build(spec: Spec, device: str) -> Callable:
         channels = model.cfg.in_chans
     dtype = DTYPES[spec.dtype][0]
     model = model.to(device, dtype).train(spec.train)
-    images = torch.randn(spec.batch, channels, spec.px, spec.px).to(device, dtype)
+    images = make_images((spec.batch, channels, spec.px, spec.px), dtype, device)
     tiny = images[:1, :, :32, :32]
     if spec.backend == COMPILE:                 # each block by itself: all 24 at once take hours
         torch._dynamo.reset()
@@ -131,6 +132,8 @@ def build(spec: Spec, device: str) -> Callable:
     backend = "python"
     if spec.backend in fastvim.BACKENDS:
         backend = spec.backend
+    attention = spec.backend.removeprefix("SDPA ").upper()          # DeiT's; others have none
+    attention = getattr(SDPBackend, attention, SDPBackend.MATH)
 
     def run(mark=lambda stage: None, small=False):
         keep = {}
@@ -138,7 +141,8 @@ def build(spec: Spec, device: str) -> Callable:
             noise = torch.rand(spec.batch, math.prod(model.grid_size), device=device)
             keep["keep"] = noise.argsort(1)[:, :int(spec.kept * noise.shape[1])]
         autocast = torch.autocast(device, torch.bfloat16, spec.dtype == "autocast")
-        with torch.inference_mode(not spec.train), fastvim.use_backend(backend), autocast:
+        with (torch.inference_mode(not spec.train), fastvim.use_backend(backend), autocast,
+              sdpa_kernel(attention)):
             y = model(tiny if small else images, **keep)
             if spec.train:
                 F.cross_entropy(y, torch.zeros_like(y[:, 0], dtype=torch.int64)).backward()
@@ -149,12 +153,23 @@ def build(spec: Spec, device: str) -> Callable:
     return run
 
 
-def attention(spec: Spec, device: str) -> str:
-    """What scaled_dot_product_attention runs DeiT by."""
-    dtype = getattr(torch, DTYPES[spec.dtype][1])
-    tokens = (spec.px // 16) ** 2 + 1
-    q = torch.empty(1, 3, tokens, 64, dtype=dtype, device=device, requires_grad=spec.train)
-    return "SDPA " + SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower()
+@functools.lru_cache(1)
+def make_images(shape: tuple, dtype: torch.dtype, device: str) -> Tensor:
+    """The one input of all peers that are measured together."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def each_attention(spec: Spec, device: str) -> list[Spec]:
+    """A row, or DeiT's for each kernel of scaled_dot_product_attention that is worth a comparison;
+    build() takes no other."""
+    if spec.name != "deit":
+        return [spec]
+    names = ["flash_attention"]
+    if device == "cuda":
+        names = ["flash_attention", "cudnn_attention"]
+        if DTYPES[spec.dtype][1] == "float32":
+            names = ["efficient_attention"]
+    return [spec._replace(backend=f"SDPA {name}") for name in names]
 
 
 def check(args) -> list[dict]:
@@ -273,6 +288,8 @@ def sizes(args) -> list[tuple[int, int]]:
     if args.quick:
         table = PX_BATCH["quick"]
     chosen = [(px, batch) for px, batch in table if not args.px or px in args.px]
+    if args.batch:
+        chosen = [(px, args.batch) for px in dict(chosen)]
     return chosen or sys.exit(f"--px: choose from {', '.join(str(px) for px, _ in table)}")
 
 
@@ -294,7 +311,7 @@ def groups(figure: str, args) -> list[list[Spec]]:
             most = 8
             if p == 8 and args.device == "cpu":                     # 6,272 tokens an image
                 most = 1
-            plan.append(([(px, min(batch, most))], [
+            plan.append(([(px, args.batch or min(batch, most))], [
                 Spec(f"ChannelVim-S/{p}", "channelvim_small", best, {"patch_size": p}),
                 Spec(f"FastChannelVim-S/{p}", "fastchannelvim_small", best, {"patch_size": p}),
                 Spec(f"FastChannelVim-S/{p}, max pooling", "fastchannelvim_small", best,
@@ -305,19 +322,24 @@ def groups(figure: str, args) -> list[list[Spec]]:
             label = f"FastMaskVim-{size[0].upper()}"
             every = Spec(f"{label}, all patches", f"fastmaskvim_{size}", best, {})
             quarter = every._replace(model=f"{label}, 25 % kept", kept=0.25)
-            plan.append(([(px, batch * times)], [quarter, every]))
+            plan.append(([(px, args.batch or batch * times)], [quarter, every]))
     else:
         backends = [name for name in absent if name not in args.without]
         if train:
             backends = [name for name in backends if name in (args.device, "python")]
-            places = [(px, batch) for px, batch in places if px <= 512 and batch > 1]
+            places = [(px, batch) for px, batch in places
+                      if (args.px or px <= 512) and (args.batch or batch > 1)]
         models = [Spec("FastVim-T", "fastvim_tiny", name, {}) for name in backends]
         models += [Spec("Vim-T", "vim_tiny", best, {}), Spec("DeiT-T", "deit", "", {})]
         plan.append((places, models))
     dtypes = ("float32", "autocast") if train else args.dtypes
-    return [[spec._replace(px=px, batch=batch, dtype=dtype, train=train,
-                           fields={**spec.fields, **args.small}) for spec in models]
-            for places, models in plan for px, batch in places for dtype in dtypes]
+    found = []
+    for places, models in plan:
+        for (px, batch), dtype in itertools.product(places, dtypes):
+            rows = [spec._replace(px=px, batch=batch, dtype=dtype, train=train,
+                                  fields={**spec.fields, **args.small}) for spec in models]
+            found.append([row for spec in rows for row in each_attention(spec, args.device)])
+    return found
 
 
 def prepare(spec: Spec, row: dict, args) -> Callable:
@@ -333,13 +355,10 @@ def prepare(spec: Spec, row: dict, args) -> Callable:
         raise RuntimeError(f"skipped: the first call took {row['first call']:.0f} s, more than "
                            "--max-seconds")
     row["peak MB"] = peak_memory(spec, run, args.device)
-    if not args.cuda_graphs or spec.px > 512 or spec.train:
+    if not args.cuda_graphs:
         return run
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
     row["backend"] += ", CUDA graph"
-    return lambda mark, run=run: (graph.replay(), mark("all"))      # run keeps its tensors alive
+    return capture(run)
 
 
 def throughput(figure: str, args) -> list[dict]:
@@ -352,7 +371,6 @@ def throughput(figure: str, args) -> list[dict]:
         calls = {}
         for i, spec in enumerate(specs):
             row = {key: getattr(spec, key) for key in ("px", "batch", "dtype", "model", "backend")}
-            row["backend"] = spec.backend or attention(spec, args.device)
             group.append(row)
             try:
                 calls[i] = prepare(spec, row, args)
@@ -378,13 +396,17 @@ def add_ratios(figure: str, specs: list[Spec], group: list[dict]) -> None:
     """Columns that compare the rows of a group."""
     rates = {(spec.name, spec.backend): row["images/s"] for spec, row in zip(specs, group)
              if "images/s" in row}
+    attention = [rate for (name, _), rate in rates.items() if name == "deit"]
+    if attention:
+        rates["deit", "best"] = max(attention)
     for spec, row in zip(specs, group):
         if "images/s" not in row:
             continue
         if figure == "masked" and "images/s" in group[-1]:          # the last sees all patches
             row["time / all"] = group[-1]["images/s"] / row["images/s"]
         if figure in ("model", "training"):
-            for column, other in (("x DeiT", ("deit", "")), ("x python", (spec.name, "python"))):
+            columns = {"x DeiT": ("deit", "best"), "x python": (spec.name, "python")}
+            for column, other in columns.items():
                 if other in rates:
                     row[column] = row["images/s"] / rates[other]
 
@@ -475,7 +497,7 @@ def indexing(args) -> list[dict]:
     x = torch.randn(batch, 56, model.cfg.embed_dim, device=args.device, requires_grad=True)
     rates = [0.0] * len(model.layers)
 
-    def run(mark, width):
+    def run(mark=lambda stage: None, width=16):
         grid = fastvim.Grid("h w", "h w", "w", (("h", 14), ("w", width)))
         if width > 4:
             kept = torch.rand(batch, 14, width, device=args.device).argsort(2)[..., :4].sort(2)
@@ -488,12 +510,16 @@ def indexing(args) -> list[dict]:
         mark("all")
 
     calls = {width: functools.partial(run, width=width) for width in (4, 16)}
+    name = backend.name
+    if args.cuda_graphs:
+        calls = {width: capture(call) for width, call in calls.items()}
+        name += ", CUDA graph"
     race(calls, args)                                               # warm-up
     times = race(calls, args)
     rows = []
     for label, width in (("56 tokens: a grid", 4), ("56 tokens: indexed", 16)):
         rows.append({"px": px, "batch": batch, "dtype": "float32", "model": label,
-                     "backend": backend.name,
+                     "backend": name,
                      "seconds": [seconds["all"] for seconds in times[width]],
                      "ms/step": 1e3 * median(times[width]),
                      "time / grid": median(times[width]) / median(times[4])})
@@ -541,9 +567,11 @@ def get_args() -> argparse.Namespace:
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=runs.WHOLE, help="of the CPU (default: torch's)")
     add("--px", type=runs.number(int, 16), nargs="+", help="only these image sizes")
+    add("--batch", type=runs.WHOLE, help="images a call, whatever the size and the figure")
     add("--autocast", dest="dtypes", action="store_const", const=("float32", "autocast"),
         default=("float32", "bfloat16"), help="bfloat16 by autocast, not by model.bfloat16()")
-    add("--cuda-graphs", action="store_true", help="all peers as CUDA graphs, up to 512 px")
+    add("--cuda-graphs", action="store_true", help="all peers as CUDA graphs (but block, which "
+        "measures kernels alone)")
     add("--no-compile", dest="without", action="store_const", const=(COMPILE,), default=(),
         help="without torch.compile, which takes minutes")
     add("--repeats", type=runs.WHOLE, default=20, help="calls of each peer, at most (20)")
@@ -558,6 +586,8 @@ def get_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.cuda_graphs and args.device != "cuda":
         raise SystemExit("--cuda-graphs needs a GPU")
+    if args.cuda_graphs and {"loop", "data"} & {*args.figure}:
+        raise SystemExit("--cuda-graphs: loop and data have none, leave it out")
     if args.quick:
         return argparse.Namespace(**{**vars(args), "repeats": 2, "small": {"depth": 2}})
     return argparse.Namespace(**vars(args), small={})               # fields of all models

@@ -135,12 +135,16 @@ def check_images(x: Tensor, channels, cfg):
 
 
 def has_values(v) -> bool:
-    """Can v be read here? Not a tensor on `meta`, nor while a graph is made or a transform runs."""
+    """Can v be read here? Not a tensor on `meta`, nor while a graph is made or a transform runs. A
+    CUDA graph's arguments are looked at by the calls before its capture, and not by its replays."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
-    return not isinstance(v, Tensor) or type(v) in (Tensor, Parameter) and not v.is_meta
+    if not isinstance(v, Tensor):
+        return True
+    plain = type(v) in (Tensor, Parameter) and not v.is_meta
+    return plain and not (v.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def check_keep(keep, tokens: Tensor):
@@ -160,8 +164,8 @@ def check_keep(keep, tokens: Tensor):
         return
     ids = keep.long().sort(1, descending=True).values
     twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
-    exist = int(ids.min()) >= -1 and int(ids.max()) < length and int(ids[:, 0].min()) >= 0
-    if not exist or bool(twice.any()):
+    exist = (ids[:, -1] >= -1) & (ids[:, 0] < length) & (ids[:, 0] >= 0)
+    if not (exist & ~twice.any(1)).all():                   # one wait for a GPU
         raise ValueError(f"keep must name at least one of the {length} tokens (0 to {length - 1}) "
                          "of every image, each at most once, and be -1 where it is padding")
 

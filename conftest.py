@@ -68,7 +68,10 @@ def pytest_collection_finish(session):
     """Every library that a test will ask for by name is built from now on, each in a thread."""
     if session.config.option.collectonly:
         return
-    for name in {backend_of(item) for item in session.items} & KERNELS.keys():
+    names = {backend_of(item) for item in session.items} & KERNELS.keys()
+    if not torch.cuda.is_available():
+        names.discard("cuda")
+    for name in names:
         threading.Thread(target=KERNELS[name].problem, daemon=True).start()
 
 

@@ -324,8 +324,7 @@ class Mixer(nn.Module):
 
     def forward(self, u: Tensor, grid: Grid, backend: "Backend") -> Tensor:
         """u (b l d), normed -> (b l d)."""
-        xz = self.in_proj(u)                                # (b l 2e)
-        y = backend.ssm(xz, self.weights(), grid)           # (b l e)
+        y = backend.ssm(self.in_proj(u), self.weights(), grid)              # (b l e) of xz (b l 2e)
         return self.out_proj(y)                             # (b l d)
 
 
@@ -490,16 +489,17 @@ class FastVim(Backbone):
 
     def _grid(self, row, sizes, ids, full):
         """How a layer of the schedule's row walks the tokens `ids`. full: all of them are there."""
+        cfg = self.cfg
         order, pooled = row
-        storage = self.cfg.storage
-        if not pooled and full and order == storage:        # as they lie: a plain sequence
-            length = math.prod(list(sizes.values())) + self.cfg.class_token
+        if not pooled and full and order == cfg.storage:    # as they lie: a plain sequence
+            length = math.prod(list(sizes.values())) + cfg.class_token
             return Grid(sizes=(("l", length),))
-        stored = tuple((axis, sizes[axis]) for axis in storage.split())
-        grid = Grid(storage, order, pooled, stored, self.cfg.pool_scale)
+        stored = tuple((axis, sizes[axis]) for axis in cfg.storage.split())
+        grid = Grid(cfg.storage, order, pooled, stored, cfg.pool_scale)
         if ids is None:
             return grid
-        return GridWithHoles(grid, ids, self.cfg.class_token, self.cfg.mask_divisor == "count")
+        slot = self._class_slot(**sizes) if full else None
+        return GridWithHoles(grid, ids, cfg.class_token, cfg.mask_divisor == "count", slot)
 
     def _class_slot(self, h, w, c=1):
         """Where the class token lies among the tokens of a full grid: in the middle of Vim's walk,
@@ -612,48 +612,48 @@ class GridWithHoles:
     if all images are masked alike. by_count: means divide by how many tokens a step kept, not by
     the length of the axis. A step without tokens pools to zero, and is taken."""
 
-    def __init__(self, full: Grid, ids: Tensor, class_token: bool = False, by_count: bool = False):
+    def __init__(self, full: Grid, ids, class_token=False, by_count=False, slot=None):
         self.full = full
+        self.ids = ids
         self.class_token = class_token
         self.by_count = by_count
-        sizes = dict(full.sizes)
-        self.cells = cells = math.prod(list(sizes.values()))
+        self.slot = slot                    # the class token's place, if no other token is missing
+        self.steps = full.steps + class_token if full.pooled else ids.shape[1]
+        self.cells = math.prod([length for _, length in full.sizes])
+
+    @functools.cached_property              # a backend may do without
+    def index(self) -> dict[str, Tensor]:
+        """(b s) each, position -> token as it lies; is it padding?; cell, class token or hole."""
+        ids = self.ids
+        full = self.full
         real = ids >= 0
-        place = torch.arange(cells, device=ids.device)
-        place = rearrange(place, f"({full.order}) -> ({full.storage})", **sizes)
-        place = place[ids.clamp(min=0)]                     # (b s) grid id -> place in the walk
+        place = full.unflatten(torch.arange(self.cells, device=ids.device)[None, :, None])
+        place = place[0, :, 0][ids.clamp(min=0)]            # (b s) grid id -> place in the walk
         if full.pooled:                     # the class token stands before the middle step
-            self.steps = full.steps + class_token
-            step = torch.arange(full.steps, device=ids.device)
-            step = repeat(step, f"({full.kept}) -> ({full.order})", **sizes)
-            middle = (step == full.steps // 2).int().argmax()
+            step = full.expand(torch.arange(full.steps, device=ids.device)[None, None, :, None])
+            middle = (step.flatten() == full.steps // 2).int().argmax()
         else:                               # every token is a step: it stands amid the kept ones
-            self.steps = ids.shape[1]
-            place = place.masked_fill(~real, cells).argsort(1).argsort(1)
+            place = place.masked_fill(~real, self.cells).argsort(1).argsort(1)
             middle = real.sum(1, keepdim=True) // 2
         key = torch.where(ids == CLASS, middle.double() - 0.5, math.inf)
-        key = torch.where(real, place, key)
-        self.walk = key.argsort(dim=1)                      # (b s) position -> token as it lies
-        self.hole = (ids == HOLE).gather(1, self.walk)      # (b s) position -> is it padding?
-        cell = torch.where(ids == CLASS, cells, cells + 1)
-        cell = torch.where(real, place, cell)
-        self.cell = cell.gather(1, self.walk)               # (b s) position -> cell, class, hole
-        self.tables = None                                  # what a backend derives from all this
+        walk = torch.where(real, place, key).argsort(dim=1)
+        cell = torch.where(real, place, torch.where(ids == CLASS, self.cells, self.cells + 1))
+        hole = (ids == HOLE).gather(1, walk)
+        return dict(walk=walk, hole=hole, cell=cell.gather(1, walk))
 
     def flatten(self, x: Tensor) -> Tensor:
         """x (b s e), as the tokens lie -> as the layer walks them; padding reads as zero."""
-        return take(x, self.walk).masked_fill(self.hole[..., None], 0)
+        return take(x, self.index["walk"]).masked_fill(self.index["hole"][..., None], 0)
 
     def unflatten(self, y: Tensor) -> Tensor:
         """The inverse of flatten; padding is zero."""
-        return take(y.masked_fill(self.hole[..., None], 0), self.walk.argsort(1))
+        return take(y.masked_fill(self.index["hole"][..., None], 0), self.index["walk"].argsort(1))
 
     def pool(self, c: Tensor, kind: str = "mean", score: Tensor | None = None) -> Tensor:
         """c (k b s e), score (k b s 1) or None -> (k b p e)."""
         if not self.full.pooled:
-            return c.masked_fill(self.hole[..., None], 0)
-        nothing = {"max": -math.inf}.get(kind, 0.0)
-        cells = self._put_back(c, nothing)                  # (k b cells+2 e)
+            return c.masked_fill(self.index["hole"][..., None], 0)
+        cells = self._put_back(c, -math.inf if kind == "max" else 0.0)      # (k b cells+2 e)
         if score is not None:                               # the lowest number, not -inf: an empty
             lowest = torch.finfo(score.dtype).min           # step's softmax must not be 0 / 0
             score = self._put_back(score, lowest)[:, :, :-2]
@@ -678,12 +678,12 @@ class GridWithHoles:
         if self.class_token:
             s = torch.cat([s[:, :, :half], s[:, :, half + 1:]], 2)
         cells = torch.cat([self.full.expand(s), own, own], 2)               # and one for the holes
-        return take(cells, self.cell)
+        return take(cells, self.index["cell"])
 
     def _put_back(self, c, nothing):
         """c (k b s e) -> (k b cells+2 e): the grid, the class token, and what padding leaves."""
         full = c.new_full((*c.shape[:2], self.cells + 2, c.shape[3]), nothing)
-        return full.scatter(2, self.cell[..., None].expand(c.shape), c)
+        return full.scatter(2, self.index["cell"][..., None].expand(c.shape), c)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -721,7 +721,7 @@ def read_out(tokens: Tensor, ids: Tensor | None, class_token: bool) -> Tensor:
 def choose_channels(x, channels, cfg, training):
     """Images (b c H W), ids of their channels or None -> the same; in training a sample of them."""
     if channels is None:
-        channels = range(x.shape[1])
+        channels = torch.arange(x.shape[1], device=x.device)
     channels = torch.as_tensor(channels, device=x.device).long()
     if not cfg.hcs or not training:
         return x, channels

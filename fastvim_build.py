@@ -17,10 +17,12 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 import torch
 
 log = logging.getLogger("fastvim")
+USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
 
 
 def cache_folder() -> str:
@@ -126,6 +128,17 @@ def newest(pattern: str) -> str | None:
     return max(built, key=os.path.getmtime, default=None)
 
 
+def build_once(path: str, command: list[str], level: int):
+    """Makes path by a compiler's command, unless it is there; says so in the log."""
+    if os.path.exists(path):
+        return
+    with lock(os.path.splitext(path)[0] + ".lock"):
+        if not os.path.exists(path):            # nobody else has built it meanwhile
+            log.log(level, "compiling %s: once, which may take a minute", path)
+            output_of(*command, "-o", f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)     # all or nothing, even if killed
+
+
 def check_device(device: torch.device, right: str):
     if device.type != right:
         raise ValueError(f"the {right} kernels cannot run on {device}: use tensors on {right}, or "
@@ -141,16 +154,11 @@ def load_cpu():
     if compiler is not None:
         name = name_build(name, [], compiler, output_of(*compiler, "--version"))
         path = os.path.join(cache_folder(), f"{name}.so")
+        build_once(path, [*compiler, sources[0], *flags], logging.INFO)
     elif path is None:
         cxx = os.environ.get("CXX")
         wrong = f"CXX={cxx}: No such file" if cxx else "no C++ compiler found"
         raise RuntimeError(f"{wrong}: install g++ (Debian, Ubuntu: apt install g++) or set CXX")
-    if not os.path.exists(path):
-        with lock(os.path.join(cache_folder(), f"{name}.lock")):
-            if not os.path.exists(path):        # nobody else has built it meanwhile
-                log.info("compiling %s", sources[0])
-                output_of(*compiler, sources[0], *flags, "-o", f"{path}.tmp")
-                os.replace(f"{path}.tmp", path)                 # all or nothing, even if killed
     return caller(ctypes.CDLL(path))
 
 
@@ -169,49 +177,92 @@ def caller(library):
     return call
 
 
-def check_nvcc(nvcc: str) -> str:
-    """Its version. RuntimeError: torch is of another CUDA."""
-    version, major = re.search(r"release ((\d+)\.\d+)", output_of(nvcc, "--version")).groups()
-    if major != torch.version.cuda.split(".")[0]:
-        raise RuntimeError(
-            f"nvcc is of CUDA {version}, torch of CUDA {torch.version.cuda}: install a toolkit of "
-            "the same major version and set CUDA_HOME to it"
-        )
-    return version
+def list_nvcc() -> list[tuple[str, str]]:
+    """[(path, how it was found)] of the CUDA compilers here, in the order in which they are tried:
+    what CUDA_HOME names; pip's, which is of torch's version; others."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    named = [(os.path.join(home, "bin", "nvcc"), "CUDA_HOME")] if home else []
+    others = []
+    packages = importlib.util.find_spec("nvidia")
+    if packages is not None:
+        major = torch.version.cuda.split(".")[0]
+        for folder in packages.submodule_search_locations:
+            others.append((os.path.join(folder, f"cu{major}", "bin", "nvcc"), "pip"))
+    others += [(shutil.which("nvcc"), "PATH"), (USUAL_NVCC, "usual place")]
+    return named + [(path, found_by) for path, found_by in others if path and os.path.exists(path)]
 
 
-def load_cuda():
-    from torch.utils import cpp_extension
+def find_nvcc() -> tuple[str | None, str]:
+    """The first compiler of torch's major CUDA version, or None; and in words, which it is and what
+    is wrong with those that come before it."""
+    if torch.version.cuda is None:
+        return None, "this torch is built without CUDA"
+    wrong = []
+    for path, found_by in list_nvcc():
+        try:
+            version = re.search(r"release (\d+\.\d+)|$", output_of(path, "--version"))[1]
+        except (OSError, RuntimeError) as error:
+            wrong.append(f"{path} ({found_by}) cannot be used: {error}")
+            continue
+        if version is not None and version.split(".")[0] == torch.version.cuda.split(".")[0]:
+            return path, "; ".join([f"{version} {path} ({found_by})", *wrong])
+        wrong.append(f"{path} ({found_by}) is of CUDA {version}, torch of {torch.version.cuda}")
+    said = "; ".join(wrong) or "no nvcc found"
+    return None, (f"{said}: install the CUDA toolkit {torch.version.cuda} (from CUDA 13 on: "
+                  f'pip install "cuda-toolkit[nvcc,cudart,cccl]=={torch.version.cuda}.*") or set '
+                  "CUDA_HOME")
+
+
+def gpu_targets(archs: str) -> list[str]:
+    """nvcc's options for a list such as "8.0;9.0+PTX". Raises RuntimeError if it is none."""
+    options = []
+    for arch in archs.replace(";", " ").split():
+        found = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+        if found is None:
+            raise RuntimeError(f"TORCH_CUDA_ARCH_LIST={archs}: {arch} is no number such as 9.0 or "
+                               "9.0+PTX")
+        number = found[1] + found[2]
+        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if found[3]:
+            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return options
+
+
+def build_cuda() -> str:
+    """The path of the library. nvcc makes all of it in one call: it knows where its headers are,
+    also where it is a script. CUDA's runtime is the one that torch has loaded."""
     sources = [find_source("scan_cuda.cpp"), find_source("scan_cuda.cu")]
     if torch.version.cuda is None:
         raise RuntimeError("this torch is built without CUDA")
-    flags = ["-O3", "-std=c++17", "-ftz=true"]
     gpus = range(torch.cuda.device_count())
     archs = {"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in gpus}
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(sorted(archs)) or "8.0;9.0"
+    flags = ["-O3", "-std=c++20", "-ftz=true", *gpu_targets(archs), "-shared", "-Xcompiler=-fPIC",
+             "-cudart=none", "-DTORCH_EXTENSION_NAME=scan_cuda"]
     depends = [*sources, find_source("scan.h")]
-    name = name_build("scan_cuda", depends, torch.__version__, flags, archs)
-    nvcc = os.path.join(cpp_extension.CUDA_HOME or "", "bin", "nvcc")
-    if os.path.exists(nvcc):
-        name = name_build(name, [], check_nvcc(nvcc))
-        done = os.path.join(cache_folder(), name, "done")
-    else:
-        done = newest(f"{name}_*/done")
-    if done is None:
-        raise RuntimeError(
-            f"no nvcc found: install the CUDA toolkit {torch.version.cuda} or set CUDA_HOME"
-        )
-    folder = os.path.dirname(done)
-    name = os.path.basename(folder)
-    if not os.path.exists(done):
-        with lock(os.path.join(cache_folder(), f"{name}.lock")):
-            if not os.path.exists(done):
-                os.makedirs(folder, exist_ok=True)
-                log.warning("compiling the CUDA kernels for %s: once, about a minute", archs)
-                build_extension(name, sources, flags, archs, folder)
-                open(done, "w").close()
-    path = os.path.join(folder, f"{name}.so")
-    spec = importlib.util.spec_from_file_location(name, path)
+    name = name_build("scan_cuda", depends, torch.__version__, sys.implementation.cache_tag, flags)
+    nvcc, why = find_nvcc()
+    if nvcc is None:
+        path = newest(f"{name}_*.so")
+        if path is None:
+            raise RuntimeError(why)
+        return path
+    root = os.path.dirname(torch.__file__)
+    headers = [f"{root}/include", f"{root}/include/torch/csrc/api/include",
+               sysconfig.get_path("include")]
+    libraries = ["c10", "c10_cuda", "torch_cpu", "torch_python"]
+    name = name_build(name, [], output_of(nvcc, "--version"))
+    path = os.path.join(cache_folder(), f"{name}.so")
+    build_once(path, [
+        nvcc, *flags, "--threads=0", *(f"-isystem={folder}" for folder in headers), *sources,
+        f"-L{root}/lib", *(f"-l{library}" for library in libraries),
+    ], logging.WARNING)
+    return path
+
+
+def load_cuda():
+    path = build_cuda()
+    spec = importlib.util.spec_from_file_location("scan_cuda", path)
     library = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(library)
 
@@ -220,21 +271,3 @@ def load_cuda():
         library.call(operation, numbers, device.index)
 
     return call
-
-
-def build_extension(name, sources, flags, archs, folder):
-    """torch's way to compile, which reads its settings from the environment."""
-    from torch.utils import cpp_extension
-    with contextlib.suppress(FileNotFoundError):                # left by a build that was killed:
-        os.remove(os.path.join(folder, "lock"))                 # load() would wait for it for ever
-    before = {key: os.environ.get(key) for key in ("PATH", "TORCH_CUDA_ARCH_LIST")}
-    beside_python = os.path.dirname(sys.executable)             # where ninja is
-    os.environ["PATH"] = os.pathsep.join([beside_python, before["PATH"] or os.defpath])
-    os.environ["TORCH_CUDA_ARCH_LIST"] = archs
-    try:
-        cpp_extension.load(name, sources, extra_cuda_cflags=flags, build_directory=folder)
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key)
-            if value is not None:
-                os.environ[key] = value

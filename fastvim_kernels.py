@@ -35,6 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)     # kernels know them 
 MAX_STATES = 64
 MAX_SIZE = 2 ** 31 - 1                      # of any axis: tables hold 32-bit integers
 EPS = 1e-5                                                  # of all norms
+READ_BY_GRAPHS = []                         # the Walks whose addresses are in CUDA graphs
 GLOBAL_HOOKS = (module._global_forward_hooks, module._global_forward_pre_hooks,
                 module._global_backward_hooks, module._global_backward_pre_hooks)
 PLAIN = (Tensor, nn.Parameter)              # not FakeTensor, DTensor and other subclasses
@@ -203,37 +204,60 @@ def make_walk(token, group, steps, pool_weight) -> Walk:
 
 
 @functools.lru_cache(64)
-def full_walk(storage, order, pooled, lengths, scale, device) -> Walk:
-    """The Walk of a full grid, remembered: its tables depend on the grid alone."""
+def full_walk(storage, order, pooled, lengths, slot, scale, device) -> Walk:
+    """The Walk of a full grid, remembered: its tables depend on the grid alone. slot: the place of
+    a class token among the tokens, or None. They are copied from the CPU, which waits until they
+    are there: other streams may read them then. Raises RuntimeError within a CUDA graph."""
     axes = storage.split()
     sizes = dict(zip(axes, lengths))
     named = all(axis.isidentifier() and axis.islower() for axis in axes)
     same_axes = sorted(axes) == sorted(order.split()) and {*pooled.split()} <= {*axes}
     a_length_each = len(sizes) == len(axes) == len(lengths) and min(lengths) >= 1
-    if not (named and same_axes and a_length_each):
+    tokens = math.prod(lengths)
+    if not (named and same_axes and a_length_each) or not 0 <= (slot or 0) <= tokens:
         raise ValueError(f"no grid is stored as {storage!r}, walked as {order!r} and pooled over "
-                         f"{pooled!r} with lengths {lengths}")
+                         f"{pooled!r} with lengths {lengths} and a class token at {slot}")
+    if is_captured(device):
+        raise RuntimeError("a CUDA graph cannot be captured of a grid's first use, which makes its "
+                           f"tables: run the model once, at {lengths} tokens, before")
     kept = [axis for axis in order.split() if axis not in pooled.split()]
     steps = math.prod(sizes[axis] for axis in kept)
     with torch.inference_mode(False):       # the tables outlive this call, and may serve training
-        token = torch.arange(math.prod(lengths), device=device)
-        token = rearrange(token, f"({storage}) -> ({order})", **sizes)
-        group = torch.arange(steps, device=device)
+        token = rearrange(torch.arange(tokens, device="cpu"), f"({storage}) -> ({order})", **sizes)
+        group = torch.arange(steps, device="cpu")
         group = repeat(group, f"({' '.join(kept)}) -> ({order})", **sizes)
-        if not pooled:
-            scale = 1.0
-        weight = torch.full((1, steps), scale, dtype=torch.float32, device=device)
-        return make_walk(token[None], group[None], steps, weight)
+        weight = torch.full([steps], scale if pooled else 1.0, dtype=torch.float32, device="cpu")
+        if slot is not None:                # it is a step, the middle one, and stands before it
+            half = steps // 2
+            position = int((group == half).int().argmax())
+            token = insert(token + (token >= slot), position, slot)
+            group = insert(group + (group >= half), position, half)
+            weight = insert(weight, half, 1.0)
+            steps += 1
+        tables = make_walk(token[None], group[None], steps, weight[None])
+        return Walk(*(table.to(device) for table in tables))
+
+
+def insert(v: Tensor, place: int, value) -> Tensor:
+    """v (m) -> (m+1) with the value at that place."""
+    return torch.cat([v[:place], v.new_tensor([value]), v[place:]])
+
+
+def is_captured(device: torch.device) -> bool:
+    """Are this device's operations noted for a CUDA graph, and not run?"""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def walk_with_holes(grid) -> Walk:
-    """The Walk of a GridWithHoles, from what its own methods do to numbers; kept in grid.tables."""
-    if grid.tables is None:
-        rows, length = grid.walk.shape
-        step = torch.arange(grid.steps, device=grid.walk.device).expand(1, rows, -1)
-        group = grid.expand(step[..., None])[0, ..., 0].masked_fill(grid.hole, -1)      # (rows l)
-        ones = torch.ones(1, rows, length, 1, dtype=torch.float32, device=grid.walk.device)
-        grid.tables = make_walk(grid.walk, group, grid.steps, grid.pool(ones)[0, ..., 0])
+    """The Walk of a GridWithHoles, from what its own methods do to numbers; kept with the grid."""
+    if not hasattr(grid, "tables"):
+        walk = grid.index["walk"]
+        rows, length = walk.shape
+        step = torch.arange(grid.steps, device=walk.device).expand(1, rows, -1)
+        group = grid.expand(step[..., None])[0, ..., 0]     # (rows l)
+        group = group.masked_fill(grid.index["hole"], -1)
+        ones = torch.ones(1, rows, length, 1, dtype=torch.float32, device=walk.device)
+        grid.tables = make_walk(walk, group, grid.steps, grid.pool(ones)[0, ..., 0])
     return grid.tables
 
 
@@ -546,18 +570,24 @@ def weights_of(w) -> Weights:
 
 
 def pack(grid) -> tuple:
-    """A Grid as arguments of an operation: storage, order, pooled, lengths, scale, five tables. A
-    full grid has no tables: they are looked up when the operation runs, on real tensors."""
-    if hasattr(grid, "walk"):
-        return ("", "", "", [grid.steps], 1.0, *walk_with_holes(grid))
-    lengths = [length for _, length in grid.sizes]
-    return (grid.storage, grid.order, grid.pooled, lengths, grid.scale, *[None] * 5)
+    """A Grid as arguments of an operation: storage, order, pooled, lengths, slot, scale, five
+    tables. A full grid, also one with a class token, has no tables: they are looked up when the
+    operation runs, on real tensors."""
+    full = getattr(grid, "full", grid)
+    slot = getattr(grid, "slot", None)
+    if full is not grid and slot is None:
+        return ("", "", "", [grid.steps], None, 1.0, *walk_with_holes(grid))
+    lengths = [length for _, length in full.sizes]
+    return (full.storage, full.order, full.pooled, lengths, slot, full.scale, *[None] * 5)
 
 
-def unpack(device, storage, order, pooled, lengths, scale, *tables) -> Walk:
+def unpack(device, storage, order, pooled, lengths, slot, scale, *tables) -> Walk:
     if storage:
-        return full_walk(storage, order, pooled, tuple(lengths), scale, device)
-    if any(table is None for table in tables):
+        walk = full_walk(storage, order, pooled, tuple(lengths), slot, scale, device)
+        if is_captured(device):
+            READ_BY_GRAPHS.append(walk)
+        return walk
+    if slot is not None or any(table is None for table in tables):
         raise ValueError("a walk needs either the storage of a full grid or all five tables")
     return Walk(*tables)
 
@@ -630,10 +660,10 @@ def sort_arguments(xz, *rest):
     pool, skip, *grid = rest[len(Weights._fields):]
     if pool not in ("mean", "max"):
         raise ValueError(f"pool={pool!r}: kernels know mean and max")
-    storage, _, _, lengths, scale, *_ = grid
+    storage, _, _, lengths, slot, scale, *_ = grid
     if pool == "max" and scale != 1:
         raise ValueError(f"scale={scale}: maxima are not scaled, means are")
-    tokens = math.prod(lengths)
+    tokens = math.prod(lengths) + (slot is not None)
     if storage and xz.shape[1:2] != (tokens,):  # before tables of any size are made
         raise ValueError(f"activations {tuple(xz.shape)} do not fit a walk of {(1, tokens)} tokens")
     return Weights(*tensors), pool, skip, unpack(xz.device, *grid)
@@ -666,8 +696,9 @@ def or_empty(like, values):
 SSM = (
     "Tensor xz, Tensor conv_weight, Tensor conv_bias, Tensor x_proj, Tensor dt_proj, "
     "Tensor dt_bias, Tensor A_log, Tensor D, Tensor? norm_weight, Tensor? norm_bias, "
-    "str pool, bool skip, str storage, str order, str pooled_axes, SymInt[] lengths, float scale, "
-    "Tensor? token, Tensor? group, Tensor? weight, Tensor? member, Tensor? start, str backend"
+    "str pool, bool skip, str storage, str order, str pooled_axes, SymInt[] lengths, SymInt? slot, "
+    "float scale, Tensor? token, Tensor? group, Tensor? weight, Tensor? member, Tensor? start, "
+    "str backend"
 )
 
 
@@ -695,11 +726,12 @@ def ssm_backward(dy, pooled, argmax, s, xz, *rest):
 @ssm.register_fake
 def _(xz, *rest):
     check_devices(xz, *rest)
-    pool, _, storage, _, pooled, lengths, _, *tables, _ = rest[len(Weights._fields):]
+    pool, _, storage, _, pooled, lengths, slot, _, *tables, _ = rest[len(Weights._fields):]
     b, l, width = xz.shape
     if storage:
         axes = zip(storage.split(), lengths)
         p = math.prod([length for axis, length in axes if axis not in pooled.split()])
+        p += slot is not None
     else:
         p = Walk(*tables).start.shape[1] - 1
     p = xz.new_empty(2, b, p, width // 2, dtype=torch.float32)

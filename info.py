@@ -18,6 +18,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 import fastvim
+import fastvim_build
 
 
 def count_macs(cfg: fastvim.Config, kept: float = 1.0) -> dict[str, int]:
@@ -130,8 +131,8 @@ def print_machine() -> None:
           f"cpu       {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
           f"{torch.backends.cpu.get_cpu_capability()}\n"
           f"gpu       {', '.join(gpus) or 'none'}")
-    for command in ("g++", "nvcc", "ninja"):
-        print(f"{command:9} {_version(command)}")
+    print(f"g++       {_version('g++')}\n"
+          f"nvcc      {fastvim_build.find_nvcc()[1]}")
     print(f"backends  FASTVIM_BACKEND is {os.environ.get('FASTVIM_BACKEND') or 'not set'}")
     for backend in fastvim.BACKENDS.values():
         state = "no GPU here"

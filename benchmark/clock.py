@@ -52,5 +52,18 @@ def race(calls: dict, args, ahead: bool = False) -> dict:
     return times
 
 
+def capture(run: Callable) -> Callable:
+    """A call of run() as a CUDA graph, all its kernels in one launch -> what race() calls."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):                                   # as autograd asks for
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return lambda mark, run=run: (graph.replay(), mark("all"))      # run keeps its tensors alive
+
+
 def median(times: list[dict], stage: str = "all") -> float:
     return statistics.median(seconds[stage] for seconds in times)

@@ -41,7 +41,7 @@ def random_keep(batch, tokens, kept, seed=2):
 
 def walk_of(grid):
     """The tables by which kernels follow a Grid."""
-    return fastvim_kernels.unpack(torch.device("cpu"), *fastvim_kernels.pack(grid))
+    return fastvim_kernels.unpack(torch.get_default_device(), *fastvim_kernels.pack(grid))
 
 
 def outputs_and_gradients(model, x, **arguments):

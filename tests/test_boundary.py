@@ -363,7 +363,7 @@ def one_operation(draw, backend):
             return operation(*t.values(), name)
         return check_operation(call, tensors, changed, other)
     tables = fastvim_kernels.unpack(torch.device("cpu"), *pack(grid))._asdict()
-    rest = dict(zip(("storage", "order", "pooled", "lengths", "scale"), pack(grid)))
+    rest = dict(zip(("storage", "order", "pooled", "lengths", "slot", "scale"), pack(grid)))
     if draw(st.booleans()):
         rest.update(storage="")
     else:
@@ -381,7 +381,7 @@ def one_operation(draw, backend):
     if draw(st.integers(0, 3)) == 0:
         key = draw(st.sampled_from(sorted(rest)))
         bad = {"lengths": [[], [-1], [0], [2 ** 62], [2 ** 31, 2 ** 33], [3, 3, 3, 3]],
-               "scale": [1.0, 0.25], "storage": ["h", "w h", "a b c", "h h", "-", "( )", "1 2"],
+               "scale": [1.0, 0.25], "slot": [None, 0, 3, -1, 2 ** 40], "storage": ["h", "w h", "a b c", "h h", "-", "( )", "1 2"],
                "order": ["", "h", "h w c x", "h h", "...", "w h"], "pooled": ["x", "h h h", "h w c"]}
         rest[key] = draw(st.sampled_from(bad[key]))
         wrong = True
@@ -492,7 +492,7 @@ def block(pool="mean"):
     walk = fastvim_kernels.unpack(torch.device("cpu"), *pack(grid))
     forward = dict(
         xz=torch.randn(2, 6, 10), **weights_of(w)._asdict(), pool=pool, skip=False, storage="",
-        order="", pooled="", lengths=[], scale=1.0, **walk._asdict(), backend="cpu")
+        order="", pooled="", lengths=[], slot=None, scale=1.0, **walk._asdict(), backend="cpu")
     with torch.no_grad():
         y, pooled, argmax, s = torch.ops.fastvim.ssm(*forward.values())
     saved = dict(dy=torch.ones_like(y), saved_pooled=pooled, argmax=argmax, s=s)
@@ -563,6 +563,9 @@ SENSELESS = {                                   # arguments, what the sentence s
     "one length": (dict(storage="h w", order="h w", pooled="w", lengths=[6]), "lengths"),
     "a pattern": (dict(storage="(h w)", order="(h w)", pooled="", lengths=[3, 2]), "no grid"),
     "negative lengths": (dict(storage="h w", order="h w", pooled="w", lengths=[-3, -2]), "lengths"),
+    "a class token outside": (dict(storage="h w", order="h w", pooled="w", lengths=[5, 1], slot=6),
+                              "no grid.* a class token at 6"),
+    "a class token of tables": (dict(slot=0), "either the storage of a full grid or all five"),
     "tensors without memory": (dict(D=torch.zeros(2, 5, device="meta")), "on one device"),
 }
 

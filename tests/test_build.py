@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import types
 
 import pytest
 import torch
@@ -225,32 +226,111 @@ def test_a_built_library_serves_without_a_compiler(project, monkeypatch):
     assert count_builds(project) == 1
 
 
-def test_a_built_cuda_library_serves_without_a_compiler(project, monkeypatch):
-    from torch.utils import cpp_extension
-    for name in ("scan_cuda.cpp", "scan_cuda.cu"):
-        (project / name).write_text("")
-    nvcc = project / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\necho 'release 13.2, V13'\n")
-    nvcc.chmod(0o755)
+@pytest.fixture
+def toolkits(tmp_path, monkeypatch):
+    """For a torch of CUDA 13.2: add(place, version) puts an nvcc there, a script which makes empty
+    libraries and notes its options in tmp_path/made. No other nvcc is to be found."""
+    def add(place, version="13.2", body=None):
+        folder = "nvidia/cu13/bin" if place == "pip" else place
+        nvcc = tmp_path / folder / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(body or f"""#!/bin/sh
+[ "$1" = --version ] && {{ echo "Cuda compilation tools, release {version}, V1"; exit; }}
+echo "$@" >> {tmp_path}/made
+for output; do :; done
+echo library > "$output"
+""")
+        nvcc.chmod(0o755)
+        return str(nvcc)
+
+    packages = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: packages)
+    monkeypatch.setattr(fastvim_build, "USUAL_NVCC", str(tmp_path / "usual" / "nvcc"))
     monkeypatch.setattr(torch.version, "cuda", "13.2")
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(project))
-    built = []
+    monkeypatch.setenv("PATH", f"{tmp_path}/path:/usr/bin:/bin")
+    monkeypatch.setenv("FASTVIM_CACHE", str(tmp_path / "cache"))
+    for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    return add
 
-    def build(name, sources, flags, archs, folder):
-        built.append(f"{folder}/{name}.so")
-        pathlib.Path(built[-1]).write_bytes(b"not a library")
 
-    monkeypatch.setattr(fastvim_build, "build_extension", build)
+def test_which_nvcc_serves_and_why(toolkits, tmp_path, monkeypatch):
+    """What CUDA_HOME names, then pip's, then others; each only if it is of torch's version."""
+    assert fastvim_build.find_nvcc()[0] is None
+    for place, name in (("usual", "usual place"), ("path", "PATH"), ("pip", "pip"),
+                        ("home/bin", "CUDA_HOME")):
+        nvcc = toolkits(place)
+        if name == "CUDA_HOME":
+            monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+        assert fastvim_build.find_nvcc() == (nvcc, f"13.2 {nvcc} ({name})")
+    pathlib.Path(nvcc).unlink()                                 # CUDA_HOME now names nothing,
+    (tmp_path / "nvidia/cu13/bin/nvcc").write_text("#!/bin/sh\nexit 1\n")     # pip's is broken,
+    shutil.rmtree(tmp_path / "path")
+    toolkits("path", "12.4")                                    # and that of PATH is too old
+    found, why = fastvim_build.find_nvcc()
+    assert found == str(tmp_path / "usual" / "nvcc")
+    assert why.startswith(f"13.2 {found} (usual place); {nvcc} (CUDA_HOME) cannot be used: ")
+    assert "nvcc (pip) cannot be used: nvcc failed: ?; " in why
+    assert why.endswith("path/nvcc (PATH) is of CUDA 12.4, torch of 13.2")
+    pathlib.Path(found).unlink()
+    found, why = fastvim_build.find_nvcc()
+    assert found is None
+    assert 'torch of 13.2: install the CUDA toolkit 13.2' in why
+    assert '"cuda-toolkit[nvcc,cudart,cccl]==13.2.*") or set CUDA_HOME' in why
+
+
+def test_a_wrapper_builds_wherever_cuda_home_points(toolkits, tmp_path, monkeypatch):
+    """A script on PATH that calls nvcc elsewhere: it is what runs, and where its headers lie is
+    nobody's guess. Of all options only these have paths."""
+    real = toolkits("elsewhere")
+    wrapper = toolkits("path", body=f'#!/bin/sh\nexec {real} "$@"\n')
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    assert fastvim_build.find_nvcc()[0] == wrapper
+    path = fastvim_build.build_cuda()
+    assert pathlib.Path(path).read_text() == "library\n"
+    options = (tmp_path / "made").read_text().split()
+    root = pathlib.Path(torch.__file__).parent
+    for option in options:
+        inside = (str(ROOT), str(root), sysconfig.get_path("include"), f"{path}.tmp")
+        assert "/" not in option or any(folder in option for folder in inside), option
+    assert "-gencode=arch=compute_80,code=sm_80" in options
+
+
+def test_a_built_cuda_library_serves_without_a_compiler(toolkits, tmp_path, monkeypatch):
+    nvcc = pathlib.Path(toolkits("pip"))
     for _ in range(2):
         with pytest.raises(ImportError, match="invalid ELF|too short") as error:
             fastvim_build.load_cuda()
-        assert built[0] in str(error.value)
-        monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
-    assert len(built) == 1
+        built, = (tmp_path / "cache").glob("scan_cuda_*.so")
+        assert str(built) in str(error.value)
+        nvcc.unlink(missing_ok=True)
+    assert len((tmp_path / "made").read_text().splitlines()) == 1
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")           # built for other GPUs
     with pytest.raises(RuntimeError, match="no nvcc found"):
         fastvim_build.load_cuda()
+
+
+def test_an_nvcc_that_fails_says_so_and_leaves_nothing(toolkits, tmp_path):
+    toolkits("pip", body="""#!/bin/sh
+[ "$1" = --version ] && { echo "release 13.2, V1"; exit; }
+echo "scan_cuda.cu(1): error: no such kernel" >&2; exit 2
+""")
+    with pytest.raises(RuntimeError, match="nvcc failed: scan_cuda.cu.1.: error: no such kernel"):
+        fastvim_build.load_cuda()
+    assert not list((tmp_path / "cache").glob("*.so*"))
+
+
+@pytest.mark.parametrize("archs, targets", [
+    ("9.0", "90:sm_90"), ("8.0;9.0", "80:sm_80 90:sm_90"), ("8.6+PTX", "86:sm_86 86:compute_86"),
+    ("9.0a 12.0", "90a:sm_90a 120:sm_120"), ("Hopper", None), ("9", None), ("8.0,9.0", None)])
+def test_which_gpus_are_built_for(archs, targets):
+    if targets is None:
+        with pytest.raises(RuntimeError, match=f"TORCH_CUDA_ARCH_LIST={archs}: .* is no number"):
+            fastvim_build.gpu_targets(archs)
+        return
+    pairs = (pair.split(":") for pair in targets.split())
+    expected = [f"-gencode=arch=compute_{number},code={code}" for number, code in pairs]
+    assert fastvim_build.gpu_targets(archs) == expected
 
 
 def test_a_compiler_of_several_words(project, monkeypatch):
@@ -368,30 +448,10 @@ print(tuple(model(torch.ones(1, 3, 32, 32)).shape), fastvim.pick_backend("cpu").
     assert "scan.h is missing: it belongs beside fastvim.py" in said[glue]
 
 
-def test_cuda_says_what_it_misses(monkeypatch):
-    """On a machine without a GPU the reasons can be had one by one; none of them is a traceback
-    from a build."""
-    from torch.utils import cpp_extension
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
-    monkeypatch.setattr(torch.version, "cuda", "13.2")
+def test_cuda_says_what_it_misses(toolkits, monkeypatch):
     with pytest.raises(RuntimeError, match=r"no nvcc found: install the CUDA toolkit 13\.2"):
         fastvim_build.load_cuda()
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(RuntimeError, match="without CUDA"):
         fastvim_build.load_cuda()
-
-
-@pytest.mark.parametrize("script, match", [
-    ("echo 'Cuda compilation tools, release 12.4, V1'",
-     r"nvcc is of CUDA 12\.4, torch of CUDA 13\.2"),
-    ("exit 1", "nvcc failed")], ids=["older", "failing"])
-def test_an_nvcc_of_another_major_version(monkeypatch, tmp_path, script, match):
-    from torch.utils import cpp_extension
-    (tmp_path / "bin").mkdir()
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\n{script}\n")
-    nvcc.chmod(0o755)
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.version, "cuda", "13.2")
-    with pytest.raises(RuntimeError, match=match):
-        fastvim_build.load_cuda()
+    assert fastvim_build.find_nvcc() == (None, "this torch is built without CUDA")

@@ -16,18 +16,17 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import sysconfig
 import traceback
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import fastvim_build
 from fastvim_kernels import DTYPES, read_structures
 
 HERE = pathlib.Path(__file__).resolve().parent
 SOURCE = HERE.parent / "scan_cuda.cu"
-BINDING = HERE.parent / "scan_cuda.cpp"
 EMULATOR = HERE / "cuda_emulator.h"
 STRUCTURES = read_structures(HERE.parent / "scan.h")
 
@@ -755,51 +754,13 @@ def test_the_emulator_runs_correct_kernels(execute):
 
 # ---- the real compiler, and a real GPU
 
-def find_nvcc():
-    """nvcc of torch's major CUDA version, or a skip that says what is missing."""
-    places = [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
-    nvcc = next((place for place in places if place and os.path.exists(place)), None)
-    if nvcc is None:
-        pytest.skip("no nvcc here")
-    if torch.version.cuda is None:
-        pytest.skip("this PyTorch has no CUDA")
-    version = run(nvcc, "--version").split("release ")[1].split(",")[0]
-    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
-        pytest.skip(f"nvcc is {version}, PyTorch has CUDA {torch.version.cuda}")
-    return pathlib.Path(nvcc).resolve()
-
-
 @pytest.fixture(scope="module")
-def extension(tmp_path_factory):
-    """The real extension, compiled for sm_80 and sm_90 and linked. -> its path"""
-    nvcc = find_nvcc()
-    folder = tmp_path_factory.mktemp("extension")
-    command = [nvcc, "--dryrun", "-c", SOURCE]
-    dryrun = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    top = next(line for line in dryrun.splitlines() if line.startswith("#$ TOP="))
-    toolkit = pathlib.Path(top.removeprefix("#$ TOP="))
-    torch_root = pathlib.Path(torch.__file__).parent
-    includes = [
-        toolkit / "include", torch_root / "include", torch_root / "include/torch/csrc/api/include",
-        sysconfig.get_path("include"),
-    ]
-    commands = [
-        [nvcc, "-O3", "-std=c++17", "-ftz=true", "-Xcompiler", "-fPIC", "--threads", "2",
-         "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90", "-c", SOURCE,
-         "-o", folder / "kernels.o"],
-        ["g++", "-O0", "-std=c++20", "-fPIC", "-Wall", "-DTORCH_EXTENSION_NAME=scan_cuda",
-         *itertools.chain(*(("-isystem", i) for i in includes)), "-c", BINDING, "-o",
-         folder / "binding.o"],
-    ]
-    started = [subprocess.Popen([str(c) for c in command]) for command in commands]
-    assert [process.wait() for process in started] == [0, 0]
-    libraries = ["-lc10", "-lc10_cuda", "-ltorch_cpu", "-ltorch_cuda", "-ltorch", "-ltorch_python"]
-    folders = (torch_root / "lib", toolkit / "lib64", toolkit / "lib")
-    run(
-        "g++", "-shared", folder / "kernels.o", folder / "binding.o", *(f"-L{f}" for f in folders),
-        *libraries, "-lcudart", "-o", folder / "scan_cuda.so",
-    )
-    return folder / "scan_cuda.so"
+def extension():
+    """The real extension, as users build it; without a GPU, for sm_80 and sm_90. -> its path"""
+    nvcc, why = fastvim_build.find_nvcc()
+    if nvcc is None:
+        pytest.skip(why)
+    return fastvim_build.build_cuda()
 
 
 def load_extension(path):

@@ -3,11 +3,13 @@
     pytest tests/test_ladders.py
 
 On a machine with a GPU and nvcc the same programs print times: `nvcc -O3 dev/cuda/scan.cu`."""
+import runpy
 import subprocess
 
 import pytest
 
-from test_cuda_emulator import EMULATED_FLAGS, HERE, find_nvcc, run
+import fastvim_build
+from test_cuda_emulator import EMULATED_FLAGS, HERE, run
 
 LADDERS = HERE.parent / "dev" / "cuda"
 SIZES = {
@@ -50,4 +52,32 @@ def test_a_wrong_rung_is_noticed(tmp_path, name):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_ladders_compile_for_a_gpu(tmp_path, name):
-    run(find_nvcc(), "-O3", "-arch=sm_90", LADDERS / f"{name}.cu", "-o", tmp_path / name)
+    nvcc, why = fastvim_build.find_nvcc()
+    if nvcc is None:
+        pytest.skip(why)
+    run(nvcc, "-O3", "-arch=sm_90", LADDERS / f"{name}.cu", "-o", tmp_path / name)
+
+
+def test_what_the_table_of_kernels_reads():
+    """sass.py, of two kernels as ptxas reports them, and of a loop as cuobjdump prints it."""
+    sass = runpy.run_path(str(LADDERS / "sass.py"))
+    said = """
+ptxas info    : Compiling entry function '_Z3addPf' for 'sm_90'
+ptxas info    : Function properties for _Z3addPf
+    16 bytes stack frame, 12 bytes spill stores, 24 bytes spill loads
+ptxas info    : Used 128 registers, used 1 barriers, 16 bytes cumulative stack size
+ptxas info    : Compiling entry function '_Z3mulPf' for 'sm_90'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers, 39936 bytes smem
+"""
+    assert sass["parse_ptxas"](said) == {"_Z3addPf": (128, 12, 24, 0), "_Z3mulPf": (32, 0, 0, 39936)}
+    loop = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;      /* 0x00000a00ff017b82 */
+        /*0010*/                   FADD R2, R2, R1 ;           /* 0x0000000102027221 */
+        /*0020*/              @!P0 BRA 0x50 ;                  /* 0x0000000000088947 */
+        /*0030*/                   FADD R2, R2, R1 ;           /* 0x0000000102027221 */
+        /*0040*/              @P1  BRA 0x10 ;                  /* 0xfffffffc00f01947 */
+        /*0050*/                   EXIT ;                      /* 0x000000000000794d */
+"""
+    assert sass["longest_loop"](loop) == 4
+    assert sass["longest_loop"](loop.replace("0x10", "0x50")) == 0

@@ -1,11 +1,13 @@
 """How a layer walks the token grid: full grids, masks, class tokens; what they mix."""
 import itertools
+import math
 
 import pytest
 import torch
 from einops import rearrange
 
 import fastvim
+import fastvim_kernels
 from fastvim import CLASS, HOLE, Grid, GridWithHoles
 from helpers import assert_close, images, outputs_and_gradients, random_keep, tiny, walk_of
 from test_fastvim import make_mixer, naive_mixer, run_with_gradients
@@ -368,8 +370,8 @@ def test_the_class_token_of_fastvim_takes_the_middle_step_unpooled(h, w):
         grid = with_holes(row, sizes, ids, class_token=True)
         assert grid.steps == n + 1
         walk = walk_of(grid)
-        assert walk.token.equal(grid.walk.int())
-        at = ids[0, grid.walk[0]].tolist().index(CLASS)
+        assert walk.token.equal(grid.index["walk"].int())
+        at = ids[0, grid.index["walk"][0]].tolist().index(CLASS)
         groups = walk.group[0].tolist()
         assert groups[at] == n // 2
         assert groups.count(n // 2) == 1
@@ -379,6 +381,42 @@ def test_the_class_token_of_fastvim_takes_the_middle_step_unpooled(h, w):
         assert set(groups) == set(range(n + 1))
         steps = torch.arange(n + 1.0)[None, None, :, None]
         assert grid.expand(steps)[0, 0, :, 0].tolist() == groups
+
+
+@pytest.mark.parametrize("by_count", [False, True])
+@pytest.mark.parametrize("schedule", fastvim.SCHEDULES)
+def test_tables_of_a_full_grid_with_a_class_token(schedule, by_count):
+    """Looked up by the lengths of its axes, they are those of the same tokens as a masked set."""
+    for lengths in (dict(h=2, w=3, c=4), dict(h=3, w=1, c=2), dict(h=1, w=1, c=1)):
+        for row in fastvim.SCHEDULES[schedule]:
+            storage = fastvim.SCHEDULES[schedule][0][0]
+            sizes = tuple((axis, lengths[axis]) for axis in storage.split())
+            full = Grid(storage, *row, sizes, 0.7 if row[1] else 1.0)
+            tokens = math.prod(length for _, length in sizes)
+            for slot in (0, tokens // 2, tokens):
+                ids = torch.arange(tokens)
+                ids = torch.cat([ids[:slot], torch.tensor([CLASS]), ids[slot:]])[None]
+                expected = walk_of(GridWithHoles(full, ids, True, by_count))
+                tables = walk_of(GridWithHoles(full, ids, True, by_count, slot))
+                for name, table in tables._asdict().items():
+                    other = getattr(expected, name)
+                    assert table.dtype == other.dtype, name
+                    torch.testing.assert_close(table, other, rtol=1e-6, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("schedule", ["fastvim", "fastchannelvim"])
+def test_a_class_token_costs_no_tables_in_each_call(schedule, monkeypatch):
+    model = tiny(torch.float32, schedule=schedule, class_token=True)
+    x = images(model)
+    fastvim_kernels.full_walk.cache_clear()
+
+    def run():
+        with fastvim.use_backend("cpu"):
+            model(x).sum().backward()
+        return fastvim_kernels.full_walk.cache_info().misses
+    assert run() == 2                                           # of rows and of columns
+    monkeypatch.setattr(GridWithHoles, "index", property(lambda grid: pytest.fail("looked up")))
+    assert run() == 2
 
 
 @pytest.mark.parametrize("schedule", fastvim.SCHEDULES)
