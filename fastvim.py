@@ -73,7 +73,6 @@ except ModuleNotFoundError as error:        # this file was copied alone: plain 
     Backbone = nn.Module
 
 __version__ = "0.2.0"
-log = logging.getLogger("fastvim")
 
 # ---- 1. The selective scan -----------------------------------------------------------------------
 #
@@ -502,8 +501,7 @@ class FastVim(Backbone):
         return GridWithHoles(grid, ids, cfg.class_token, cfg.mask_divisor == "count", slot)
 
     def _class_slot(self, h, w, c=1):
-        """Where the class token lies among the tokens of a full grid: in the middle of Vim's walk,
-        which is over the tokens as they lie; else before the middle row."""
+        """Where the class token lies in a full grid: amid Vim's walk, else before the middle row."""
         if self.cfg.rows[0][1] and not self.cfg.per_channel:
             return (h // 2) * w
         return h * w * c // 2
@@ -620,26 +618,28 @@ class GridWithHoles:
         self.slot = slot                    # the class token's place, if no other token is missing
         self.steps = full.steps + class_token if full.pooled else ids.shape[1]
         self.cells = math.prod([length for _, length in full.sizes])
+        self._index = None
 
-    @functools.cached_property              # a backend may do without
+    @property                               # made when asked for: a backend may do without
     def index(self) -> dict[str, Tensor]:
         """(b s) each, position -> token as it lies; is it padding?; cell, class token or hole."""
+        if self._index is not None:
+            return self._index
         ids = self.ids
-        full = self.full
         real = ids >= 0
-        place = full.unflatten(torch.arange(self.cells, device=ids.device)[None, :, None])
+        place = self.full.unflatten(torch.arange(self.cells, device=ids.device)[None, :, None])
         place = place[0, :, 0][ids.clamp(min=0)]            # (b s) grid id -> place in the walk
-        if full.pooled:                     # the class token stands before the middle step
-            step = full.expand(torch.arange(full.steps, device=ids.device)[None, None, :, None])
-            middle = (step.flatten() == full.steps // 2).int().argmax()
+        if self.full.pooled:                # the class token stands before the middle step
+            step = torch.arange(self.full.steps, device=ids.device)[None, None, :, None]
+            middle = (self.full.expand(step).flatten() == self.full.steps // 2).int().argmax()
         else:                               # every token is a step: it stands amid the kept ones
             place = place.masked_fill(~real, self.cells).argsort(1).argsort(1)
             middle = real.sum(1, keepdim=True) // 2
         key = torch.where(ids == CLASS, middle.double() - 0.5, math.inf)
         walk = torch.where(real, place, key).argsort(dim=1)
         cell = torch.where(real, place, torch.where(ids == CLASS, self.cells, self.cells + 1))
-        hole = (ids == HOLE).gather(1, walk)
-        return dict(walk=walk, hole=hole, cell=cell.gather(1, walk))
+        self._index = dict(walk=walk, hole=(ids == HOLE).gather(1, walk), cell=cell.gather(1, walk))
+        return self._index
 
     def flatten(self, x: Tensor) -> Tensor:
         """x (b s e), as the tokens lie -> as the layer walks them; padding reads as zero."""
@@ -841,7 +841,7 @@ def use_backend(name: str):
 @functools.cache
 def announce(level: int, *what):
     """Logs a message, once."""
-    log.log(level, *what)
+    logging.getLogger("fastvim").log(level, *what)
 
 
 def pick_backend(device: str | torch.device) -> Backend:

@@ -184,8 +184,8 @@ def to_channels(image: np.ndarray, axes: str, chosen: dict[str, int]) -> np.ndar
         if letter in axes:
             image = image.take([index], axes.index(letter))
     several = [axis for axis, size in zip(axes, image.shape) if size > 1 and axis not in "YX"]
-    if "Y" not in axes or "X" not in axes:
-        raise ValueError(f"its axes are {axes}: without height or width")
+    if not {"Y", "X"} <= set(axes) or len(axes) != image.ndim:
+        raise ValueError(f"its axes are {axes}, of {image.shape}: without height or width")
     if len(several) > 1 or not set(several) <= set("CSIQ"):     # samples, pages of no description
         which = " ".join(f"{axis.lower()}=0" for axis in several if axis not in "CS")
         raise ValueError(f"its axes are {axes}, of {image.shape}: only channels, height and width "

@@ -517,6 +517,11 @@ def test_rotation_turns_about_the_centre():
 
 # ---- Splits and folders --------------------------------------------------------------------------
 
+def test_axes_that_a_damaged_description_miscounts_are_refused():
+    with pytest.raises(ValueError, match=r"its axes are CYX, of \(2, 3\)"):
+        data.tiff.to_channels(np.zeros((2, 3)), "CYX", {})
+
+
 def test_split_is_the_legacy_permutation():
     order = [2, 8, 4, 9, 1, 6, 7, 3, 0, 5]  # numpy.random.seed(0); numpy.random.permutation(10)
     for split, part in (("train", order[:6]), ("val", order[6:8]), ("test", order[8:])):
