@@ -490,12 +490,11 @@ class FastVim(Backbone):
     def _grid(self, row, sizes, ids, full):
         """How a layer of the schedule's row walks the tokens `ids`. full: all of them are there."""
         cfg = self.cfg
-        order, pooled = row
-        if not pooled and full and order == cfg.storage:    # as they lie: a plain sequence
+        if full and tuple(row) == (cfg.storage, ""):        # as they lie: a plain sequence
             length = math.prod(list(sizes.values())) + cfg.class_token
             return Grid(sizes=(("l", length),))
         stored = tuple((axis, sizes[axis]) for axis in cfg.storage.split())
-        grid = Grid(cfg.storage, order, pooled, stored, cfg.pool_scale)
+        grid = Grid(cfg.storage, *row, stored, cfg.pool_scale)
         if ids is None:
             return grid
         slot = self._class_slot(**sizes) if full else None
@@ -620,26 +619,27 @@ class GridWithHoles:
         self.slot = slot                    # the class token's place, if no other token is missing
         self.steps = full.steps + class_token if full.pooled else ids.shape[1]
         self.cells = math.prod([length for _, length in full.sizes])
+        self.found = {}
 
-    @functools.cached_property              # a backend may do without
+    @property                               # looked up when first asked: a backend may do without
     def index(self) -> dict[str, Tensor]:
         """(b s) each, position -> token as it lies; is it padding?; cell, class token or hole."""
+        if self.found:
+            return self.found
         ids = self.ids
-        full = self.full
         real = ids >= 0
-        place = full.unflatten(torch.arange(self.cells, device=ids.device)[None, :, None])
-        place = place[0, :, 0][ids.clamp(min=0)]            # (b s) grid id -> place in the walk
-        if full.pooled:                     # the class token stands before the middle step
-            step = full.expand(torch.arange(full.steps, device=ids.device)[None, None, :, None])
-            middle = (step.flatten() == full.steps // 2).int().argmax()
+        place = torch.arange(self.cells, device=ids.device)[None, :, None]
+        place = self.full.unflatten(place)[0, :, 0][ids.clamp(min=0)]    # (b s) id -> place of walk
+        if self.full.pooled:                # the class token stands before the middle step
+            step = torch.arange(self.full.steps, device=ids.device)[None, None, :, None]
+            middle = (self.full.expand(step).flatten() == self.full.steps // 2).int().argmax()
         else:                               # every token is a step: it stands amid the kept ones
             place = place.masked_fill(~real, self.cells).argsort(1).argsort(1)
             middle = real.sum(1, keepdim=True) // 2
-        key = torch.where(ids == CLASS, middle.double() - 0.5, math.inf)
-        walk = torch.where(real, place, key).argsort(dim=1)
         cell = torch.where(real, place, torch.where(ids == CLASS, self.cells, self.cells + 1))
-        hole = (ids == HOLE).gather(1, walk)
-        return dict(walk=walk, hole=hole, cell=cell.gather(1, walk))
+        walk = torch.where(ids == CLASS, middle.double() - 0.5, cell).argsort(1)
+        self.found = dict(walk=walk, hole=(ids == HOLE).gather(1, walk), cell=cell.gather(1, walk))
+        return self.found
 
     def flatten(self, x: Tensor) -> Tensor:
         """x (b s e), as the tokens lie -> as the layer walks them; padding reads as zero."""

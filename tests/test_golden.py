@@ -171,9 +171,10 @@ class ReleasedMasking(fastvim.GridWithHoles):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        assert not self.hole.any() and not self.class_token
-        self.length = self.cell.new_tensor(math.prod(n for _, n in self.full.sizes)) // self.steps
-        step = self.cell // self.length                         # the pooled axis is the inner one
+        cell = self.index["cell"]
+        assert not self.index["hole"].any() and not self.class_token
+        self.length = cell.new_tensor(math.prod(n for _, n in self.full.sizes)) // self.steps
+        step = cell // self.length                              # the pooled axis is the inner one
         self.mixed = (self.steps - 1 - step.flip(1))[..., None]             # (b s 1)
 
     def pool(self, c, kind, score):

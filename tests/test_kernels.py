@@ -722,6 +722,9 @@ def test_compile(backend):
             torch.testing.assert_close(compiled(x), model(x), rtol=0.02, atol=0.02)
         with torch.inference_mode():
             torch.testing.assert_close(compiled(x), expected["y"], rtol=1e-4, atol=1e-5)
+        keep = random_keep(2, 16, 7)
+        masked = compiled(x, keep=keep)
+        torch.testing.assert_close(masked, model(x, keep=keep), rtol=1e-4, atol=1e-5)
         other = torch.randn(3, 3, 24, 40)                       # another size: dynamic shapes
         torch.testing.assert_close(compiled(other), model(other), rtol=1e-4, atol=1e-5)
 
