@@ -489,12 +489,11 @@ class FastVim(Backbone):
     def _grid(self, row, sizes, ids, full):
         """How a layer of the schedule's row walks the tokens `ids`. full: all of them are there."""
         cfg = self.cfg
-        order, pooled = row
-        if not pooled and full and order == cfg.storage:    # as they lie: a plain sequence
+        if full and tuple(row) == (cfg.storage, ""):        # as they lie: a plain sequence
             length = math.prod(list(sizes.values())) + cfg.class_token
             return Grid(sizes=(("l", length),))
         stored = tuple((axis, sizes[axis]) for axis in cfg.storage.split())
-        grid = Grid(cfg.storage, order, pooled, stored, cfg.pool_scale)
+        grid = Grid(cfg.storage, *row, stored, cfg.pool_scale)
         if ids is None:
             return grid
         slot = self._class_slot(**sizes) if full else None
@@ -635,10 +634,10 @@ class GridWithHoles:
         else:                               # every token is a step: it stands amid the kept ones
             place = place.masked_fill(~real, self.cells).argsort(1).argsort(1)
             middle = real.sum(1, keepdim=True) // 2
-        key = torch.where(ids == CLASS, middle.double() - 0.5, math.inf)
-        walk = torch.where(real, place, key).argsort(dim=1)
         cell = torch.where(real, place, torch.where(ids == CLASS, self.cells, self.cells + 1))
-        self._index = dict(walk=walk, hole=(ids == HOLE).gather(1, walk), cell=cell.gather(1, walk))
+        walk = torch.where(ids == CLASS, middle.double() - 0.5, cell).argsort(1)
+        hole = (ids == HOLE).gather(1, walk)
+        self._index = dict(walk=walk, hole=hole, cell=cell.gather(1, walk))
         return self._index
 
     def flatten(self, x: Tensor) -> Tensor:

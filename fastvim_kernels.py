@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)     # kernels know them 
 MAX_STATES = 64
 MAX_SIZE = 2 ** 31 - 1                      # of any axis: tables hold 32-bit integers
 EPS = 1e-5                                                  # of all norms
-READ_BY_GRAPHS = []                         # the Walks whose addresses are in CUDA graphs
+READ_BY_GRAPHS = {}                         # by id, the Walks whose addresses are in CUDA graphs
 GLOBAL_HOOKS = (module._global_forward_hooks, module._global_forward_pre_hooks,
                 module._global_backward_hooks, module._global_backward_pre_hooks)
 PLAIN = (Tensor, nn.Parameter)              # not FakeTensor, DTensor and other subclasses
@@ -585,7 +585,7 @@ def unpack(device, storage, order, pooled, lengths, slot, scale, *tables) -> Wal
     if storage:
         walk = full_walk(storage, order, pooled, tuple(lengths), slot, scale, device)
         if is_captured(device):
-            READ_BY_GRAPHS.append(walk)
+            READ_BY_GRAPHS[id(walk)] = walk
         return walk
     if slot is not None or any(table is None for table in tables):
         raise ValueError("a walk needs either the storage of a full grid or all five tables")

@@ -169,6 +169,7 @@ refused("channels of RGB", image(torch.zeros(1, 3, 32, 32), [0, 1, 2]), "channel
 for channels, says in [
     (None, "channels="),
     ([0], "each"),
+    ([1, 1], "another id"),
     ([0, 4], "between 0 and 3"),
     ([-1, 0], "between 0 and 3"),
     ([0.0, 1.0], "id"),

@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvim
+import fastvim_build
 import info
 from helpers import images, tiny
 
@@ -88,7 +89,8 @@ def test_the_doctor(monkeypatch, capsys):
     monkeypatch.delenv("FASTVIM_BACKEND", raising=False)
     run_main(monkeypatch, "doctor")
     out = capsys.readouterr().out
-    for word in ("python", torch.__version__, "cpu", "gpu", "g++", "nvcc",
+    nvcc = f"nvcc      {fastvim_build.find_nvcc()[1]}\n"
+    for word in ("python", torch.__version__, "cpu", "gpu", "g++", nvcc,
                  "FASTVIM_BACKEND is not set", "on cpu models run by", *fastvim.BACKENDS):
         assert word in out
     monkeypatch.setenv("PATH", "")                              # no compiler at all

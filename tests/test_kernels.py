@@ -516,17 +516,20 @@ def test_a_graph_of_cuda_takes_only_tables_that_are_there(monkeypatch):
     cuda = torch.device("cuda", 0)
     grid = ("h w", "h w", "w", (3, 2), None, 1.0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(fastvim_kernels, "READ_BY_GRAPHS", [])
+    monkeypatch.setattr(fastvim_kernels, "READ_BY_GRAPHS", {})
     fastvim_kernels.full_walk.cache_clear()
     with pytest.raises(RuntimeError, match=r"run the model once, at \(3, 2\) tokens, before"):
         fastvim_kernels.unpack(cuda, *grid)
     assert not fastvim_kernels.READ_BY_GRAPHS
-    monkeypatch.setattr(fastvim_kernels, "full_walk", lambda *arguments: arguments)
-    walk = fastvim_kernels.unpack(cuda, *grid)
-    assert fastvim_kernels.READ_BY_GRAPHS == [walk] == [(*grid, cuda)]
+    walk = object()
+    monkeypatch.setattr(fastvim_kernels, "full_walk", lambda *_: walk)
+    for _ in range(2):
+        assert fastvim_kernels.unpack(cuda, *grid) is walk
+    assert list(fastvim_kernels.READ_BY_GRAPHS.values()) == [walk]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(fastvim_kernels, "full_walk", lambda *_: object())
     fastvim_kernels.unpack(cuda, *grid)
-    assert len(fastvim_kernels.READ_BY_GRAPHS) == 1
+    assert list(fastvim_kernels.READ_BY_GRAPHS.values()) == [walk]
 
 
 # ---- what looks into an operation ----------------------------------------------------------------
@@ -722,6 +725,9 @@ def test_compile(backend):
             torch.testing.assert_close(compiled(x), model(x), rtol=0.02, atol=0.02)
         with torch.inference_mode():
             torch.testing.assert_close(compiled(x), expected["y"], rtol=1e-4, atol=1e-5)
+        keep = random_keep(2, 16, 7)
+        masked = compiled(x, keep=keep)
+        torch.testing.assert_close(masked, model(x, keep=keep), rtol=1e-4, atol=1e-5)
         other = torch.randn(3, 3, 24, 40)                       # another size: dynamic shapes
         torch.testing.assert_close(compiled(other), model(other), rtol=1e-4, atol=1e-5)
 
