@@ -150,23 +150,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="fastvim.py",
         description="The models: parameters, multiply-adds at 224 px, time per image.")
-    parser.add_argument("command", nargs="?", choices=["table", "doctor"], default="table",
-                        help="table: every model, measured here (default); doctor: this machine")
+    parser.add_argument("command", nargs="?", choices=["table", "doctor", "trace"], default="table",
+                        help="table: every model, measured here (default); doctor: this machine; "
+                        "trace: an image through two blocks, step by step")
+    parser.add_argument("image", nargs="?", help="for trace")
+    parser.add_argument("--weights", metavar="CKPT", help="of a FastVim-T, for trace")
+    parser.add_argument("--out", default="trace.png", help="picture of trace (trace.png)")
     parser.add_argument("--models", default="", metavar="TEXT",
                         help="only names that contain TEXT, such as tiny")
     parser.add_argument("--resolution", type=int, nargs="+", metavar="PX",
                         help="instead: multiply-adds of ViT-T, Vim-T, FastVim-T there (Figure 4)")
     args = parser.parse_args()
+    if (args.command == "trace") != bool(args.image):
+        parser.error("trace, and nothing else, is given an image")
     if args.resolution and min(args.resolution) < 16:
         parser.error("--resolution: at least 16 pixels, one patch")
     try:
         if args.command == "doctor":
             print_machine()
+        elif args.command == "trace":
+            import walkthrough  # here: this file is installed without what the scripts need
+            walkthrough.trace(args.image, args.out, args.weights)
         elif args.resolution:
             print_figure_4(args.resolution)
         else:
             print_models(args.models)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
 
 

@@ -59,7 +59,7 @@ def tell(run, metric: str | None, bar: tqdm) -> None:
 
 
 def draw_curve(path: Path, history: list[dict], metric: str | None) -> None:
-    """A PNG of the training loss and the metric against the epoch."""
+    """A PNG of both losses and the metric against the epoch."""
     try:
         from matplotlib.figure import Figure  # without pyplot: no window system, no global state
     except ImportError:
@@ -67,12 +67,16 @@ def draw_curve(path: Path, history: list[dict], metric: str | None) -> None:
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
     left = figure.subplots()
-    left.plot([line["epoch"] for line in history], [line["loss"] for line in history], ".-C0")
-    left.set(xlabel="epoch", ylabel="training loss (blue)")
-    points = [(line["epoch"], line["metrics"][metric]) for line in history
-              if line["metrics"].get(metric) is not None]
-    if points:
-        right = left.twinx()
-        right.plot(*zip(*points), ".-C1")
-        right.set_ylabel(f"{metric} (orange)")
+    left.set(xlabel="epoch", ylabel="loss")
+    left.locator_params(axis="x", integer=True)
+    left.plot([line["epoch"] for line in history], [line["loss"] for line in history], ".-C0",
+              label="training loss")
+    right = left.twinx()
+    right.set_ylabel(metric)
+    for colour, (name, axes) in enumerate({metric: right, "loss": left}.items(), 1):
+        points = [(line["epoch"], line["metrics"][name]) for line in history
+                  if line["metrics"].get(name) is not None]
+        if points:
+            axes.plot(*zip(*points), ".-", color=f"C{colour}", label=f"validation {name}")
+    figure.legend(loc="outside upper center", ncols=3)
     safety.write_whole(path, lambda file: figure.savefig(file, format="png"), required=False)

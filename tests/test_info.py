@@ -6,13 +6,16 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvim
 import fastvim_build
 import info
+import walkthrough
 from helpers import images, tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -125,3 +128,24 @@ def test_the_command_line_names_an_unknown_backend():
     assert "fastvim.py: error: " in result.stderr
     assert re.search("no backend 'abacus'.*; choose from python", result.stderr)
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_trace_computes_what_the_block_does(layer):
+    model = tiny(img_size=(32, 48))
+    tokens, grids, _, _ = model._embed(images(model, 1), None, None)
+    block = model.layers[layer]
+    steps = {name: value for name, _, value in walkthrough.steps_of(block, tokens, tokens, grids[layer])}
+    expected = block(tokens, tokens, grids[layer], fastvim.BACKENDS["python"])
+    torch.testing.assert_close((steps["hidden"], steps["residual"]), expected)
+    assert steps["p"].shape[2] == (4, 6)[layer]
+
+
+def test_trace_prints_shapes_and_paints(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    walkthrough.trace(str(tmp_path / "a.png"), tmp_path / "trace.png", None)
+    said = capsys.readouterr().out
+    assert "block 1 walks along 'w h' and pools 'h': 14 scan steps instead of 196" in said
+    assert "(2, 1, 14, 384)" in said
+    assert Image.open(tmp_path / "trace.png").size == (1400, 440)
