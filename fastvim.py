@@ -476,31 +476,31 @@ class FastVim(Backbone):
         x = x + (pos[:, :, None] if cfg.per_channel else pos)
         x = rearrange(x, f"b d {axes} -> b ({cfg.storage}) d")              # (b l d)
         ids = None
-        at = self._class_slot(**sizes)
+        at = slot = self._class_slot(**sizes)
         if keep is not None:
+            slot = None
             ids = keep if checked else sort_keep(keep, x)   # (b s)
             at = ids.shape[1] // 2
             x = x.gather(1, ids.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))     # (b s d)
         if cfg.class_token:
             x, ids = insert_class_token(x, ids, self.cls_token + own, at)
-        grids = [self._grid(row, sizes, ids, keep is None) for row in cfg.rows]
+        grids = [self._grid(row, sizes, ids, slot) for row in cfg.rows]
         return x, grids, ids, sizes
 
-    def _grid(self, row, sizes, ids, full):
-        """How a layer of the schedule's row walks the tokens `ids`. full: all of them are there."""
+    def _grid(self, row, sizes, ids, slot):
+        """How a layer of this row walks the tokens. slot: the class token's, if all are there."""
         cfg = self.cfg
-        if full and tuple(row) == (cfg.storage, ""):        # as they lie: a plain sequence
+        if slot is not None and tuple(row) == (cfg.storage, ""):    # as they lie: a plain sequence
             length = math.prod(list(sizes.values())) + cfg.class_token
             return Grid(sizes=(("l", length),))
         stored = tuple((axis, sizes[axis]) for axis in cfg.storage.split())
         grid = Grid(cfg.storage, *row, stored, cfg.pool_scale)
         if ids is None:
             return grid
-        slot = self._class_slot(**sizes) if full else None
         return GridWithHoles(grid, ids, cfg.class_token, cfg.mask_divisor == "count", slot)
 
     def _class_slot(self, h, w, c=1):
-        """Where the class token lies in a full grid: amid Vim's walk, else before the middle row."""
+        """The class token's place in a full grid: amid Vim's walk, else before the middle row."""
         if self.cfg.rows[0][1] and not self.cfg.per_channel:
             return (h // 2) * w
         return h * w * c // 2
@@ -615,7 +615,9 @@ class GridWithHoles:
         self.class_token = class_token
         self.by_count = by_count
         self.slot = slot                    # the class token's place, if no other token is missing
-        self.steps = full.steps + class_token if full.pooled else ids.shape[1]
+        self.steps = ids.shape[1]
+        if full.pooled:
+            self.steps = full.steps + class_token
         self.cells = math.prod([length for _, length in full.sizes])
         self._index = None
 
@@ -636,8 +638,7 @@ class GridWithHoles:
             middle = real.sum(1, keepdim=True) // 2
         cell = torch.where(real, place, torch.where(ids == CLASS, self.cells, self.cells + 1))
         walk = torch.where(ids == CLASS, middle.double() - 0.5, cell).argsort(1)
-        hole = (ids == HOLE).gather(1, walk)
-        self._index = dict(walk=walk, hole=hole, cell=cell.gather(1, walk))
+        self._index = dict(walk=walk, hole=(ids == HOLE).gather(1, walk), cell=cell.gather(1, walk))
         return self._index
 
     def flatten(self, x: Tensor) -> Tensor:
@@ -652,7 +653,7 @@ class GridWithHoles:
         """c (k b s e), score (k b s 1) or None -> (k b p e)."""
         if not self.full.pooled:
             return c.masked_fill(self.index["hole"][..., None], 0)
-        cells = self._put_back(c, -math.inf if kind == "max" else 0.0)      # (k b cells+2 e)
+        cells = self._put_back(c, {"max": -math.inf}.get(kind, 0.0))        # (k b cells+2 e)
         if score is not None:                               # the lowest number, not -inf: an empty
             lowest = torch.finfo(score.dtype).min           # step's softmax must not be 0 / 0
             score = self._put_back(score, lowest)[:, :, :-2]

@@ -298,7 +298,7 @@ default_cfgs = {}                           # name -> default_cfg, where timm's 
 
 
 def register(names: list[str], create: Callable) -> None:
-    """If timm is loaded, makes timm.create_model know the models; create(name, **fields) makes one."""
+    """If timm is loaded, timm.create_model knows the models; create(name, **fields) makes one."""
     models = getattr(sys.modules.get("timm"), "models", None)
     register_model = getattr(models, "register_model", None)
     if register_model is None:              # there is no timm, or one of before 2023

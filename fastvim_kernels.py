@@ -844,7 +844,8 @@ def differentiate_plain_ssm(dy, argmax, xz, *rest):
     *rest, backend = rest
     w, pool, skip, walk = sort_arguments(xz, *rest)
     norm = None if w.norm_weight is None else Norm(w.norm_weight, w.norm_bias)
-    values = types.SimpleNamespace(**w._asdict(), pool=pool, skip_before_expand=skip, layernorm=norm)
+    values = types.SimpleNamespace(**w._asdict(), pool=pool, skip_before_expand=skip,
+                                   layernorm=norm)
     grid = WalkedGrid(walk, argmax if pool == "max" else None)
     with torch.enable_grad():
         y = KERNELS[backend].plain.ssm(xz, values, grid)

@@ -106,7 +106,8 @@ def numbers_of(rank: str, size: str, local: str) -> tuple[int, int, int] | None:
     words = " ".join(f"{name}={value}" for name, value in said.items())
     way_out = "start with torchrun, or unset them to run a single process"
     if missing := [name for name in (rank, size) if name not in said]:
-        raise ValueError(f"{words} in the environment, but no {' and no '.join(missing)}: {way_out}")
+        lacks = " and no ".join(missing)
+        raise ValueError(f"{words} in the environment, but no {lacks}: {way_out}")
     try:
         numbers = int(said[rank]), int(said[size]), int(said.get(local, "0"))
     except ValueError:

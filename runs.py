@@ -200,7 +200,7 @@ def built_from_options(options: dict) -> dict:
     elif options.get("scan_order") == "spatial-first":
         fields["schedule"] = f"{family}_spatial"
     fields = {field: value for field, value in fields.items()
-              if value is not None and value is not False}          # a switch that was not asked for
+              if value is not None and value is not False}  # a switch that was off
     if fastvim.FAMILIES.get(family, {}).get("class_token") and options.get("class_token") is False:
         fields["class_token"] = False                               # --no-class-token
     if fields.get("ssm_norm") == "none":

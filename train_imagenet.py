@@ -75,8 +75,8 @@ def make_parser() -> runs.Parser:
         "too")
     add = classification.add_image_arguments(parser)
     classification.add_label_arguments(add)
-    add("--shard", action="store_true", help="split the weights of our models, their moving average "
-        "and the optimizer over torchrun's processes (FSDP2): for --size l and h")
+    add("--shard", action="store_true", help="split the weights of our models, their moving "
+        "average and the optimizer over torchrun's processes (FSDP2): for --size l and h")
     runs.add_training_arguments(parser, RECIPE)
     return parser
 

@@ -41,7 +41,7 @@ import sharding
 import sinks
 from processes import Context, join, seed_everything
 
-# ---- Options, and what follows from them -----------------------------------------------------------
+# ---- Options, and what follows from them ---------------------------------------------------------
 
 
 def setup(args, training: bool = True) -> Context:

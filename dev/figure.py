@@ -82,8 +82,8 @@ def draw(theme: dict) -> str:
             "an odd layer: a column becomes one step, the scan takes w steps")):
         shapes.append(text(LEFT[0], top - 14, words, theme["ink"]))
         shapes += layer(top, along_rows, theme)
-    shapes.append(text(LEFT[0], 344, "One layer cannot tell the tokens of a row apart; two can. The "
-                       "scan sees h or w tokens instead of h x w.", theme["faint"], 12))
+    shapes.append(text(LEFT[0], 344, "One layer cannot tell the tokens of a row apart; two can. "
+                       "The scan sees h or w tokens instead of h x w.", theme["faint"], 12))
     body = "\n".join(shapes)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 690 360" width="690" '
             f'height="360" font-family="system-ui, sans-serif">\n<defs><marker id="head" '
