@@ -1,7 +1,7 @@
-"""The selective scan for programs that torch.export makes with the number of steps left open.
+"""The selective scan for programs that torch.export makes, ONNX among them.
 
-fastvim.selective_scan is a loop, which an exported program repeats step by step: it serves one
-length. Here the steps of any length are taken together, in rounds."""
+fastvim.selective_scan is a loop, which an exported program repeats step by step: thousands of nodes
+that serve one length. Here the steps are taken together, in rounds; their number may be open."""
 import torch
 from torch import Tensor
 
@@ -12,8 +12,8 @@ def selective_scan(x, dt, A, B, C, D) -> Tensor:
     """x, dt (k b p e), B, C (k b p n), D (k e) or None as in fastvim.selective_scan, dt after
     softplus; A (k 1 n e) -> s (k b p e).
 
-    In round i, a step that knows of 2 ** i steps learns of as many before them: 16 times the work
-    of the loop and all states in memory, which is the price of an open length."""
+    In round i, a step that knows of 2 ** i steps learns of as many before them. Each round is as
+    much work as the loop, all states are in memory: 4 rounds for 14 steps, 16 for any number."""
     torch._check(x.shape[2] <= 2 ** ROUNDS, lambda: f"the scan has more than {2 ** ROUNDS} steps")
     first = [in_walking_order(v)[:, :, :, None] for v in (x, dt, B, C)]         # (k b p 1 e or n)
     x_t, dt_t, B_t, C_t = first

@@ -1,9 +1,15 @@
 """
-Draws the idea of FastVim: docs/idea-light.svg and docs/idea-dark.svg.
+Draws the idea of FastVim, docs/idea-light.svg and docs/idea-dark.svg, and its speed, docs/speed.png,
+as bench.py has measured it.
 
     python dev/figure.py
 """
+import json
 from pathlib import Path
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
 
 ROWS, COLUMNS = 3, 4
 SIDE = 26                               # of a token; all lengths in SVG units
@@ -92,10 +98,32 @@ def draw(theme: dict) -> str:
             f"{body}\n</svg>\n")
 
 
+def plot_speed(rows: list[dict], machine: dict, path: Path) -> None:
+    """Images per second against the image's side, of bench.py's rows; of two batches the larger."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, dtype in zip(panels, ("float32", "bfloat16")):
+        for name, backend in (("FastVim-T", "cpu"), ("Vim-T", "cpu"), ("DeiT-T", "SDPA")):
+            measured = [row for row in rows if row["model"] == name and "seconds" in row
+                        and row["backend"].startswith(backend) and row["dtype"] == dtype]
+            fastest = {row["px"]: row["images/s"]
+                       for row in sorted(measured, key=lambda row: row["batch"])}
+            panel.loglog(*zip(*sorted(fastest.items())), "o-", label=name)
+        panel.set(title=dtype, xlabel="pixels of a side", ylabel="images per second")
+        panel.set_xticks([224, 512, 1024, 2048], ["224", "512", "1024", "2048"])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.suptitle(f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}",
+                    fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
-    folder = Path(__file__).resolve().parents[1] / "docs"
     for name, theme in THEMES.items():
-        (folder / f"idea-{name}.svg").write_text(draw(theme))
+        (ROOT / f"docs/idea-{name}.svg").write_text(draw(theme))
+    measured = json.loads((ROOT / "results/cpu.json").read_text())
+    plot_speed(measured["model"], measured["machine"], ROOT / "docs/speed.png")
 
 
 if __name__ == "__main__":
