@@ -39,6 +39,8 @@ READ_BY_GRAPHS = {}                         # by id, the Walks whose addresses a
 GLOBAL_HOOKS = (module._global_forward_hooks, module._global_forward_pre_hooks,
                 module._global_backward_hooks, module._global_backward_pre_hooks)
 PLAIN = (Tensor, nn.Parameter)              # not FakeTensor, DTensor and other subclasses
+for kind in PLAIN:                          # einops notes each type at its first call: if that is
+    rearrange(kind(torch.empty(0)), "a -> a")   # within torch.compile, a model is compiled twice
 UNDERSTOOD = (*PLAIN, FakeTensor, FunctionalTensor)         # what a model's tensors are, traced
 MAY_BE_NULL = {"bias", "dbias", "dout", "dhidden", "argmax", "D", "dD", "dt_bias", "ddt_bias",
                "norm_weight", "norm_bias", "dnorm_weight", "dnorm_bias"}        # as scan.h says

@@ -1,6 +1,6 @@
 """
-Draws the idea of FastVim, docs/idea-light.svg and docs/idea-dark.svg, and its speed, docs/speed.png,
-as bench.py has measured it.
+Draws the idea of FastVim, docs/idea-light.svg and docs/idea-dark.svg, and its speed as bench.py has
+measured it, docs/speed.png.
 
     python dev/figure.py
 """
