@@ -311,7 +311,7 @@ def train(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
         functools.partial(lr_scale, args))
     total, _ = training.run_length(args, loader)
     training.fit(
-        args, ctx, model, loader, loss_fn, torch.optim.AdamW(groups, lr=lr),
+        args, ctx, model, loader, loss_fn, torch.optim.AdamW(groups, lr=lr, fused=True),
         schedule(args, lr, total),
         evaluate=evaluate, metric=METRICS[args.task],
         harmless=("data", "eval", "predict", "backbone", "init", "grad_checkpointing",

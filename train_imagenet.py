@@ -129,7 +129,8 @@ def drop_path_of(model: str) -> float:
 
 
 def adamw(model: nn.Module, args: runs.Options, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(training.parameter_groups(model, args.weight_decay), lr=lr)
+    groups = training.parameter_groups(model, args.weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)  # a third of the time
 
 
 def main() -> None:

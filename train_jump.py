@@ -301,7 +301,8 @@ def train(args, ctx, start: runs.Saved) -> None:
 
     total, per_epoch = training.run_length(args, loader)
     peak = training.peak_lr(args, ctx)
-    optimizer = torch.optim.AdamW(training.parameter_groups(model, args.weight_decay), lr=peak)
+    groups = training.parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
     about = {"built": {"name": args.model, "fields": fields}, "classes": classes,
              "channels": seen._asdict()}
     training.fit(args, ctx, model, loader, loss_fn, optimizer, lr, weight_decay=weight_decay,

@@ -371,7 +371,7 @@ def pretrain(args: runs.Options, ctx: training.Context, start: runs.Saved) -> li
 
     peak = training.peak_lr(args, ctx)
     groups = training.parameter_groups(model, args.weight_decay, lambda name, param: False)
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
     total, per_epoch = training.run_length(args, loader)
     warmup = round(args.warmup * per_epoch)
     return training.fit(
@@ -492,7 +492,7 @@ def finetune(args: runs.Options, ctx: training.Context, start: runs.Saved) -> li
             return layer_scale(name, model.cfg.depth, args.layer_decay, args.decay_blocks)
 
         groups = training.parameter_groups(model, args.weight_decay, no_decay, lr_scale)
-        return torch.optim.AdamW(groups, lr=lr)
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
 
     return classification.train(args, ctx, start, classification.build_model, optimizer_of,
                                 lr_end=FINETUNE_END, released_pos_rows=args.released_pos_rows)
