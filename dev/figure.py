@@ -1,13 +1,18 @@
 """
-Draws the idea of FastVim, docs/idea-light.svg and docs/idea-dark.svg, and its speed as bench.py has
-measured it, docs/speed.png.
+Draws the idea of FastVim, docs/idea-light.svg and docs/idea-dark.svg, its speed as bench.py has
+measured it, docs/speed.png, and a drawn scene on its way through two blocks, docs/trace.png.
 
-    python dev/figure.py
+    PYTHONPATH=. python dev/figure.py
 """
 import json
+import tempfile
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from torchvision.io import write_png
+
+import data
+import walkthrough
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -124,6 +129,10 @@ def main() -> None:
         (ROOT / f"docs/idea-{name}.svg").write_text(draw(theme))
     measured = json.loads((ROOT / "results/cpu.json").read_text())
     plot_speed(measured["model"], measured["machine"], ROOT / "docs/speed.png")
+    scene, _ = data.Scenes("val", None, 224, objects=False).draw(61, "val")  # a disc
+    with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        write_png(scene, file.name)
+        walkthrough.trace(file.name, ROOT / "docs/trace.png", None)
 
 
 if __name__ == "__main__":
