@@ -589,6 +589,7 @@ def get_args() -> argparse.Namespace:
     if args.cuda_graphs and {"loop", "data"} & {*args.figure}:
         raise SystemExit("--cuda-graphs: loop and data have none, leave it out")
     if args.quick:
+        print("--quick shows that all runs; its times, of two calls each, mean nothing")
         return argparse.Namespace(**{**vars(args), "repeats": 2, "small": {"depth": 2}})
     return argparse.Namespace(**vars(args), small={})               # fields of all models
 

@@ -69,8 +69,9 @@ def export(model: nn.Module, path: str | os.PathLike) -> None:
     weights = {name: value.detach().cpu().clone().contiguous()
                for name, value in to_released(model.state_dict()).items()}
     if os.fspath(path).endswith(".safetensors"):
-        from safetensors.torch import save_file
-        save_file(weights, path)
+        from safetensors.torch import save
+        with open(path, "wb") as file:      # save_file's are readable by their owner alone
+            file.write(save(weights))
     else:
         torch.save(weights, path)
 

@@ -65,7 +65,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, others: str = "") -> Ca
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> Callable:
-    """The options of open_images."""
+    """The options of open_images, and --warmup."""
     add = parser.add_argument_group("augmentation and schedule").add_argument
     add("--warmup", type=runs.POSITIVE, help="epochs of linear warmup")
     add("--auto-augment", metavar="POLICY", help="timm's policy string, or none")
@@ -73,8 +73,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> Callable:
     add("--crop-scale", type=runs.number(float, 0.01, 1.01),
         help="smallest share of an image that a crop keeps")
     add("--crop-pct", type=runs.number(float, 0.1),
-        help="evaluation: centre crop's share of the resized image "
-        f"(default {CROP_PCT})")
+        help=f"evaluation: centre crop's share of the resized image (default {CROP_PCT})")
     return add
 
 
@@ -232,21 +231,20 @@ def train(args: runs.Options, ctx: training.Context, start: runs.Saved, build: C
     return training.fit(
         args, ctx, model, loader, classification_loss(args, len(classes)),
         optimizer_of(model, args, peak), lr, evaluate=evaluate, metric="top1",
-        harmless=("data", "eval", "predict", "init", "grad_checkpointing", "shard"),
+        harmless=("data", "init", "grad_checkpointing", "shard"),
         about={"built": built, "classes": classes}, shard_blocks=model.layers if shard else ())
 
 
 def classification_loss(args: runs.Options, num_classes: int) -> Callable:
     """loss(model, (images, labels)): cross-entropy with --mixup, --cutmix and --smoothing."""
-    if not (args.mixup or args.cutmix):
-        return lambda model, batch: F.cross_entropy(model(batch[0]), batch[1],
-                                                    label_smoothing=args.smoothing)
-    mixup = data.extra("timm.data").Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing,
-                                          num_classes=num_classes)
+    mixup = None
+    if args.mixup or args.cutmix:
+        mixup = data.extra("timm.data").Mixup(args.mixup, args.cutmix, label_smoothing=0.0,
+                                              num_classes=num_classes)
 
     def loss(model, batch):
-        images, labels = mixup(*batch)  # labels (b classes), smoothed
-        return F.cross_entropy(model(images), labels)
+        images, labels = mixup(*batch) if mixup else batch  # labels (b classes) or (b)
+        return F.cross_entropy(model(images), labels, label_smoothing=args.smoothing)
 
     return loss
 

@@ -75,6 +75,12 @@ def pytest_collection_finish(session):
         threading.Thread(target=KERNELS[name].problem, daemon=True).start()
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """No test sees runs/ of this folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def record_error():
     """record(table, run, column, error): for the tables that are printed at the end."""

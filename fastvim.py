@@ -138,7 +138,7 @@ def select(p: Tensor, w: SSMWeights) -> tuple[Tensor, Tensor, Tensor]:
 # ---- 2. Around the scan: convolution, pooling, gate ----------------------------------------------
 #
 # Three operations do all the work between the matrix products: conv_pool, selective_scan,
-# expand_gate. Here they are written to be read; faster backends are tested against them.
+# expand_gate. In this file they are written to be read; faster backends are tested against them.
 
 
 def conv_silu(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -452,7 +452,7 @@ class FastVim(Backbone):
         tokens, grids, ids, _ = self._embed(x, keep, channels, checked)
         backend = pick_backend(tokens.device)
         for hidden, residual in self._run(tokens, grids, backend):
-            pass
+            pass                            # the last block's output stays
         hidden = stochastic_depth(hidden, self.drop_path_rates[-1], self.training)
         return backend.add_norm(hidden, residual, self.norm_f)[0], ids
 
@@ -488,7 +488,7 @@ class FastVim(Backbone):
         return x, grids, ids, sizes
 
     def _grid(self, row, sizes, ids, slot):
-        """How a layer of this row walks the tokens. slot: the class token's, if all are there."""
+        """How a layer of this row walks the tokens. slot: the class token's, if none is missing."""
         cfg = self.cfg
         if slot is not None and tuple(row) == (cfg.storage, ""):    # as they lie: a plain sequence
             length = math.prod(list(sizes.values())) + cfg.class_token
@@ -545,8 +545,8 @@ FAMILIES = {
 class Config:
     """All that defines a model. Every field can be given to `create_model` by name.
     Raises ValueError, naming the field and the choices, on an unknown or impossible value."""
-    schedule: str = "fastvim"               # a row of SCHEDULES
-    img_size: int | tuple = 224       # pixels, or (height, width), of pos_embed
+    schedule: str = "fastvim"               # a name in SCHEDULES
+    img_size: int | tuple = 224             # pixels, or (height, width), of pos_embed
     patch_size: int = 16                    # pixels
     in_chans: int = 3
     num_classes: int = 1000                 # 0: no head, the model returns the pooled features
@@ -801,7 +801,7 @@ class Backend:
     methods and a name of its own; see fastvim_kernels.py."""
     name = "python"
     devices = ()                            # the torch device types that it serves; (): all
-    why = "plain PyTorch, on every device"  # for `doctor` and the log
+    why = "plain PyTorch"                   # for `doctor` and the log
     # norms that kernels may compute without calling them, as long as this is their forward
     norms = {kind: kind.forward for kind in (RMSNorm, LayerNorm, nn.RMSNorm, nn.LayerNorm)}
     add_norm = staticmethod(add_norm)

@@ -220,10 +220,11 @@ class Backbone(nn.Module):
             raise ValueError(f"{', '.join(changed[:4])} changed since the model was made, which "
                              f"{CONFIG} does not hold: keep its state_dict instead, or make a "
                              "fresh head by reset_classifier")
-        from safetensors.torch import save_file
+        from safetensors.torch import save
         os.makedirs(folder, exist_ok=True)
         weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-        save_file(weights, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
+        with open(os.path.join(folder, WEIGHTS), "wb") as file:     # by the user's umask
+            file.write(save(weights, {"format": "pt"}))
         with open(os.path.join(folder, CONFIG), "w") as file:
             json.dump(fields, file, indent=2)
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 
 import torch
-from torch.utils.benchmark import Timer
 
 import fastvim
 import fastvim_build
@@ -75,6 +74,7 @@ def measure_milliseconds(model: fastvim.FastVim, device: str, kept: float = 1.0)
     if kept < 1:
         tokens = math.prod(model.grid_size)
         keep = torch.randperm(tokens, device=device)[None, :int(kept * tokens)]
+    from torch.utils.benchmark import Timer  # here: it looks for CUDA, and warns that there is none
     timer = Timer("model(x, keep=keep).sum().item()", num_threads=torch.get_num_threads(),
                   globals=dict(model=model, x=x, keep=keep))
     with torch.inference_mode():
@@ -169,7 +169,10 @@ def main() -> None:
         if args.command == "doctor":
             print_machine()
         elif args.command == "trace":
-            import walkthrough  # here: this file is installed without what the scripts need
+            try:
+                import walkthrough  # here: this file is installed without what the scripts need
+            except ModuleNotFoundError as error:
+                parser.error(f"trace needs a clone, and pip install -e '.[train]' there ({error})")
             walkthrough.trace(args.image, args.out, args.weights)
         elif args.resolution:
             print_figure_4(args.resolution)

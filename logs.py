@@ -35,12 +35,11 @@ def write_config(run) -> None:
               "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "device": device,
               "parameters": sum(param.numel() for param in run.model.parameters())}
     text = json.dumps(config, indent=2).encode()
-    run.out.mkdir(parents=True, exist_ok=True)
     safety.write_whole(run.out / "config.json", lambda file: file.write(text))
 
 
 def write(run) -> None:
-    """The whole log, a JSON object a line; what is no number is null."""
+    """The whole log, a JSON object a line."""
     log = "".join(json.dumps(line) + "\n" for line in run.history).encode()
     safety.write_whole(run.out / "log.jsonl", lambda file: file.write(log), required=False)
 

@@ -50,9 +50,8 @@ class Context:
 
     def gather(self, value) -> list:
         """The values of all processes, in their order."""
-        everyone = [value]
+        everyone = [value] * self.world_size
         if self.world_size > 1:
-            everyone = [None] * self.world_size
             dist.all_gather_object(everyone, value)
         return everyone
 

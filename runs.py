@@ -65,29 +65,23 @@ class Parser(argparse.ArgumentParser):
     shells leave it in --out=~/runs and OLD=~/images as it is."""
 
     def __init__(self, **settings):
-        super().__init__(argument_default=argparse.SUPPRESS, **settings)
+        super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **settings)
 
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
-        return super().parse_args([at_home(word) for word in words], namespace)
-
-
-def at_home(word: str) -> str:
-    return "=".join(os.path.expanduser(part) for part in word.split("="))
+        words = ["=".join(map(os.path.expanduser, word.split("="))) for word in words]
+        return super().parse_args(words, namespace)
 
 
 def defaults(parser: argparse.ArgumentParser) -> dict:
     """What holds for the parser's options where nothing is said: a switch is off, else None."""
-    options = {action.dest: None for action in parser._actions if action.dest != "help"}
-    switches = [a for a in parser._actions if isinstance(a, argparse._StoreTrueAction)]
-    return options | {action.dest: False for action in switches}
+    return {action.dest: False if isinstance(action, argparse._StoreTrueAction) else None
+            for action in parser._actions if action.dest != "help"}
 
 
 def number(kind: type, least: float, below: float = math.inf) -> Callable[[str], float]:
     """An argparse type: an int or float in [least, below)."""
-    limits = f"at least {least}"
-    if below < math.inf:
-        limits += f" and less than {below}"
+    limits = f"at least {least}" + (f" and less than {below}" if below < math.inf else "")
 
     def parse(text):
         if not least <= kind(text) < below:
@@ -139,8 +133,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, recipe: dict) -> Non
 
 def model_fields(args: Options) -> dict:
     """The fields that the options set, for fastvim.create_model."""
-    fields = {name: vars(args).get(name) for name in MODEL_FIELDS}
-    fields = {name: value for name, value in fields.items() if value is not None}
+    fields = {name: vars(args)[name] for name in MODEL_FIELDS if vars(args).get(name) is not None}
     if fields.get("ssm_norm") == "none":
         fields["ssm_norm"] = None
     return fields
@@ -282,8 +275,7 @@ def plain_errors(prog: str) -> Iterator[None]:
 
 
 def loader_of(args: Options, ctx: training.Context, dataset, train: bool = False, **more):
-    """The data.make_loader of this process. more: options of make_loader that are not as args
-    say."""
+    """The data.make_loader of this process. more: its options that are not as args say."""
     settings = {"batch_size": args.batch_size, "workers": args.workers, **more}
     return data.make_loader(dataset, train=train, seed=args.seed, rank=ctx.rank,
                             world_size=ctx.world_size, **settings)

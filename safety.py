@@ -105,7 +105,6 @@ def stop_signals() -> Iterator[list]:
 
     Whoever has set another action (nohup ignores SIGHUP) keeps it, but for SIGTERM and SIGINT."""
     received = []
-    on_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     ours = [signum for signum in STOP_SIGNALS if signum in (signal.SIGTERM, signal.SIGINT)
             or signal.getsignal(signum) == signal.SIG_DFL]
 
@@ -116,10 +115,10 @@ def stop_signals() -> Iterator[list]:
         # inside a hung kernel.
         for other in ours:
             signal.signal(other, signal.SIG_IGN)
-        if not on_torchrun:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # the terminal may have gone
-            os.write(2, b"\nstopping after this step; a second Ctrl-C: at once, without saving\n")
+            os.write(2, b"\nstopping after this step; a second Ctrl-C (not by torchrun): at once\n")
 
     old = {signum: signal.signal(signum, handle) for signum in ours}
     try:
@@ -181,7 +180,7 @@ def lock_folder(out: str) -> str | None:
 
     The system holds the lock, not the file OUT/.lock: a dead process has none, whatever it left."""
     folder = Path(out).resolve()
-    if folder in LOCKS:
+    if folder in LOCKS:  # to open it again and close it would release the lock
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)

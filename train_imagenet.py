@@ -48,9 +48,9 @@ DROP_PATH = {"tiny": 0.05, "small": 0.05, "base": 0.4, "large": 0.4, "huge": 0.4
 
 # The same on the digits, scaled to 1,437 training images of 8 x 8 pixels and two CPU cores.
 DIGITS = {"epochs": 5.0, "warmup": 1.0, "batch_size": 32, "ema": 0.98, "mixup": 0.0, "cutmix": 0.0,
-          "drop_path_rate": 0.0, "recipe_lr": 1e-3, "recipe_batch": 32, "workers": 0,
-          "out": "runs/digits"}  # workers: they lie in memory
-DIGITS_MODEL = {"img_size": 32, "patch_size": 8}
+          "drop_path_rate": 0.0, "recipe_lr": 1e-3, "recipe_batch": 32, "out": "runs/digits",
+          "workers": 0}  # they lie in memory
+DIGITS_MODEL = {"img_size": 32, "patch_size": 8}  # where no checkpoint says what it is
 
 LOOKS = ("eval", "predict", "embed")  # options that train nothing
 
@@ -71,8 +71,7 @@ def make_parser() -> runs.Parser:
         "the same command again goes on after a kill")
     add = classification.add_model_arguments(parser, ", or any of timm's")
     add("--vit-pool", action="store_const", const=True, help="alternate pooling in a ViT of timm")
-    add("--vit-conv", action="store_const", const=True, help="a convolution before its attention, "
-        "too")
+    add("--vit-conv", action="store_const", const=True, help="a convolution before it, too")
     add = classification.add_image_arguments(parser)
     classification.add_label_arguments(add)
     add("--shard", action="store_true", help="split the weights of our models, their moving "
@@ -91,23 +90,23 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     on_digits = not typed.keys() & {"data", *LOOKS}
     if on_digits:
         recipe |= DIGITS
-    start = starting_point({**recipe, **typed}, parser)
+    start = find_start({**recipe, **typed}, parser)
     known = {}
     if start.content:
         known = {**runs.encoder_options(start, typed), **classification.crop_of(start, typed)}
     elif on_digits:
         known = DIGITS_MODEL
-    model = {**recipe, **known, **typed}["model"]
-    if not on_digits:
-        recipe["drop_path_rate"] = drop_path_of(model)
+    options = {**recipe, **known, **typed}
+    if options["drop_path_rate"] is None:
+        options["drop_path_rate"] = drop_path_of(options["model"])
     for option in ("init", "shard"):
-        if option in typed and not classification.is_ours(model):
+        if option in typed and not classification.is_ours(options["model"]):
             raise ValueError(f"--{option} is for training our models, "
-                             f"{', '.join(fastvim.list_models())}: {model} is none")
-    return runs.Options({**recipe, **known, **typed}), start
+                             f"{', '.join(fastvim.list_models())}: {options['model']} is none")
+    return runs.Options(options), start
 
 
-def starting_point(options: dict, parser: runs.Parser) -> runs.Saved:
+def find_start(options: dict, parser: runs.Parser) -> runs.Saved:
     """The checkpoint that is looked at, or that the training starts from; or none."""
     if options["vit_conv"] and not options["vit_pool"]:
         parser.error("--vit-conv goes with --vit-pool")
@@ -130,7 +129,7 @@ def drop_path_of(model: str) -> float:
 
 def adamw(model: nn.Module, args: runs.Options, lr: float) -> torch.optim.Optimizer:
     groups = training.parameter_groups(model, args.weight_decay)
-    return torch.optim.AdamW(groups, lr=lr, fused=True)  # a third of the time
+    return torch.optim.AdamW(groups, lr=lr, fused=True)  # fused: a third of the time
 
 
 def main() -> None:
@@ -146,8 +145,7 @@ def main() -> None:
             classification.evaluate(args, ctx, start)
         else:
             if args.data is None:
-                ctx.print("no --data: training on the built-in handwritten digits, by a recipe "
-                          "scaled to them")
+                ctx.print("no --data: training on the built-in digits, by a recipe scaled to them")
             classification.train(args, ctx, start, classification.build_model, adamw, LR_WARMUP,
                                  LR_END, shard=args.shard)
         ctx.close()

@@ -48,7 +48,8 @@ def setup(args, training: bool = True) -> Context:
     """Joins the processes that a launcher started, if it did; chooses the device, seeds.
 
     training=False: neither locks --out nor prints batch and learning rate. SystemExit: no such
-    device. ValueError: another run works in --out; the processes do not fit together."""
+    device. ValueError: another run works in --out, or nothing can be written there; the processes
+    do not fit together. ImportError: a package of --log is missing."""
     ctx = join(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -193,10 +194,7 @@ class Run:
         self.running = {key: self.running[key] + step[key] for key in NO_SUMS}
 
     def save(self, name: str, required: bool = False) -> None:
-        if name == "last.pt":
-            self.saved = time.monotonic()
-        if not (self.ctx.is_main or self.sharded):
-            return
+        self.saved = time.monotonic()
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "ema": self.ema and self.ema.module.state_dict()}
         if self.sharded:  # all processes are here
@@ -286,9 +284,7 @@ def micro_step(run: Run, net, loss_fn: Callable, batch, micro: int) -> torch.Ten
 
 def train_step(run: Run, loss_fn: Callable, batches, signals: list) -> tuple:
     """One optimizer step from --accum batches -> (mean loss, gradient norm before clipping, stop?,
-    save?).
-
-    All four are the same on every process, as is a NonFiniteError, before the optimizer moves."""
+    save?), the same on every process. So is a NonFiniteError, raised before the optimizer moves."""
     kept = []  # on the host, should the step have to be repeated
     mean_loss = 0.0
     for micro in range(run.args.accum):
@@ -305,8 +301,7 @@ def train_step(run: Run, loss_fn: Callable, batches, signals: list) -> tuple:
         norm = norm.full_tensor()
     save = time.monotonic() - run.saved >= 60 * run.args.save_minutes
     wishes = [norm.new_full((), number) for number in (len(signals), save)]
-    report = torch.stack([mean_loss, norm, *wishes])
-    report = run.ctx.sum(report).tolist()  # the one wait
+    report = run.ctx.sum(torch.stack([mean_loss, norm, *wishes])).tolist()  # the one wait
     mean_loss, mean_norm, stop, save = (value / run.ctx.world_size for value in report)
     if not math.isfinite(mean_loss + mean_norm):
         raise nonfinite(run, loss_fn, kept, mean_loss, mean_norm)
@@ -357,8 +352,8 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
         gathering these one at a time, instead of having a copy each. So the model ends.
 
     Raises NonFiniteError; SystemExit for a refused start or full memory (status 1) and, after a
-    checkpoint, for a signal of safety.STOP_SIGNALS (128 + its number); OSError when the final
-    checkpoint cannot be written; ValueError as evaluate raises it."""
+    checkpoint, for a signal of safety.STOP_SIGNALS (128 + its number); OSError when config.json or
+    the last checkpoint cannot be written; ValueError as run_length and evaluate raise it."""
     run = open_run(args, ctx, model, optimizer, loader, harmless, about or {})
     if ctx.world_size > 1 and shard_blocks:
         sharding.shard(run, shard_blocks)
@@ -369,7 +364,10 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
         try:
             for epoch in range(run.epoch, run.epochs):
                 end = min((epoch + 1) * run.per_epoch, run.total)
-                batches = start_epoch(run, loader, epoch)
+                used = (run.step - epoch * run.per_epoch) * args.accum  # batches of this epoch
+                loader.batch_sampler.set_epoch(epoch, used)
+                model.train()
+                batches = iter(loader)
                 while run.step < end:
                     began = time.perf_counter()
                     set_schedules(optimizer, lr(run.step), weight_decay and weight_decay(run.step))
@@ -402,14 +400,6 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
     return run.history
 
 
-def start_epoch(run: Run, loader, epoch: int):
-    """-> an iterator over the batches of the epoch that no step has used."""
-    used = (run.step - epoch * run.per_epoch) * run.args.accum
-    loader.batch_sampler.set_epoch(epoch, used)
-    run.model.train()
-    return iter(loader)
-
-
 def set_schedules(optimizer, lr: float, weight_decay: float | None) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -440,12 +430,12 @@ def measure(run: Run, evaluate: Callable) -> dict:
     target.eval()
     whole = sharding.unsharded(target) if run.sharded else contextlib.nullcontext()
     with torch.no_grad(), whole:  # inference_mode would spoil what models cache
-        metrics = evaluate(target, run.epoch + 1) or {}
+        metrics = evaluate(target, run.epoch + 1)
     return {key: float(value) for key, value in metrics.items()}
 
 
 def end_epoch(run: Run, lr: float, metrics: dict) -> None:
-    """Adds the epoch's line to the log, in OUT/log.jsonl too: what is no number there is null."""
+    """Adds the epoch's line to the log and writes it; a metric that is no number is None."""
     sums = run.running
     line = {"epoch": run.epoch + 1, "step": run.step, "lr": lr, "seconds": sums["seconds"],
             "loss": sums["loss"] / sums["steps"], "grad_norm": sums["grad_norm"] / sums["steps"],
@@ -464,6 +454,4 @@ def is_better(value: float | None, best: float | None, lower_is_better: bool) ->
     """A value that is not there or no number never is."""
     if value is None or not math.isfinite(value):
         return False
-    if best is None:
-        return True
-    return value < best if lower_is_better else value > best
+    return best is None or (value < best if lower_is_better else value > best)

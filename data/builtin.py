@@ -17,7 +17,7 @@ from .loading import Files, extra
 
 DIGITS_MEAN = 0.305     # of the training digits' pixels in [0, 1]
 DIGITS_STD = 0.376
-# Largest rotation, shear (radians), log zoom and shifts (one of the 8 source pixels is 0.25). No
+# Largest rotation (radians), shear, log zoom and shifts (one of the 8 source pixels is 0.25). No
 # flips: a mirrored 2 is no digit.
 DIGITS_AFFINE = torch.tensor([0.26, 0.15, 0.15, 0.25, 0.25])
 
@@ -47,9 +47,7 @@ class Digits(Dataset):
         return len(self.labels)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        draw = torch.zeros(5)
-        if self.augment:
-            draw = 2 * torch.rand(5) - 1
+        draw = 2 * torch.rand(5) - 1 if self.augment else torch.zeros(5)
         return enlarge(self.images[i:i + 1], self.img_size, draw), self.labels[i]
 
 

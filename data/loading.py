@@ -23,7 +23,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from safety import STOP_SIGNALS
 
@@ -48,7 +48,7 @@ def make_loader(dataset: Dataset, batch_size: int, *, train: bool, seed: int = 0
         collate_fn=functools.partial(collate, refill=train, merge=merge),
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),    # its own: else each epoch draws from the training's
     )
@@ -105,8 +105,8 @@ class Seeded(Dataset):
     """`dataset` indexed by (epoch, index): an item's random choices follow from that and `seed`.
 
     Transforms draw from three global generators (timm from `random` and NumPy, torchvision from
-    torch): those are seeded. In the main process they belong to the training, and get their states
-    back afterwards.
+    torch): those are seeded, and get their states back afterwards: in the main process they belong
+    to the training.
     """
 
     def __init__(self, dataset: Dataset, seed: int):
@@ -123,8 +123,6 @@ class Seeded(Dataset):
         return text if samples is None else f"{text}, list {hash_samples(samples)}"
 
     def __getitem__(self, key: tuple[int, int]):
-        if get_worker_info():
-            return self.draw(*key)
         states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
         try:
             return self.draw(*key)
@@ -162,8 +160,8 @@ def collate(samples: Sequence, refill: bool, merge: Callable = default_collate):
     return merge(good) if good else None
 
 
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C and torchrun's SIGTERM must not end the workers before the training has saved."""
+def ignore_stop_signals(worker: int) -> None:
+    """What ends the training must not end the workers before it has saved."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)       # torch ends workers whose process has gone
 
@@ -275,7 +273,7 @@ def first_few(names: Sequence[str]) -> str:
 
 
 def extra(module: str) -> ModuleType:
-    """Import a module of the scripts' extra where it is needed: the digits need no timm."""
+    """Import a module of the scripts' extra, only where it is needed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
