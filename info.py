@@ -154,7 +154,7 @@ def main() -> None:
                         help="table: every model, measured here (default); doctor: this machine; "
                         "trace: an image through two blocks, step by step")
     parser.add_argument("image", nargs="?", help="for trace")
-    parser.add_argument("--weights", metavar="CKPT", help="of a FastVim-T, for trace")
+    parser.add_argument("--weights", metavar="CKPT", help="for trace (default: random)")
     parser.add_argument("--out", default="trace.png", help="picture of trace (trace.png)")
     parser.add_argument("--models", default="", metavar="TEXT",
                         help="only names that contain TEXT, such as tiny")

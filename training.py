@@ -264,8 +264,8 @@ def take_up(run: Run, path: Path, harmless) -> None:
         run.history = run.history[:run.epoch]
     if path.resolve().parent != run.out.resolve():
         run.best = None  # the new folder gets a best.pt of its own
-    run.ctx.print(f"resuming {path} at step {run.step} of {run.total}",
-                  changed and f"with changed {changed}")
+    run.ctx.print(f"resuming {path} at step {run.step} of {run.total}{changed and ' with changed '}"
+                  f"{changed}")
 
 
 # ---- One step ------------------------------------------------------------------------------------

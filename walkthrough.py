@@ -3,12 +3,14 @@ One image through the first two blocks of FastVim, step by step: shapes, equatio
 
     python fastvim.py trace cat.jpg                     trace.png; random weights show the geometry
     python fastvim.py trace cat.jpg --weights FastVim_tiny.ckpt --out cat_trace.png
+    python fastvim.py trace digit.png --weights runs/digits/best.pt
 """
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+import checkpoints
 import data
 import fastvim
 
@@ -58,14 +60,30 @@ def picture_of(name: str, value: Tensor, grid: fastvim.Grid) -> Tensor:
     return colours.reshape(sizes["h"], sizes["w"], 3)
 
 
-def trace(image: str, out: str, weights: str | None) -> None:
-    """Prints every step of two blocks, and paints the tokens into `out`, a PNG."""
-    figure_of = data.extra("matplotlib.figure").Figure
+def make_model(weights: str | None) -> fastvim.FastVim:
     torch.manual_seed(0)
-    model = fastvim.create_model("fastvim_tiny").eval()
-    if weights:
-        print(fastvim.load_checkpoint(model, weights))
-    pixels = data.image_transform(224, train=False)(data.load_rgb(image))[None]     # (1 3 224 224)
+    if weights is None:
+        print("random weights: --weights names others\n")
+        return fastvim.create_model("fastvim_tiny").eval()
+    content = checkpoints.read(weights)
+    built = content.get("built", {"name": "fastvim_tiny", "fields": {}})
+    model = fastvim.create_model(built["name"], **built["fields"]).eval()
+    if model.cfg.schedule != "fastvim" or model.cfg.class_token:
+        raise ValueError(f"{weights} is of {built['name']}: trace shows FastVim, which pools rows "
+                         "and columns in turn")
+    print(f"{weights}: {checkpoints.load(model, content)}\n")
+    return model
+
+
+def trace(image: str, out: str, weights: str | None) -> None:
+    """Prints every step of two blocks, and paints the tokens into `out`, a PNG.
+
+    weights: of a FastVim-T, or of a model of ours that its checkpoint describes. ValueError: it
+    does not pool rows and columns in turn."""
+    figure_of = data.extra("matplotlib.figure").Figure
+    model = make_model(weights)
+    view = data.image_transform(model.cfg.img_size[0], train=False)
+    pixels = view(data.load_rgb(image))[None]               # (1 3 img_size img_size)
     figure = figure_of(figsize=(2 * len(COLUMNS), 4.4), layout="constrained")
     panels = figure.subplots(2, len(COLUMNS))
     with torch.inference_mode():

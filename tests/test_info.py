@@ -149,3 +149,12 @@ def test_trace_prints_shapes_and_paints(tmp_path, capsys):
     assert "block 1 walks along 'w h' and pools 'h': 14 scan steps instead of 196" in said
     assert "(2, 1, 14, 384)" in said
     assert Image.open(tmp_path / "trace.png").size == (1400, 440)
+    model = fastvim.create_model("fastvim_tiny", depth=2, img_size=32, patch_size=4, num_classes=3)
+    built = {"name": "fastvim_tiny", "fields": dict(depth=2, img_size=32, patch_size=4, num_classes=3)}
+    torch.save({"model": model.state_dict(), "built": built}, tmp_path / "own.pt")
+    walkthrough.trace(str(tmp_path / "a.png"), tmp_path / "trace.png", tmp_path / "own.pt")
+    assert "8 x 8 tokens" in capsys.readouterr().out
+    built["fields"]["schedule"] = "vim"
+    torch.save({"model": model.state_dict(), "built": built}, tmp_path / "own.pt")
+    with pytest.raises(ValueError, match="trace shows FastVim"):
+        walkthrough.trace(str(tmp_path / "a.png"), tmp_path / "trace.png", tmp_path / "own.pt")
