@@ -21,16 +21,13 @@ def bar(run) -> tqdm:
 
 
 def advance(bar: tqdm, run, loss: float) -> None:
-    bar.set_description(f"epoch {run.epoch + 1}/{run.epochs}", refresh=False)
-    bar.set_postfix_str(f"loss {loss:.4f}, {run.speed:.0f} img/s", refresh=False)
+    bar.set_postfix_str(f"epoch {run.epoch + 1}, loss {loss:.4f}, {run.speed:.0f} img/s", False)
     bar.update()
 
 
 def write_config(run) -> None:
     """OUT/config.json: the options, where the code stood, what runs it."""
-    device = "cpu"
-    if run.ctx.device.type == "cuda":
-        device = torch.cuda.get_device_name(run.ctx.device)
+    device = torch.cuda.get_device_name() if run.ctx.device.type == "cuda" else "cpu"
     config = {**run.identity, "command": sys.argv, "total_steps": run.total,
               "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "device": device,
               "parameters": sum(param.numel() for param in run.model.parameters())}

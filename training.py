@@ -359,6 +359,8 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
         sharding.shard(run, shard_blocks)
     elif ctx.world_size > 1:
         run.net = DistributedDataParallel(model)
+    if run.total > 1 and lr(run.total - 1) > lr(run.total - 2):
+        ctx.print("the learning rate still rises when this run ends: lower --warmup")
     also = sinks.opened(run) if args.log else contextlib.nullcontext()
     with safety.stop_signals() as signals, also as write_sinks, logs.bar(run) as bar:
         try:

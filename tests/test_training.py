@@ -246,6 +246,12 @@ def test_learning_rate_rule(argv, lr, capsys, tmp_path):
     assert f"learning rate {lr:g} (the recipe's: 0.02 at 8)" in said
 
 
+@pytest.mark.parametrize("steps, rises", [(5, True), (6, False)])
+def test_a_warmup_as_long_as_the_run_is_said(steps, rises, tmp_path, capsys):
+    toy("--out", tmp_path, "--steps", steps)                # its warmup takes 4
+    assert ("still rises when this run ends: lower --warmup" in capsys.readouterr().out) == rises
+
+
 def test_options_cannot_be_changed_and_help_shows_the_recipe(capsys):
     parser = runs.Parser()
     runs.add_training_arguments(parser, RECIPE)
