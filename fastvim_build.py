@@ -169,7 +169,7 @@ def keep_freed_memory():
     sixth of its time. Whoever has set one of glibc's own variables knows better."""
     if not os.environ.keys() & {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_",
                                 "GLIBC_TUNABLES"}:
-        with contextlib.suppress(OSError, AttributeError):  # no glibc
+        with contextlib.suppress(OSError, AttributeError, TypeError):       # no glibc
             libc = ctypes.CDLL(None)
             libc.mallopt(-3, 32 << 20)      # M_MMAP_THRESHOLD, the most that it takes
             libc.mallopt(-1, 1 << 30)       # M_TRIM_THRESHOLD
