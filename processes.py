@@ -5,6 +5,7 @@ Launchers tell it by environment variables, each by its own: torchrun RANK and W
 srun SLURM_PROCID and SLURM_NTASKS. A process that overlooks the others trains as if it were alone,
 over their files: what does not fit together is refused.
 """
+import gc
 import os
 import random
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class Context:
 
     def close(self) -> None:
         if self.world_size > 1:
+            gc.collect()  # what still holds the group, such as a wrapped model in a cycle
+            dist.barrier()
             dist.destroy_process_group()
 
 
