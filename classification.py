@@ -109,7 +109,7 @@ def build_model(args: runs.Options, num_classes: int) -> nn.Module:
     if not is_ours(args.model):
         return build_timm(args, num_classes)
     fields = runs.model_fields(args)
-    if "vit_pool" in fields:
+    if fields.keys() & {"vit_pool", "vit_conv"}:
         raise ValueError("--vit-pool and --vit-conv are for the ViTs of timm: name one with "
                          "--model")
     model = fastvim.create_model(args.model, num_classes=num_classes, **fields)
@@ -137,6 +137,8 @@ def build_timm(args: runs.Options, num_classes: int) -> nn.Module:
                                   drop_path_rate=args.drop_path_rate)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
+    if args.vit_conv and not args.vit_pool:
+        raise ValueError("--vit-conv goes with --vit-pool")
     if args.vit_pool:
         pool_attention(model, args)
     return model

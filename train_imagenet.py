@@ -18,15 +18,7 @@ What the paper and its released logs report, top-1 of the EMA model, after epoch
     FastVim-T    24.2  65.3  68.6  72.3  75.4      FastVim-S   37.6  72.8  75.5  79.1  81.1
     FastVim-B    48.2  72.8  76.3  80.8  82.6      Vim-B, LN   19.3  70.6  75.8  80.9  82.6
 
-Its ablations, on FastVim-S (81.1), and the flags that repeat them:
-
-    Pool_col only 80.0       --schedule pool_col       class token 81.3    --class-token
-    Pool_row only 79.6       --schedule pool_row       RMS-RMS 80.7        --ssm-norm rmsnorm
-    without conv1d 78.4      --no-conv                 LN-LN 80.9          --block-norm layernorm
-    decompress after D 78.7  --skip-before-expand      ViT-S 80.1          --model MODEL, which is
-    ViT-S with pooling 73.9  --model MODEL --vit-pool                      deit_small_patch16_224
-      and conv1d 74.0        also --vit-conv
-    Vim-B without the post-SSM norm 81.2               --model vim_base --ssm-norm none
+RESULTS.md has its ablations, and the flags that repeat them.
 """
 import torch
 from torch import nn
@@ -59,11 +51,13 @@ def make_parser() -> runs.Parser:
     parser = runs.Parser(usage="%(prog)s [options]", description="Train, evaluate or use an image "
                          "classifier. Without --data: on the handwritten digits that come with "
                          "scikit-learn, by a recipe scaled to them.")
-    add = parser.add_argument_group("what to do").add_argument
+    what = parser.add_argument_group("what to do")
+    add = what.add_argument
     classification.add_data_argument(add)
     add("--init", metavar="CKPT", help="start from the encoder of this checkpoint of our models or "
         "the released ones, with a fresh head")
     add("--eval", metavar="CKPT", help="only evaluate this checkpoint, ours or a released one")
+    add = what.add_mutually_exclusive_group().add_argument
     add("--predict", metavar="IMAGE", nargs="+", help="print the five likeliest classes of each "
         "image, by --eval CKPT (default: OUT/best.pt)")
     add("--embed", metavar="FILE", type=embed.new_file, help="write the features of all images in "
@@ -108,10 +102,6 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
 
 def find_start(options: dict, parser: runs.Parser) -> runs.Saved:
     """The checkpoint that is looked at, or that the training starts from; or none."""
-    if options["vit_conv"] and not options["vit_pool"]:
-        parser.error("--vit-conv goes with --vit-pool")
-    if options["embed"] and options["predict"]:
-        parser.error("--embed and --predict: give one of them")
     if not any(options[name] for name in LOOKS):
         classification.check_pairs(options, parser)
         return runs.starting_point(options, options["init"])

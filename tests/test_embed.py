@@ -172,7 +172,7 @@ def test_what_cannot_be_embedded_says_why(folder, photos, tmp_path, capsys):
     for run, argv, message in (
             (imagenet, ["--embed", out], f"{out} exists: delete it"),
             (jump, ["--embed", out], f"{out} exists: delete it"),
-            (imagenet, ["--embed", "b", "--predict", "x.png"], "give one of them"),
+            (imagenet, ["--embed", "b", "--predict", "x.png"], "not allowed with"),
             (jump, ["--embed", "b", "--predict", "x.npy"], "give one of them"),
             (jump, ["--per", "well"], "--per goes with --embed")):
         error_of(run, *argv)
