@@ -35,7 +35,7 @@ def size_name(letter: str) -> str:
 
 def add_model_arguments(parser: argparse.ArgumentParser, others: str = "") -> Callable:
     """The options that make an encoder. others: which are not ours, for the help."""
-    add = parser.add_argument_group("model").add_argument
+    add = parser.groups["model"].add_argument
     add("--size", dest="model", type=size_name, metavar="{t,s,b,l,h}",
         help="FastVim-T, S, B, L or H (default t)")
     add("--model", metavar="NAME",
@@ -47,7 +47,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, others: str = "") -> Ca
         help="stochastic depth at the last block (default: the recipe's)")
     add("--grad-checkpointing", action="store_true", help="keep only the blocks' inputs for the "
         "backward pass and compute the rest again: less memory, more time, the same result")
-    add = parser.add_argument_group("the paper's ablations").add_argument
+    add = parser.groups["the paper's ablations"].add_argument
     add("--schedule", choices=["fastvim", "pool_col", "pool_row", "vim"],
         help="which axis is pooled in which layer")
     add("--pool", choices=fastvim.POOLS, help="how a row becomes one token (default mean)")
@@ -66,8 +66,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, others: str = "") -> Ca
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> Callable:
     """The options of open_images, and --warmup."""
-    add = parser.add_argument_group("augmentation and schedule").add_argument
-    add("--warmup", type=runs.POSITIVE, help="epochs of linear warmup")
+    parser.groups["recipe"].add_argument("--warmup", type=runs.POSITIVE,
+                                         help="epochs of linear warmup")
+    add = parser.groups["augmentation"].add_argument
     add("--auto-augment", metavar="POLICY", help="timm's policy string, or none")
     add("--reprob", type=runs.SHARE, help="probability of random erasing")
     add("--crop-scale", type=runs.number(float, 0.01, 1.01),

@@ -4,6 +4,7 @@ One rule for every option: {**defaults, **RECIPE, **toy, **checkpoint, **typed}.
 
     RECIPE = {**runs.TRAINING, "epochs": 300.0, "recipe_lr": 1e-3, "recipe_batch": 1024, ...}
     parser = runs.Parser(description=...)                   # it keeps what was typed, nothing else
+    parser.groups["model"].add_argument("--depth", ...)
     runs.add_training_arguments(parser, RECIPE)             # last: help texts get defaults
     typed = vars(parser.parse_args(argv))
     chosen = {**runs.defaults(parser), **RECIPE, **typed}
@@ -16,6 +17,7 @@ makes the model is called like its field of fastvim.Config: a checkpoint's field
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -50,6 +52,11 @@ TRAINING = dict(batch_size=128, accum=1, weight_decay=0.0, clip=0.0, ema=0.0, am
                 device="auto")
 
 
+# Groups of options, in the order in which --help shows those that are not empty.
+GROUPS = ("recipe", "data and weights", "instead of training", "model", "channels", "augmentation",
+          "the paper's ablations", "the run")
+
+
 class Options(argparse.Namespace):
     """The options of a run as attributes, which cannot be changed."""
 
@@ -65,7 +72,10 @@ class Parser(argparse.ArgumentParser):
     shells leave it in --out=~/runs and OLD=~/images as it is."""
 
     def __init__(self, **settings):
-        super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **settings)
+        layout = functools.partial(argparse.HelpFormatter, width=100, max_help_position=32)
+        super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                         formatter_class=layout, **settings)
+        self.groups = {name: self.add_argument_group(name) for name in GROUPS}
 
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
@@ -99,32 +109,32 @@ SHARE = number(float, 0, 1)
 
 def add_training_arguments(parser: argparse.ArgumentParser, recipe: dict) -> None:
     """Adds the options that every script has; then, to all help texts, the defaults of `recipe`."""
-    add = parser.add_argument_group("training").add_argument
-    for name, kind, text in (
-        ("batch-size", WHOLE, "samples per process and micro-step"),
-        ("accum", WHOLE, "micro-steps per optimizer step; their gradients are averaged"),
-        ("epochs", number(float, 1e-9), "passes over the training set, may be a fraction"),
-        ("steps", WHOLE, "optimizer steps; the run ends at --epochs or --steps, which is first"),
-        ("weight-decay", POSITIVE, "decoupled weight decay"),
-        ("clip", POSITIVE, "largest gradient norm, 0 for no clipping"),
-        ("ema", SHARE, "decay of the moving average of the weights, 0 for none"),
-        ("eval-every", WHOLE, "epochs between evaluations"),
-        ("save-minutes", POSITIVE, "time between checkpoints within an epoch; each ends with one"),
-        ("seed", number(int, 0), "the whole run follows from it"),
-        ("workers", number(int, 0), "data-loading processes per training process"),
-        ("threads", WHOLE, "CPU threads per process (default: PyTorch's choice)"),
-        ("device", str, "auto (a GPU if there is one), cpu, cuda or cuda:1"),
-        ("out", str, "folder of checkpoints, log and curve"),
-        ("lr", POSITIVE, "peak learning rate (default {recipe_lr:g} x batch / {recipe_batch})"),
+    for group, name, kind, text in (
+        ("recipe", "epochs", number(float, 1e-9), "passes over the training set, or a fraction"),
+        ("recipe", "steps", WHOLE, "the run ends after so many optimizer steps, if not before"),
+        ("recipe", "batch-size", WHOLE, "samples per process and micro-step"),
+        ("recipe", "accum", WHOLE, "micro-steps per optimizer step"),
+        ("recipe", "lr", POSITIVE, "peak (default {recipe_lr:g} x batch / {recipe_batch})"),
+        ("recipe", "weight-decay", POSITIVE, "decoupled from the gradient"),
+        ("recipe", "clip", POSITIVE, "largest gradient norm, 0 for no clipping"),
+        ("recipe", "ema", SHARE, "decay of the moving average of the weights, 0 for none"),
+        ("the run", "out", str, "folder of checkpoints, log and curve"),
+        ("the run", "device", str, "auto (a GPU if there is one), cpu, cuda or cuda:1"),
+        ("the run", "seed", number(int, 0), "the whole run follows from it"),
+        ("the run", "eval-every", WHOLE, "epochs between evaluations"),
+        ("the run", "save-minutes", POSITIVE, "time between checkpoints within an epoch"),
+        ("the run", "workers", number(int, 0), "data-loading processes per training process"),
+        ("the run", "threads", WHOLE, "CPU threads per process (default: PyTorch's choice)"),
     ):
-        add(f"--{name}", type=kind, help=text.format(**recipe))
+        parser.groups[group].add_argument(f"--{name}", type=kind, help=text.format(**recipe))
+    add = parser.groups["the run"].add_argument
     add("--amp", action=argparse.BooleanOptionalAction,
         help="bfloat16 autocast; off: float32, as in the paper")
-    add("--resume", nargs="?", const="auto", metavar="FILE", help="continue, as if never stopped, "
-        "from FILE or else from OUT/last.pt if it exists")
+    add("--resume", nargs="?", const="auto", metavar="FILE",
+        help="continue, as if never stopped, from FILE or else OUT/last.pt, if it exists")
+    add("--resume-changed", action="store_true", help="resume, though options changed")
     add("--log", nargs="+", action="extend", choices=sinks.MODULES, metavar="SINK",
         help="also write the log's numbers for tensorboard, wandb, or both")
-    add("--resume-changed", action="store_true", help="resume, though arguments changed")
     for action in parser._actions:
         value = recipe.get(action.dest)
         if value is not None and value is not False and "default" not in action.help:
@@ -321,3 +331,42 @@ def print_likeliest(path: str, p: torch.Tensor, classes: list) -> None:
     values, labels = p.topk(min(5, len(p)))
     for value, label in zip(values.tolist(), labels.tolist()):
         print(f"  {100 * value:5.1f} %  {classes[label]}")
+
+
+# ---- What a script does --------------------------------------------------------------------------
+
+def run(get_args: Callable, uses: dict[str, Callable], train: Callable) -> None:
+    """A script: what the option that was given does, {option: function}, or else training. All
+    functions take (args, ctx, start)."""
+    with plain_errors(os.path.basename(sys.argv[0])):
+        args, start = get_args()
+        chosen = [use for option, use in uses.items() if vars(args).get(option)]
+        ctx = training.setup(args, training=not chosen)
+        todo = chosen[0] if chosen else train
+        todo(args, ctx, start)
+        ctx.close()
+
+
+def trained_on_built_in(saved: Saved) -> bool:
+    """Is it a checkpoint of a run without --data?"""
+    return bool(saved.options) and not (saved.options.get("data") or saved.options.get("index"))
+
+
+def require_data(args: Options, saved: Saved, options: str = "--data DIR") -> None:
+    """ValueError: neither are there files, nor was the model trained without any."""
+    if not (args.data or vars(args).get("index") or trained_on_built_in(saved)):
+        raise ValueError(f"this model was trained on files, so {options} has to say where they are")
+
+
+def write(args: Options, name: str, content: Callable, required: bool = False) -> None:
+    """content(file) writes OUT/name; if it cannot, and that is not required, it is a warning."""
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    safety.write_whole(Path(args.out, name), content, required)
+
+
+def warmup_and_cosine(args: Options, ctx: training.Context, loader, start: float = 0.0,
+                      end: float = 0.0) -> Callable[[int], float]:
+    """The learning rate at each step: --warmup epochs from start to the peak, a cosine to end."""
+    total, per_epoch = training.run_length(args, loader)
+    return functools.partial(training.cosine, total=total, value=training.peak_lr(args, ctx),
+                             start=start, end=end, warmup=round(args.warmup * per_epoch))

@@ -238,7 +238,10 @@ def checkpoint_to_resume(out: str, resume: str | None) -> Path | None:
 
 # A resumed run may change these; any other change is refused: the result would be of neither.
 HARMLESS = {"out", "log", "resume", "resume_changed", "workers", "device", "threads",
-            "save_minutes", "built", "git", "torch"}
+            "save_minutes", "built", "git", "torch", "grad_checkpointing", "shard",
+            "data", "index", "images", "platemap", "metadata", "init", "backbone",  # where it lies
+            "eval", "predict", "embed", "per", "split", "stats", "reconstruct",  # train nothing
+            "subsets", "subset_samples", "multi_scale"}
 
 
 def check_same_run(old: dict, new: dict, harmless) -> str:

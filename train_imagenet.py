@@ -51,13 +51,14 @@ def make_parser() -> runs.Parser:
     parser = runs.Parser(usage="%(prog)s [options]", description="Train, evaluate or use an image "
                          "classifier. Without --data: on the handwritten digits that come with "
                          "scikit-learn, by a recipe scaled to them.")
-    what = parser.add_argument_group("what to do")
-    add = what.add_argument
+    add = parser.groups["data and weights"].add_argument
     classification.add_data_argument(add)
     add("--init", metavar="CKPT", help="start from the encoder of this checkpoint of our models or "
         "the released ones, with a fresh head")
-    add("--eval", metavar="CKPT", help="only evaluate this checkpoint, ours or a released one")
-    add = what.add_mutually_exclusive_group().add_argument
+    looks = parser.groups["instead of training"]
+    looks.add_argument("--eval", metavar="CKPT",
+                       help="evaluate this checkpoint, ours or a released one")
+    add = looks.add_mutually_exclusive_group().add_argument
     add("--predict", metavar="IMAGE", nargs="+", help="print the five likeliest classes of each "
         "image, by --eval CKPT (default: OUT/best.pt)")
     add("--embed", metavar="FILE", type=embed.new_file, help="write the features of all images in "
