@@ -12,6 +12,7 @@ process, several, or one run after another end in the same bits.
 """
 import argparse
 import collections
+import functools
 import hashlib
 import itertools
 import json
@@ -194,28 +195,25 @@ def well_means(tables: Iterable, listing: dict[str, list]):
     return table.add_column(place, "sites", [[sites[well] for well in rows]])
 
 
-# ---- Photographs ---------------------------------------------------------------------------------
+# ---- What is embedded: photographs, cells --------------------------------------------------------
 
 def embed_images(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> None:
     """--embed of train_imagenet.py."""
-    digits = classification.saw_digits(saved)
-    if args.data:
-        listing = data.list_folder(args.data, data.EXTENSIONS)
-        load = data.load_rgb
-        view = classification.view_of(args, saved)
-    elif digits:
+    runs.require_data(args, saved)
+    digits = not args.data
+    if digits:
         sets = {split: data.Digits(split == "train", args.img_size) for split in ("train", "val")}
         sets["train"].augment = False
         listing, load = data.list_built_in(sets, {name: sets[name].labels for name in sets})
         view = torch.as_tensor                              # they give what the model sees
     else:
-        raise ValueError("--embed: this model was trained on images, so --data DIR has to say "
-                         "which ones")
-    samples = [(path, number) for number, path in enumerate(listing["path"])]
-    files = data.Files(samples, [], load, view, args.data or "the digits")
+        listing = data.list_folder(args.data, data.EXTENSIONS)
+        load = data.load_rgb
+        view = classification.view_of(args, saved)
+    files = numbered(listing, load, view, args.data or "the digits")
     model = encoder(args, ctx, saved)
     about = {"checkpoint": saved.path, "channels": ["red", "green", "blue"],
-             "crop_pct": args.crop_pct, "digits": digits}
+             "crop_pct": args.crop_pct, "digits": classification.saw_digits(saved)}
     write(args, ctx, files, listing, model, model, about)
 
 
@@ -229,3 +227,49 @@ def encoder(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> nn.
     note = checkpoints.load(model, saved.content, encoder_only=True)
     ctx.print(f"{saved.path}: {note}; pool_scale {model.cfg.pool_scale:g}")
     return model.to(ctx.device).eval()
+
+
+def numbered(listing: dict[str, list], load: Callable, view: Callable, where: str) -> data.Files:
+    """The images of a listing, each labelled by its number in it."""
+    samples = [(path, number) for number, path in enumerate(listing["path"])]
+    return data.Files(samples, [], load, view, where)
+
+
+def list_cells(args: runs.Options) -> tuple[dict[str, list], data.Files]:
+    """For --embed of train_jump.py: what is to be embedded, and the raw images."""
+    load = functools.partial(data.load_cells, planes=dict(args.planes or []))
+    names = []
+    if args.index:
+        where = data.first_few(args.index)
+        listing = data.list_index(args.index, args.platemap, args.metadata, args.images or "",
+                                  args.split_by or "site")
+    elif args.data:
+        where = args.data
+        listing, names = data.list_cells(args.data, args.pattern or "", args.split_by or "")
+    else:
+        where = "the drawn cells"
+        cells = {split: data.Cells(split, np.asarray, args.img_size) for split in data.Cells.sizes}
+        labels = {split: [label for _, label in cells[split].samples] for split in cells}
+        listing, load = data.list_built_in(cells, labels)
+    listing = choose_images(args, listing, where)
+    raw = numbered(listing, load, np.asarray, where)
+    raw.channels = names
+    return listing, raw
+
+
+def choose_images(args, listing: dict[str, list], where: str) -> dict[str, list]:
+    """Those of --split, for --per well those in wells. ValueError: there are none."""
+    chosen = [i for i, split in enumerate(listing["split"]) if args.split in (None, split)]
+    if args.per == "well":
+        if not data.well_columns(listing):
+            raise ValueError("--per well: the wells are not known without --index, or a --pattern "
+                             "that has a group (?P<well>...)")
+        outside = [i for i in chosen if listing["well"][i] is None]
+        if outside:
+            warnings.warn(f"{where}: {len(outside)} of {len(chosen)} images are in no well and are "
+                          "left out")
+        chosen = [i for i in chosen if listing["well"][i] is not None]
+    if not chosen:
+        raise ValueError(f"{where}: none of {len(listing['path'])} images is to be embedded; "
+                         f"--split {args.split}, --per {args.per or 'image'}")
+    return data.pick(listing, chosen)

@@ -34,19 +34,9 @@ from torch import Tensor, nn
 
 import checkpoints
 import data
+import dense_models as models
 import runs
 import training
-from dense_models import (
-    backbone_fields,
-    build_model,
-    count_classes,
-    dense_weights,
-    depth_of,
-    load_backbone,
-    load_dense,
-    model_name,
-    options_shown,
-)
 from dense_results import MEASURES, average_precision, draw_prediction  # noqa: F401
 
 # The recipes of the paper, in optimizer steps, for ADE20K and COCO. Its text says that the
@@ -111,8 +101,6 @@ def get_args(argv=None) -> tuple[runs.Options, runs.Saved]:
 def refuse_contradictions(typed: dict, error: Callable[[str], None]) -> None:
     for_training = [f"--{name}" for name in ("backbone", "init", "freeze", "resume")
                     if name in typed]
-    if {"backbone", "init"} <= typed.keys():
-        error("--backbone gives the encoder, --init the whole model: give one of them")
     if typed.keys() & {"eval", "predict"} and for_training:
         error(f"{' and '.join(for_training)}: for training only; --eval CKPT names the model to "
               "evaluate or to predict with")
@@ -123,26 +111,26 @@ def refuse_contradictions(typed: dict, error: Callable[[str], None]) -> None:
         error("--jitter takes the smaller factor first")
 
 
-def add_arguments(parser: argparse.ArgumentParser, task: str) -> None:
+def add_arguments(parser: runs.Parser, task: str) -> None:
     recipe = RECIPES[task]
     layout = {
-        "seg": "ADE20K's layout: DIR/images/{training,validation}/*.jpg, DIR/annotations/.../*.png",
-        "det": "COCO's layout: DIR/{train,val}2017/*.jpg, "
-               "DIR/annotations/instances_{train,val}2017.json"}
-    add = parser.add_argument_group("what to do").add_argument
-    add("--data", metavar="DIR", help=layout[task])
+        "seg": "ADE20K's: DIR/images/{training,validation}/*.jpg, DIR/annotations/.../*.png",
+        "det": "COCO's: DIR/{train,val}2017, DIR/annotations/instances_{train,val}2017.json"}
+    group = parser.groups["data and weights"]
+    group.add_argument("--data", metavar="DIR", help=layout[task])
+    add = group.add_mutually_exclusive_group().add_argument
     add("--backbone", metavar="CKPT", help="start from the encoder of this classifier or "
         "autoencoder, ours or a released one")
-    add("--init", metavar="CKPT", help="start from this model of the same task, ours or a released "
-        "one; for other classes than its own its classifiers are left out")
-    add("--eval", metavar="CKPT", help="only evaluate this checkpoint, ours or a released one")
-    add("--predict", metavar="IMAGE", nargs="+", help="draw into OUT what is seen in each image, "
-        "or in those of a folder (objects of a score from 0.5), by --eval CKPT (default: "
-        "OUT/best.pt)")
+    add("--init", metavar="CKPT", help="start from this model of the same task, perhaps of other "
+        "classes, ours or a released one")
+    add = parser.groups["instead of training"].add_argument
+    add("--eval", metavar="CKPT", help="evaluate this checkpoint, ours or a released one")
+    add("--predict", metavar="IMAGE", nargs="+", help="draw into OUT what is seen in images or "
+        "folders of them, by --eval CKPT (default: OUT/best.pt)")
     if task == "seg":
-        add("--multi-scale", action="store_true", help="evaluate the mean over six sizes and their "
-            "mirror images")
-    add = parser.add_argument_group("model").add_argument
+        add("--multi-scale", action="store_true", help="evaluate the mean of six sizes, mirrored, "
+            "too")
+    add = parser.groups["model"].add_argument
     add("--model", metavar="NAME", help="fastvim_tiny (default), vim_small, ... (python fastvim.py "
         "lists them), or deit_tiny, deit_small, deit_base from timm")
     add("--img-size", type=runs.WHOLE, help="pixels")
@@ -153,26 +141,25 @@ def add_arguments(parser: argparse.ArgumentParser, task: str) -> None:
     if task == "det":
         add("--hidden", type=runs.WHOLE, help="width of their linear layers")
         add("--regions", type=runs.WHOLE, help="of an image, that each stage trains on")
-    add("--pool-scale", type=float, help="factor of mean pooling (default 1; 0.25 for what was "
-        "pretrained masked)")
-    add("--drop-path", type=runs.SHARE, dest="drop_path_rate", help="stochastic depth at the last "
-        "block (default: the recipe's)")
-    add("--freeze", action="store_true", help="train the heads only: the backbone, with the norms "
-        "of its taps, stays as it is, without drop path")
-    add("--grad-checkpointing", action="store_true", help="less memory, more time, same result")
-    add = parser.add_argument_group("augmentation and schedule").add_argument
+    add("--pool-scale", type=float,
+        help="factor of mean pooling (default 1; 0.25 after masked pretraining)")
+    add("--drop-path", type=runs.SHARE, dest="drop_path_rate", metavar="RATE",
+        help="stochastic depth at the last block (default: the recipe's)")
+    add("--freeze", action="store_true", help="train the heads only")
+    add("--grad-checkpointing", action="store_true", help="less memory, more time, the same result")
+    add = parser.groups["augmentation"].add_argument
     add("--jitter", type=runs.number(float, 0.01), nargs=2, metavar=("LOW", "HIGH"),
         help="range of a random factor of the images' size (default {:g} {:g})".format(
             *recipe["jitter"]))
     if task == "seg":
-        add("--distort", action=argparse.BooleanOptionalAction, help="change brightness, contrast, "
-            "saturation and hue at random")
+        add("--distort", action=argparse.BooleanOptionalAction,
+            help="random brightness, contrast, saturation and hue")
+    add = parser.groups["recipe"].add_argument
     add("--warmup", type=runs.number(int, 0), help="steps of linear warmup")
     add("--layer-decay", type=runs.number(float, 0.01), help="patch and position embeddings learn "
         "slower by this to the power of 13")
     add("--decay-blocks", action="store_true", help="and blocks by a power that falls from 12 to 1 "
-        "with the depth: the released detectors' configuration meant to, but its names matched no "
-        "block")
+        "with the depth, as the released detectors meant to")
     runs.add_training_arguments(parser, recipe)
 
 
@@ -195,7 +182,8 @@ def options_of(start: runs.Saved, chosen: dict, typed: dict) -> dict:
     """What the checkpoint decides: as its weights show and as the options of its run say."""
     if not start.content:
         return {}
-    said = {**options_shown(stored_weights(start, chosen)), **runs.encoder_options(start, typed)}
+    said = {**models.options_shown(stored_weights(start, chosen)),
+            **runs.encoder_options(start, typed)}
     wanted = BACKBONE_OPTIONS
     if is_whole(chosen, start):
         wanted = wanted | HEAD_OPTIONS
@@ -208,7 +196,7 @@ def options_of(start: runs.Saved, chosen: dict, typed: dict) -> dict:
 def stored_weights(start: runs.Saved, options: dict) -> dict[str, Tensor]:
     """{name: tensor} of a whole model, those of the heads among them, or of a backbone."""
     if is_whole(options, start):
-        return dense_weights(options["task"], start.content)
+        return models.dense_weights(options["task"], start.content)
     return checkpoints.model_weights(start.content)[0]
 
 
@@ -269,7 +257,7 @@ def lr_scale(args: runs.Options, name: str, param: Tensor) -> float:
     block = re.search(r"\.(?:layers|blocks)\.(\d+)\.", name)
     if block is None or not args.decay_blocks:
         return 1.0
-    depth = depth_of(args)
+    depth = models.depth_of(args)
     return args.layer_decay ** math.ceil(12 * (depth - int(block[1])) / depth)
 
 
@@ -282,18 +270,20 @@ def schedule(args: runs.Options, lr: float, total: int) -> Callable[[int], float
 
 
 def train(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
+    if not args.data:
+        ctx.print("no --data: training on drawn scenes, by a recipe scaled to them")
     train_set = open_split(args, "train")
     val_set = open_split(args, "val", train_set.classes)
-    model = build_model(args, len(train_set.classes))
+    model = models.build_model(args, len(train_set.classes))
     if start.gives_weights:
         ctx.print(f"{start.path}:", take_weights(args, model, start, len(train_set.classes)))
     model.backbone.requires_grad_(not args.freeze)
     model = synchronized(args, ctx, model).to(ctx.device)
     loader = loader_of(args, ctx, train_set, train=True)
     val_loader = loader_of(args, ctx, val_set)
-    parameters = sum(param.numel() for param in model.parameters())
-    ctx.print(f"{model_name(args)}: {parameters:,} parameters, {len(train_set.classes)} classes, "
-              f"{len(train_set):,} training and {len(val_set):,} validation images")
+    ctx.print(f"{models.model_name(args)}: {sum(p.numel() for p in model.parameters()):,} "
+              f"parameters, {len(train_set.classes)} classes, {len(train_set):,} training and "
+              f"{len(val_set):,} validation images")
 
     def loss_fn(net, batch):
         if args.task == "seg":
@@ -312,11 +302,8 @@ def train(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
     total, _ = training.run_length(args, loader)
     training.fit(
         args, ctx, model, loader, loss_fn, torch.optim.AdamW(groups, lr=lr, fused=True),
-        schedule(args, lr, total),
-        evaluate=evaluate, metric=METRICS[args.task],
-        harmless=("data", "eval", "predict", "backbone", "init", "grad_checkpointing",
-                  "multi_scale"),
-        about={"built": {"name": model_name(args), "fields": backbone_fields(args)},
+        schedule(args, lr, total), evaluate=evaluate, metric=METRICS[args.task],
+        about={"built": {"name": models.model_name(args), "fields": models.backbone_fields(args)},
                "classes": train_set.classes})
     if ctx.is_main:
         draw_examples(args, ctx, model.eval(), val_set)
@@ -325,8 +312,8 @@ def train(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
 def take_weights(args: runs.Options, model: nn.Module, start: runs.Saved, num_classes: int) -> str:
     """--init's or --backbone's into the model; -> what was taken, in words."""
     if args.init:
-        return load_dense(model, dense_weights(args.task, start.content), num_classes)
-    return load_backbone(model.backbone, start.content)
+        return models.load_dense(model, models.dense_weights(args.task, start.content), num_classes)
+    return models.load_backbone(model.backbone, start.content)
 
 
 def synchronized(args: runs.Options, ctx: training.Context, model: nn.Module) -> nn.Module:
@@ -344,19 +331,16 @@ def synchronized(args: runs.Options, ctx: training.Context, model: nn.Module) ->
 
 def restore(args: runs.Options, ctx: training.Context, start: runs.Saved) -> tuple[nn.Module, int]:
     """-> the model of the checkpoint, and how many classes it tells apart."""
-    weights = dense_weights(args.task, start.content)
-    count = count_classes(weights)
-    model = build_model(args, count)
-    ctx.print(f"{start.path}: {load_dense(model, weights, count)}")
+    weights = models.dense_weights(args.task, start.content)
+    count = models.count_classes(weights)
+    model = models.build_model(args, count)
+    ctx.print(f"{start.path}: {models.load_dense(model, weights, count)}")
     return model.to(ctx.device).eval(), count
 
 
 def evaluate(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
+    runs.require_data(args, start)
     model, count = restore(args, ctx, start)
-    drawn = start.options and not start.options.get("data")
-    if not args.data and not drawn:
-        raise ValueError("--eval: this model was trained on files, so --data has to say where they "
-                         "are")
     dataset = open_split(args, "val", start.classes or data.numbers(count))
     metrics, iou = MEASURES[args.task](args, ctx, model, loader_of(args, ctx, dataset))
     if iou is not None:
@@ -368,6 +352,8 @@ def evaluate(args: runs.Options, ctx: training.Context, start: runs.Saved) -> No
 
 def predict(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
     """Draws OUT/NAME-seg.png or -det.png of each image; of a second one of that name NAME-2-..."""
+    if not ctx.is_main:
+        return
     model, count = restore(args, ctx, start)
     classes = start.classes or names_of(args.task, count)
     names = collections.Counter()
@@ -390,9 +376,7 @@ def names_of(task: str, count: int) -> list[str]:
 
 
 def save_picture(args: runs.Options, name: str, picture) -> None:
-    folder = pathlib.Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    picture.save(folder / name)
+    runs.write(args, name, lambda file: picture.save(file, format="png"), required=True)
     print(f"{args.out}/{name}")
 
 
@@ -409,18 +393,7 @@ def draw_examples(args: runs.Options, ctx: training.Context, model: nn.Module, d
 
 
 def main() -> None:
-    with runs.plain_errors("finetune_dense.py"):
-        args, start = get_args()
-        ctx = training.setup(args, training=not (args.eval or args.predict))
-        if args.predict and ctx.is_main:
-            predict(args, ctx, start)
-        elif args.eval and not args.predict:
-            evaluate(args, ctx, start)
-        elif not args.predict:
-            if not args.data:
-                ctx.print("no --data: training on drawn scenes, by a recipe scaled to them")
-            train(args, ctx, start)
-        ctx.close()
+    runs.run(get_args, {"predict": predict, "eval": evaluate}, train)
 
 
 if __name__ == "__main__":

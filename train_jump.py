@@ -38,7 +38,6 @@ import functools
 import json
 import os
 import re
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +52,6 @@ import data
 import embed
 import fastvim
 import runs
-import safety
 import training
 from channels import Channels, classify, match_channels, saved_channels
 
@@ -68,10 +66,6 @@ LR_END = 1e-6
 CELLS = {"epochs": 20.0, "warmup": 2.0, "recipe_lr": 5e-4, "recipe_batch": 32, "eval_every": 2,
          "out": "runs/cells", "model": "fastchannelvim_tiny", "depth": 6, "patch_size": 8,
          "img_size": 32, "drop_path_rate": 0.0, "workers": 0}   # a cell is drawn faster than sent
-
-# What a resumed run may change, besides what any run may.
-HARMLESS = ("data", "index", "images", "platemap", "metadata", "split", "eval", "predict", "stats",
-            "init", "grad_checkpointing", "subsets", "subset_samples")
 
 # How files are read: a trained model goes on with it. Another split would test on training images.
 READING = ("pattern", "split_by", "planes")
@@ -103,58 +97,58 @@ def make_parser() -> runs.Parser:
                          "channels. Without --data and --index: on drawn cells of 8 channels, by a "
                          "recipe scaled to them.", usage="%(prog)s [options]")
     yes_no = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("what to do").add_argument
-    add("--data", metavar="DIR", help="your images: DIR/CLASS/*.npy (channels, height, width), "
-        "*.npz of one such array, or *.tif with a page per channel, each class split 60 : 20 : 20; "
-        "or DIR/train/CLASS/, DIR/val/CLASS/ and perhaps DIR/test/CLASS/")
-    add("--index", metavar="TABLE", nargs="+", help="JUMP-CP: Parquet with the columns path and "
-        "well_loc, a path or URL (s3://...), one for each plate; split 60 : 20 : 20")
+    group = parser.groups["data and weights"]
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--data", metavar="DIR", help="DIR/CLASS/*.npy, *.npz or *.tif, each class split 60 : 20 : "
+        "20, or DIR/{train,val,test}/CLASS/*")
+    add("--index", metavar="TABLE", nargs="+", help="JUMP-CP's: Parquet with columns path and "
+        "well_loc, a path or URL, for each plate")
+    add = group.add_argument
     add("--platemap", metavar="TABLE", help="its table of well_position and broad_sample")
     add("--metadata", metavar="TABLE", help="its table of broad_sample and target (or gene)")
-    add("--pattern", type=pattern, metavar="REGEX", help="of --data's paths: files that differ in "
-        "its group (?P<channel>...) alone are one image; of a (?P<well>...) the images, told apart "
-        "by (?P<site>...), fall into one split; more groups, as (?P<plate>...), where wells repeat")
-    add("--split-by", choices=["well", "site"], help="what falls into one split: all sites of a "
-        "well (default where --pattern has it), or each for itself (default of --index, as the "
-        "benchmark)")
-    add("--planes", type=plane, nargs="+", metavar="AXIS=N", help="of TIFFs with several slices, "
-        "time points or series: which one, z=2 t=0 series=1 (default: such files are refused)")
     add("--images", metavar="OLD=NEW", help="replace the beginning OLD of the index's paths by NEW")
-    add("--init", metavar="CKPT", help="start from the encoder of this checkpoint, ours or a "
-        "released one, with a fresh head; channel embeddings are taken by the channels' names")
-    add("--stats", action="store_true", help="only print the training images' --mean and --std")
-    add("--eval", metavar="CKPT", help="only evaluate this checkpoint, ours or a released one: the "
-        "accuracy by number of channels and for --subsets, a table and OUT/channels.png (default "
-        "OUT: where the checkpoint is)")
-    add("--predict", metavar="FILE", nargs="+", help="print the five likeliest classes of each "
-        "image, by --eval CKPT (default: OUT/best.pt)")
-    add("--embed", metavar="FILE", type=embed.new_file, help="write the features of all images of "
-        "--data, in class folders or not, or --index, by --eval CKPT (default: OUT/best.pt) as a "
-        "Parquet file; the same command again goes on after a kill")
-    add("--per", choices=["image", "well"], help="a row of --embed: an image, or the mean of a "
-        "well's (default image)")
-    add("--split", choices=["train", "val", "test"], help="to evaluate (default test, if there is "
-        "one, else val), or to embed (default all)")
+    add("--pattern", type=pattern, metavar="REGEX", help="of --data's paths: files that differ in "
+        "(?P<channel>...) alone are one image; images of a (?P<well>...), told apart by "
+        "(?P<site>...), fall into one split")
+    add("--split-by", choices=["well", "site"], help="what falls into one split (default: a well "
+        "if --pattern has it, of --index a site)")
+    add("--planes", type=plane, nargs="+", metavar="AXIS=N", help="of TIFFs with several slices, "
+        "times or series: which one, z=2 t=0 series=1")
+    add("--init", metavar="CKPT", help="start from this encoder, ours or a released one; channel "
+        "embeddings go by name")
+    group = parser.groups["instead of training"]
+    add = group.add_argument
+    add("--eval", metavar="CKPT", help="accuracy by number of channels and for --subsets, of a "
+        "checkpoint of ours or a released one, into OUT (default: its folder)")
+    add("--split", choices=["train", "val", "test"], help="to evaluate (default: test, else val), "
+        "or to embed (default: all)")
+    add("--per", choices=["image", "well"], help="a row of --embed: an image, or a well's mean")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--predict", metavar="FILE", nargs="+", help="the five likeliest classes of each image, by "
+        "--eval CKPT (default: OUT/best.pt)")
+    add("--embed", metavar="FILE", type=embed.new_file, help="the features of all images, by "
+        "--eval CKPT, as Parquet; goes on after a kill")
+    add("--stats", action="store_true", help="the training images' --mean and --std")
     channels.add_arguments(parser)
-    add = parser.add_argument_group("model").add_argument
+    add = parser.groups["model"].add_argument
     add("--model", metavar="NAME", help="fastchannelvim, channelvim, fastvim, vim, vit, channelvit "
         "with _tiny, _small or _base")
     add("--patch", dest="patch_size", type=runs.WHOLE, help="pixels, 16 or 8 in the paper")
     add("--img-size", type=runs.WHOLE, help="pixels; others are cropped or padded, never resized")
     add("--depth", type=runs.WHOLE, help="blocks (default: the model's own; drawn cells: 6)")
     add("--pool", choices=fastvim.POOLS, help="how a row becomes one token (default mean)")
-    add("--pool-dims", type=int, choices=[1, 2], help="FastChannelVim: axes pooled in a layer "
-        "(default 1)")
+    add("--pool-dims", type=int, choices=[1, 2], help="axes pooled in a layer (default 1)")
     add("--scan-order", choices=["channel-first", "spatial-first"], help="walk over the channels "
-        "of a patch, or the patches of a channel, before going on (default channel-first)")
-    add("--hcs", action=yes_no, help="show a batch only some of the channels, drawn anew (default "
-        "yes; a model that mixes the channels gets zeros for the others, those shown scaled up)")
-    add("--sort", action=yes_no, help="then keep their order (default yes; ChannelViT: no)")
-    add("--drop-path", dest="drop_path_rate", type=runs.SHARE, help="stochastic depth at the last "
-        "block")
+        "of a patch first (default), or over the patches of a channel")
+    add("--drop-path", dest="drop_path_rate", type=runs.SHARE, metavar="RATE",
+        help="stochastic depth at the last block")
     add("--grad-checkpointing", action="store_true", help="less memory, more time, the same result")
-    add = parser.add_argument_group("augmentation and schedule").add_argument
-    add("--augment", action=yes_no, help="crops, flips or rotation, defocus, holes (default yes)")
+    add = parser.groups["augmentation"].add_argument
+    add("--augment", action=yes_no, help="crops, flips or rotation, defocus, holes")
+    add("--hcs", action=yes_no, help="show a batch some of the channels, drawn anew; models that "
+        "mix channels get zeros for the others")
+    add("--sort", action=yes_no, help="keep their order (default yes; ChannelViT: no)")
+    add = parser.groups["recipe"].add_argument
     add("--warmup", type=runs.POSITIVE, help="epochs of linear warmup")
     add("--weight-decay-end", type=runs.POSITIVE, help="the weight decay rises to this")
     runs.add_training_arguments(parser, RECIPE)
@@ -165,38 +159,29 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     """The command line -> the options, and the checkpoint to start from or to use."""
     parser = make_parser()
     typed = vars(parser.parse_args(argv))
-    if {"data", "index"} <= typed.keys():
-        parser.error("--data is a folder of classes, --index a table of JUMP-CP: give one of them")
-    if len(typed.keys() & {"index", "platemap", "metadata"}) in (1, 2):
-        parser.error("--index, --platemap and --metadata go together")
+    for names in (("index", "platemap", "metadata"), ("mean", "std")):
+        if 0 < len(typed.keys() & set(names)) < len(names):
+            parser.error(f"--{', --'.join(names)} go together")
     if "=" not in typed.get("images", "="):
         parser.error(f"--images {typed['images']}: OLD=NEW is expected")
-    if len(typed.keys() & {"mean", "std"}) == 1:
-        parser.error("--mean and --std go together")
-    if len(typed.keys() & {"embed", "predict", "stats"}) > 1:
-        parser.error("--embed, --predict, --stats: give one of them")
     if "per" in typed and "embed" not in typed:
         parser.error("--per goes with --embed")
+    looks = bool(typed.keys() & {"eval", "predict", "embed"})
     start = runs.Saved()
-    if typed.keys() & {"eval", "predict", "embed"}:
+    if looks:
         path = typed.get("eval") or f"{typed.get('out', RECIPE['out'])}/best.pt"
         start = runs.read(path)
-        reading = {name: start.options.get(name) for name in READING}
-        typed = {"out": os.path.dirname(path) or ".", **reading, **typed}
         if start.options and "mean" in typed:
             raise ValueError("--mean and --std: the model keeps those that it was trained with")
+        reading = {name: start.options.get(name) for name in READING}
+        typed = {"out": os.path.dirname(path) or ".", **reading, **typed}
     toy = {}
-    if not typed.keys() & {"data", "index", "eval", "predict", "embed"}:
+    if not looks and not typed.keys() & {"data", "index"}:
         toy = CELLS
     chosen = {**runs.defaults(parser), **RECIPE, **toy, **typed}
-    if not typed.keys() & {"eval", "predict", "embed", "stats"}:
+    if not looks and not chosen["stats"]:
         start = runs.starting_point(chosen, chosen["init"])
     return runs.Options({**chosen, **start.model_options(), **typed}), start
-
-
-def was_on_cells(saved: runs.Saved) -> bool:
-    """Is it a checkpoint of a run on the drawn cells?"""
-    return bool(saved.options) and not (saved.options.get("data") or saved.options.get("index"))
 
 
 # ---- Data and model ----------------------------------------------------------------------------
@@ -256,6 +241,8 @@ def build_model(args, fields: dict) -> nn.Module:
 # ---- Training ----------------------------------------------------------------------------------
 
 def train(args, ctx, start: runs.Saved) -> None:
+    if not (args.data or args.index):
+        ctx.print("no --data, no --index: training on drawn cells, by a recipe scaled to them")
     raw = open_split(args, "train")
     data.require_classes(raw)
     classes = raw.classes
@@ -276,8 +263,8 @@ def train(args, ctx, start: runs.Saved) -> None:
               f"{len(classes)} classes, channels {', '.join(seen.model)}; {len(train_set):,} "
               f"training and {len(val_set):,} validation images")
     if ctx.is_main:
-        write(args, "examples.png",
-              lambda file: channels.draw_examples(train_set, args.seed, file))
+        runs.write(args, "examples.png",
+                   lambda file: channels.draw_examples(train_set, args.seed, file))
     keep_order = args.sort
     if keep_order is None:
         keep_order = not args.model.startswith("channelvit")
@@ -293,20 +280,17 @@ def train(args, ctx, start: runs.Saved) -> None:
         metrics = runs.evaluate_classifier(model, val_loader, ctx, args.amp)
         return {**metrics, "unreadable": runs.count_bad(ctx, train_set, val_set)}
 
-    def lr(step):
-        return training.cosine(step, total, peak, warmup=round(args.warmup * per_epoch), end=LR_END)
-
-    def weight_decay(step):
-        return training.cosine(step, total, args.weight_decay, end=args.weight_decay_end)
-
-    total, per_epoch = training.run_length(args, loader)
-    peak = training.peak_lr(args, ctx)
+    total, _ = training.run_length(args, loader)
     groups = training.parameter_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
-    about = {"built": {"name": args.model, "fields": fields}, "classes": classes,
-             "channels": seen._asdict()}
-    training.fit(args, ctx, model, loader, loss_fn, optimizer, lr, weight_decay=weight_decay,
-                 evaluate=evaluate_all, metric="top1", about=about, harmless=HARMLESS)
+    optimizer = torch.optim.AdamW(groups, lr=training.peak_lr(args, ctx), fused=True)
+    training.fit(
+        args, ctx, model, loader, loss_fn, optimizer,
+        runs.warmup_and_cosine(args, ctx, loader, end=LR_END),
+        weight_decay=functools.partial(training.cosine, total=total, value=args.weight_decay,
+                                       end=args.weight_decay_end),
+        evaluate=evaluate_all, metric="top1",
+        about={"built": {"name": args.model, "fields": fields}, "classes": classes,
+               "channels": seen._asdict()})
     evaluate(args, ctx, runs.read(f"{args.out}/best.pt"))
 
 
@@ -337,16 +321,9 @@ def restore(args, ctx, saved: runs.Saved, raw: data.Files | None = None, headles
     return model.to(ctx.device).eval(), seen
 
 
-def require_files(args, saved: runs.Saved) -> None:
-    """ValueError: neither are there files, nor was the model trained on drawn cells."""
-    if not (args.data or args.index or was_on_cells(saved)):
-        raise ValueError("--eval: this model was trained on files, so --data or --index has to say "
-                         "where they are")
-
-
 def evaluate(args, ctx, saved: runs.Saved) -> None:
     """Top-1 by number of channels and of named subsets: a table, OUT/channels.json and .png."""
-    require_files(args, saved)
+    runs.require_data(args, saved, "--data or --index")
     split = "test"
     if args.data and Path(args.data, "train").is_dir() and not Path(args.data, "test").is_dir():
         split = "val"
@@ -367,15 +344,18 @@ def evaluate(args, ctx, saved: runs.Saved) -> None:
     channels.print_table(rows)
     report = {"checkpoint": saved.path, "data": raw.where, "images": count, "subsets": rows}
     text = json.dumps(report, indent=1).encode()
-    write(args, "channels.json", lambda file: file.write(text))
+    runs.write(args, "channels.json", lambda file: file.write(text))
     try:
-        write(args, "channels.png", lambda file: channels.draw_accuracy(rows, args.model, file))
+        runs.write(args, "channels.png",
+                   lambda file: channels.draw_accuracy(rows, args.model, file))
     except ImportError:
         print("matplotlib is not installed: no channels.png", flush=True)
 
 
 def predict(args, ctx, saved: runs.Saved) -> None:
     """Prints the likeliest classes of each image."""
+    if not ctx.is_main:
+        return
     model, seen = restore(args, ctx, saved)
     load = functools.partial(data.load_cells, planes=dict(args.planes or []))
     files = seen.normalized(data.Files([], [], load, None, ""), args.img_size)
@@ -391,51 +371,10 @@ def predict(args, ctx, saved: runs.Saved) -> None:
         runs.print_likeliest(path, p, saved.classes or [str(i) for i in range(len(p))])
 
 
-def list_images(args) -> tuple[dict[str, list], data.Files]:
-    """What is to be embedded, and the raw images, each labelled by its number in the listing."""
-    load = functools.partial(data.load_cells, planes=dict(args.planes or []))
-    names = []
-    if args.index:
-        where = data.first_few(args.index)
-        listing = data.list_index(args.index, args.platemap, args.metadata, args.images or "",
-                                  args.split_by or "site")
-    elif args.data:
-        where = args.data
-        listing, names = data.list_cells(args.data, args.pattern or "", args.split_by or "")
-    else:
-        where = "the drawn cells"
-        cells = {split: data.Cells(split, np.asarray, args.img_size) for split in data.Cells.sizes}
-        labels = {split: [label for _, label in cells[split].samples] for split in cells}
-        listing, load = data.list_built_in(cells, labels)
-    listing = choose_images(args, listing, where)
-    samples = [(path, number) for number, path in enumerate(listing["path"])]
-    raw = data.Files(samples, [], load, np.asarray, where)
-    raw.channels = names
-    return listing, raw
-
-
-def choose_images(args, listing: dict[str, list], where: str) -> dict[str, list]:
-    """Those of --split, for --per well those in wells. ValueError: there are none."""
-    chosen = [i for i, split in enumerate(listing["split"]) if args.split in (None, split)]
-    if args.per == "well":
-        if not data.well_columns(listing):
-            raise ValueError("--per well: the wells are not known without --index, or a --pattern "
-                             "that has a group (?P<well>...)")
-        outside = [i for i in chosen if listing["well"][i] is None]
-        if outside:
-            warnings.warn(f"{where}: {len(outside)} of {len(chosen)} images are in no well and are "
-                          "left out")
-        chosen = [i for i in chosen if listing["well"][i] is not None]
-    if not chosen:
-        raise ValueError(f"{where}: none of {len(listing['path'])} images is to be embedded; "
-                         f"--split {args.split}, --per {args.per or 'image'}")
-    return data.pick(listing, chosen)
-
-
 def embed_images(args, ctx, saved: runs.Saved) -> None:
     """Features of all images, or their means by well, as a Parquet file."""
-    require_files(args, saved)
-    listing, raw = list_images(args)
+    runs.require_data(args, saved, "--data or --index")
+    listing, raw = embed.list_cells(args)
     model, seen = restore(args, ctx, saved, raw, headless=True)
     shown = torch.tensor(seen.shown)
     about = {"checkpoint": saved.path, "channels": [seen.model[i] for i in seen.shown],
@@ -444,35 +383,16 @@ def embed_images(args, ctx, saved: runs.Saved) -> None:
                 lambda images: classify(args, model, images, shown), about)
 
 
-def write(args, name: str, content) -> None:
-    """content(file) writes OUT/name; if it cannot, for a full disk, that is a warning."""
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    safety.write_whole(Path(args.out, name), content, required=False)
+def print_statistics(args, ctx, saved: runs.Saved) -> None:
+    raw = open_split(args, "train")
+    mean, std = data.channel_statistics(raw, channels.count_channels(args, raw))
+    ctx.print("--mean=" + ",".join(f"{x:.6g}" for x in mean),
+              "--std=" + ",".join(f"{x:.6g}" for x in std))
 
 
 def main() -> None:
-    with runs.plain_errors("train_jump.py"):
-        args, start = get_args()
-        ctx = training.setup(args, training=not (args.eval or args.predict or args.embed or
-                                                 args.stats))
-        if args.predict:
-            if ctx.is_main:
-                predict(args, ctx, start)
-        elif args.embed:
-            embed_images(args, ctx, start)
-        elif args.stats:
-            raw = open_split(args, "train")
-            mean, std = data.channel_statistics(raw, channels.count_channels(args, raw))
-            ctx.print("--mean=" + ",".join(f"{x:.6g}" for x in mean),
-                      "--std=" + ",".join(f"{x:.6g}" for x in std))
-        elif args.eval:
-            evaluate(args, ctx, start)
-        else:
-            if not (args.data or args.index):
-                ctx.print("no --data, no --index: training on drawn cells, by a recipe scaled to "
-                          "them")
-            train(args, ctx, start)
-        ctx.close()
+    runs.run(get_args, {"predict": predict, "embed": embed_images, "stats": print_statistics,
+                        "eval": evaluate}, train)
 
 
 if __name__ == "__main__":

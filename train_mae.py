@@ -29,23 +29,19 @@ What the paper reports (ImageNet-1k top-1):
 """
 import math
 import pathlib
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from PIL import ImageDraw
 from torch import Tensor, nn
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
+from torchvision.utils import save_image
 
 import checkpoints
 import classification
 import data
 import fastvim
 import runs
-import safety
 import training
 
 # Tables 9 to 11. A learning rate is that of the whole batch: MAE's base rate x batch / 256.
@@ -81,48 +77,52 @@ DIGITS = dict(
 
 # ---- Options -------------------------------------------------------------------------------------
 
+TEXTS = dict(
+    pretrain="Learn to paint what is masked.",
+    finetune="Train a classifier that starts from the encoder. FastVim-L and -H: learning rate "
+    "0.004 x batch / 1024, 50 epochs, layer decay 0.75. From 448 px on: --clip 3 --crop-pct 1.",
+    linear="Train a linear classifier on the frozen encoder.")
+
 
 def make_parsers() -> tuple[runs.Parser, dict[str, runs.Parser]]:
     """-> the parser of the command line, and that of each stage."""
     top = runs.Parser(description="Masked autoencoding. Without --data: on the handwritten digits "
                       "that come with scikit-learn, by recipes scaled to them.")
     stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    texts = dict(
-        pretrain="Learn to paint what is masked.",
-        finetune="Train a classifier that starts from the encoder. FastVim-L and -H: learning rate "
-        "0.004 x batch / 1024, 50 epochs, layer decay 0.75. From 448 px on: --clip 3 --crop-pct 1.",
-        linear="Train a linear classifier on the frozen encoder.")
-    for stage, text in texts.items():
+    for stage, text in TEXTS.items():
         parser = stages.add_parser(stage, help=text.partition(".")[0], description=text,
                                    usage="%(prog)s [options]")
-        group = parser.add_argument_group("what to do")
-        add = group.add_argument
-        classification.add_data_argument(add)
-        start = group.add_mutually_exclusive_group()
-        start.add_argument("--init", metavar="CKPT", help="start from this checkpoint, ours or a "
-                           "released one (default: the last pretraining; pretrain: none)")
+        group = parser.groups["data and weights"]
+        classification.add_data_argument(group.add_argument)
+        start = group.add_mutually_exclusive_group().add_argument
+        start("--init", metavar="CKPT", help="start from these weights, ours or released ones "
+              "(default: the last pretraining; pretrain: none)")
+        add = parser.groups["model"].add_argument
         if stage == "pretrain":
-            add_pretraining_arguments(add)
+            add_pretraining_arguments(parser)
         else:
-            start.add_argument("--scratch", dest="init", action="store_const", const=None,
-                               help="start from random weights (default: as --init says)")
+            start("--scratch", dest="init", action="store_const", const=None,
+                  help="start from random weights (default: as --init says)")
             add("--released-pos-rows", action="store_true", help="hand over Vim's position rows in "
                 "the released code's order, which gives half of the patches a neighbour's")
-        if stage == "finetune":
-            add("--layer-decay", type=runs.number(float, 0.01, 1.01), help="factor of the learning "
-                "rate per step away from the head (default 0.65, L and H 0.75)")
-            add("--decay-blocks", type=runs.WHOLE, help="a step every so many blocks")
         classification.add_model_arguments(parser)
         add = classification.add_image_arguments(parser)
         if stage != "pretrain":
             classification.add_label_arguments(add)
+        if stage == "finetune":
+            add = parser.groups["recipe"].add_argument
+            add("--layer-decay", type=runs.number(float, 0.01, 1.01), help="factor of the learning "
+                "rate per step away from the head (default 0.65, L and H 0.75)")
+            add("--decay-blocks", type=runs.WHOLE, help="a step every so many blocks")
         runs.add_training_arguments(parser, RECIPES[stage])
     return top, stages.choices
 
 
-def add_pretraining_arguments(add: Callable) -> None:
-    add("--reconstruct", metavar="IMAGE", nargs="+", help="only paint these images by --init "
-        "(default: OUT/last.pt), into OUT/reconstruct.png")
+def add_pretraining_arguments(parser: runs.Parser) -> None:
+    parser.groups["instead of training"].add_argument(
+        "--reconstruct", metavar="IMAGE", nargs="+",
+        help="paint these images by --init (default: OUT/last.pt), into OUT/reconstruct.png")
+    add = parser.groups["model"].add_argument
     add("--mask-ratio", type=float, help="share of the patches that is removed")
     add("--mask-divisor", choices=["axis", "count"],
         help="what divides a row's sum: its length, or how many tokens it kept")
@@ -138,15 +138,13 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     top, parsers = make_parsers()
     typed = vars(top.parse_args(argv))
     stage = typed["stage"]
-    parser = parsers[stage]
-    recipe = {**runs.defaults(parser), **RECIPES[stage]}
+    recipe = {**runs.defaults(parsers[stage]), **RECIPES[stage]}
     toy = {}
     if not typed.keys() & {"data", "reconstruct"}:
         toy = DIGITS[stage]
-    chosen = {**recipe, **toy, **typed}
     if stage != "pretrain":
-        classification.check_pairs(chosen, parser)
-    start = find_start(stage, chosen)
+        classification.check_pairs({**recipe, **toy, **typed}, parsers[stage])
+    start = find_start({**recipe, **toy, **typed})
     if toy and not start.content:
         toy = {**toy, **DIGITS_MODEL}
     if stage == "pretrain":
@@ -166,21 +164,17 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     return runs.Options({**recipe, **toy, **known, **typed}), start
 
 
-def find_start(stage: str, options: dict) -> runs.Saved:
+def find_start(options: dict) -> runs.Saved:
     """What the stage starts from: its own run, --init, or nothing."""
-    paints = options.get("reconstruct")
     path = options["init"]
-    if paints and path is None:
-        path = f"{options['out']}/last.pt"
-        if options["out"] == PRETRAIN["out"] and not pathlib.Path(path).is_file():
-            path = f"{DIGITS['pretrain']['out']}/last.pt"  # where it is without --data
-    advice = "run `python train_mae.py pretrain` first, or name one with --init"
-    if stage != "pretrain":
-        advice += ", or --scratch for none"
     try:
-        return runs.read(path) if paints else runs.starting_point(options, path)
+        if not options.get("reconstruct"):
+            return runs.starting_point(options, path)
+        own = [pathlib.Path(out, "last.pt") for out in (options["out"], DIGITS["pretrain"]["out"])]
+        return runs.read(path or next(filter(pathlib.Path.is_file, own), own[0]))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}: {advice}") from error
+        raise FileNotFoundError(f"{error}: run `python train_mae.py pretrain` first, or name one "
+                                "with --init; --scratch starts from none") from error
 
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -366,20 +360,17 @@ def pretrain(args: runs.Options, ctx: training.Context, start: runs.Saved) -> li
 
         def evaluate(model, epoch):
             if ctx.is_main:
-                paint_some(model, val_set, args, f"{args.out}/reconstruction-{epoch:04}.png")
+                paint_some(model, val_set, args, f"reconstruction-{epoch:04}.png")
             return masked_loss(model, val_loader, ctx, args.amp)
 
-    peak = training.peak_lr(args, ctx)
     groups = training.parameter_groups(model, args.weight_decay, lambda name, param: False)
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
-    total, per_epoch = training.run_length(args, loader)
-    warmup = round(args.warmup * per_epoch)
+    optimizer = torch.optim.AdamW(groups, lr=training.peak_lr(args, ctx), betas=(0.9, 0.95),
+                                  fused=True)
     return training.fit(
         args, ctx, model, loader, lambda model, batch: model(batch[0]).loss, optimizer,
-        lambda step: training.cosine(step, total, peak, warmup=warmup), evaluate=evaluate,
-        metric="loss", lower_is_better=True,
-        harmless=("data", "init", "reconstruct", "grad_checkpointing"),
-        about={"built": {"name": args.model, "fields": runs.model_fields(args)}})
+        runs.warmup_and_cosine(args, ctx, loader), evaluate=evaluate, metric="loss",
+        lower_is_better=True, about={"built": {"name": args.model,
+                                               "fields": runs.model_fields(args)}})
 
 
 def masked_loss(model: MaskedAutoencoder, loader, ctx: training.Context, amp=False) -> dict:
@@ -405,22 +396,21 @@ def masked_loss(model: MaskedAutoencoder, loader, ctx: training.Context, amp=Fal
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
-def paint_some(model: MaskedAutoencoder, dataset, args: runs.Options, path: str) -> None:
+def paint_some(model: MaskedAutoencoder, dataset, args: runs.Options, name: str) -> None:
     """paint() for up to eight images, from all over the data set."""
     items = [dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 8))]
     images = torch.stack([item[0] for item in items if item][:8])
-    paint(model, images.to(model.pos_embed.device), path, args.data is None)
+    paint(model, images.to(model.pos_embed.device), args, name, args.data is None)
 
 
 @torch.no_grad()
-def paint(model: MaskedAutoencoder, images: Tensor, path: str, digits: bool,
+def paint(model: MaskedAutoencoder, images: Tensor, args: runs.Options, name: str, digits: bool,
           required: bool = False) -> None:
-    """A PNG, a row for each of the normalised images (b 3 H W): the image, what the model sees of
-    it, the removed patches painted evenly in their mean, and by the model.
+    """OUT/name, a row for each of the normalised images (b 3 H W): the image, what the model sees
+    of it, the removed patches painted evenly in their mean, and by the model.
 
     With norm_pix_loss it predicts neither a patch's mean nor its contrast: both are then the true
     ones, so that the third column is what to compare the fourth with."""
-    h = images.shape[2] // model.cfg.patch_size
     patches = model.patchify(images)  # (b l p*p*c)
     target, mean, std = model.target(images)
     noise = torch.rand(target.shape[:2], generator=torch.Generator().manual_seed(0))
@@ -428,45 +418,35 @@ def paint(model: MaskedAutoencoder, images: Tensor, path: str, digits: bool,
     pred = pred.float()
     if model.norm_pix_loss:
         pred = pred * std + mean
-    removed = mask[..., None] > 0
-    columns = {"original": patches,
-               "visible": torch.where(removed, torch.zeros_like(mean), patches),
-               "patch means": torch.where(removed, mean, patches),
-               "reconstruction": torch.where(removed, pred, patches)}
-    pixels = torch.stack([model.unpatchify(column, h) for column in columns.values()])
-    shift = data.DIGITS_MEAN
-    scale = data.DIGITS_STD
+    kept = mask[..., None] == 0
+    columns = [patches, patches * kept, patches.where(kept, mean), patches.where(kept, pred)]
+    rows = images.shape[2] // model.cfg.patch_size
+    pixels = torch.stack([model.unpatchify(column, rows) for column in columns], 1)
+    colours = (data.DIGITS_MEAN, data.DIGITS_STD)
     if not digits:
-        shift = images.new_tensor(data.IMAGENET_MEAN)[:, None, None]
-        scale = images.new_tensor(data.IMAGENET_STD)[:, None, None]
-    pixels = ((pixels * scale + shift).clamp(0, 1) * 255).round().byte()
+        colours = (data.IMAGENET_MEAN, data.IMAGENET_STD)
+    shift, scale = images.new_tensor(colours).reshape(2, -1, 1, 1)
     zoom = max(1, 128 // pixels.shape[4])
-    tiles = repeat(pixels, "column b c h w -> (b column) c (h x) (w y)", x=zoom, y=zoom)
-    grid = make_grid(tiles, nrow=len(columns), padding=4, pad_value=255)[..., 4:-4]
-    sheet = to_pil_image(F.pad(grid, (0, 0, 12, 0), value=255))  # a line for the columns' names
-    pen = ImageDraw.Draw(sheet)
-    for i, name in enumerate(columns):
-        pen.text((i * (tiles.shape[3] + 4), 2), name, fill="black")
-    safety.write_whole(pathlib.Path(path), lambda file: sheet.save(file, format="png"), required)
+    tiles = repeat(pixels * scale + shift, "b column c h w -> (b column) c (h x) (w y)",
+                   x=zoom, y=zoom)
+    runs.write(args, name, lambda file: save_image(tiles, file, "png", nrow=4, padding=4,
+                                                   pad_value=1.0), required)
 
 
 def reconstruct(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
     """Paints the files of --reconstruct. SystemExit(1), at the end, if some cannot be."""
     model = build_autoencoder(args).to(ctx.device).eval()
     ctx.print(f"{start.path}: {checkpoints.load(model, start.content)}")
-    digits = classification.saw_digits(start)
     transform = classification.view_of(args, start)
     images = []
-    out = pathlib.Path(args.out)
     try:
         for _, image in data.each_readable(args.reconstruct, data.load_rgb):
             images.append(transform(image))
     finally:
         if images:
-            out.mkdir(parents=True, exist_ok=True)
-            images = torch.stack(images).to(ctx.device)
-            paint(model, images, out / "reconstruct.png", digits, required=True)
-            print(f"{out / 'reconstruct.png'}: {len(images)} images")
+            digits = runs.trained_on_built_in(start)
+            paint(model, torch.stack(images).to(ctx.device), args, "reconstruct.png", digits, True)
+            print(f"{args.out}/reconstruct.png: {len(images)} images")
 
 
 # ---- Classification ------------------------------------------------------------------------------
@@ -512,16 +492,9 @@ def linear(args: runs.Options, ctx: training.Context, start: runs.Saved) -> list
 
 
 def main() -> None:
-    with runs.plain_errors("train_mae.py"):
-        args, start = get_args()
-        stages = {"pretrain": pretrain, "finetune": finetune, "linear": linear}
-        paints = vars(args).get("reconstruct")
-        ctx = training.setup(args, training=not paints)
-        if paints:
-            reconstruct(args, ctx, start)
-        else:
-            stages[args.stage](args, ctx, start)
-        ctx.close()
+    stages = {"pretrain": pretrain, "finetune": finetune, "linear": linear}
+    runs.run(get_args, {"reconstruct": reconstruct},
+             lambda args, ctx, start: stages[args.stage](args, ctx, start))
 
 
 if __name__ == "__main__":

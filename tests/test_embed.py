@@ -20,6 +20,7 @@ import classification
 import data
 import embed
 import fastvim
+import runs
 import train_imagenet
 import train_jump
 import train_mae
@@ -76,7 +77,7 @@ def about(path):
 
 def quick(monkeypatch):
     """Training without pictures and the table at the end."""
-    monkeypatch.setattr(train_jump, "write", lambda *args: None)
+    monkeypatch.setattr(runs, "write", lambda *args: None)
     monkeypatch.setattr(train_jump, "evaluate", lambda *args: None)
     monkeypatch.setattr("logs.draw_curve", lambda *args: None)
 
@@ -163,7 +164,7 @@ def photos(folder, tmp_path_factory):
 def test_what_cannot_be_embedded_says_why(folder, photos, tmp_path, capsys):
     out = tmp_path / "a.parquet"
     for argv, message in (
-            (["--eval", photos], "--data DIR has to say which"),
+            (["--eval", photos], "--data DIR has to say where"),
             (["--eval", photos, "--data", tmp_path / "x"], "no such folder"),
             (["--out", "nowhere"], "no checkpoint at nowhere/best.pt")):
         assert message in error_of(imagenet, "--embed", out, *CPU, *argv)
@@ -173,7 +174,7 @@ def test_what_cannot_be_embedded_says_why(folder, photos, tmp_path, capsys):
             (imagenet, ["--embed", out], f"{out} exists: delete it"),
             (jump, ["--embed", out], f"{out} exists: delete it"),
             (imagenet, ["--embed", "b", "--predict", "x.png"], "not allowed with"),
-            (jump, ["--embed", "b", "--predict", "x.npy"], "give one of them"),
+            (jump, ["--embed", "b", "--predict", "x.npy"], "not allowed with"),
             (jump, ["--per", "well"], "--per goes with --embed")):
         error_of(run, *argv)
         assert message in capsys.readouterr().err

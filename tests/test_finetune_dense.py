@@ -581,5 +581,5 @@ def test_real_layouts_and_the_other_flags(task, tmp_path, capsys):
     more = ["--multi-scale"] if task == "seg" else []
     run(task, "--data", root, "--eval", tmp_path / "b" / "best.pt", *more)
     assert dict(seg="miou", det="box_ap")[task] in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="--data has to say"):
+    with pytest.raises(SystemExit, match="--data DIR has to say"):
         run(task, "--eval", tmp_path / "b" / "best.pt")

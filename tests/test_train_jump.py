@@ -43,7 +43,7 @@ def run(*argv):
 @pytest.fixture
 def only_training(monkeypatch):
     """Without pictures and the table at the end, which take longer than so short a training."""
-    monkeypatch.setattr(train_jump, "write", lambda *args: None)
+    monkeypatch.setattr(runs, "write", lambda *args: None)
     monkeypatch.setattr(train_jump, "evaluate", lambda *args: None)
     monkeypatch.setattr(logs, "draw_curve", lambda *args: None)
 
@@ -159,7 +159,8 @@ def test_what_cannot_be_says_why(tmp_path, options, message):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--data", "d", "--index", "i", "--platemap", "p", "--metadata", "m"], "give one of them"),
+    (["--data", "d", "--index", "i", "--platemap", "p", "--metadata", "m"],
+     "not allowed with"),
     (["--index", "i"], "go together"), (["--platemap", "i"], "go together"),
     (["--images", "x"], "OLD=NEW"), (["--mean", "1"], "go together"),
     (["--channels", "a,,b"], "different names"), (["--channels", "a,a"], "different names"),

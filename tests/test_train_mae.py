@@ -15,6 +15,7 @@ from PIL import Image
 import classification
 import data
 import fastvim
+import runs
 import train_imagenet
 import train_mae
 import training
@@ -170,8 +171,8 @@ def test_pretraining_writes_losses_pictures_and_its_decoder(pretrained):
     held = weights(pretrained / "last.pt")
     assert "decoder_blocks.0.mixer.in_proj.weight" in held and "mask_token" in held
     picture = Image.open(pretrained / "reconstruction-0001.png")
-    assert picture.size == (4 * 128 + 3 * 4, 16 + 8 * 132)
-    tile = np.asarray(picture)[16:16 + 128, :128, 0].reshape(32, 4, 32, 4)          # the first image, 4 x enlarged
+    assert picture.size == (4 + 4 * 132, 4 + 8 * 132)
+    tile = np.asarray(picture)[4:4 + 128, 4:4 + 128, 0].reshape(32, 4, 32, 4)          # the first image, 4 x enlarged
     original = data.Digits(False, 32)[0][0][0] * data.DIGITS_STD + data.DIGITS_MEAN
     assert np.abs(tile[:, 0, :, 0] - 255 * original.numpy()).max() <= 1
 
@@ -188,9 +189,9 @@ def test_the_picture_shows_what_its_columns_say(tmp_path):
     x = torch.stack([data.Digits(False, 32)[i][0] for i in range(2)])
     columns = {}
     for model.perfect in (True, False):
-        train_mae.paint(model, x, tmp_path / "p.png", digits=True)
+        train_mae.paint(model, x, runs.Options({"out": tmp_path}), "p.png", digits=True)
         sheet = np.asarray(Image.open(tmp_path / "p.png")).astype(int)
-        columns[model.perfect] = [np.stack([sheet[16 + 132 * j:144 + 132 * j, 132 * i:132 * i + 128] for j in range(2)])
+        columns[model.perfect] = [np.stack([sheet[4 + 132 * j:132 + 132 * j, 4 + 132 * i:132 + 132 * i] for j in range(2)])
                                   for i in range(4)]
     original, visible, means, painted = columns[True]
     assert np.abs(original - painted).max() <= 1 and not np.abs(original - means).max() <= 1
@@ -353,12 +354,12 @@ def test_images_are_painted_and_bad_ones_counted(pretrained, folder, tmp_path, c
         run("pretrain", "--reconstruct", tmp_path / "digit.png", tmp_path / "bad.png", "--init", pretrained / "last.pt",
             "--out", tmp_path / "o", "--device", "cpu")
     assert end.value.code == 1 and "bad.png: cannot be read" in capsys.readouterr().out
-    assert Image.open(tmp_path / "o/reconstruct.png").size == (524, 148)
+    assert Image.open(tmp_path / "o/reconstruct.png").size == (532, 136)
     run("pretrain", "--data", folder, *FOLDER, "--decoder-dim", 16, "--steps", 1, "--out", tmp_path / "mae")
     Image.new("RGB", (7, 40)).save(tmp_path / "narrow.png")                 # narrower than a patch: enlarged
     run("pretrain", "--reconstruct", folder / "val/dark/0.png", tmp_path / "narrow.png", "--out", tmp_path / "mae",
         "--device", "cpu")
-    assert Image.open(tmp_path / "mae/reconstruct.png").size == (524, 280)
+    assert Image.open(tmp_path / "mae/reconstruct.png").size == (532, 268)
     run("pretrain", *SMALL, "--mask-ratio", 0.5, "--pixel-loss", "--decoder-dim", 12, "--steps", 1, "--out",
         tmp_path / "own")
     seen = []
