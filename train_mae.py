@@ -49,8 +49,7 @@ COMMON = dict(runs.TRAINING, model="fastvim_tiny", img_size=classification.IMG_S
 PRETRAIN = dict(COMMON, recipe_lr=1.5e-4 * 4096 / 256, recipe_batch=4096, epochs=1600.0,
                 warmup=40.0, weight_decay=0.05, eval_every=20, drop_path_rate=0.0,
                 auto_augment="none", reprob=0.0, crop_scale=0.2, out="runs/mae")
-MASKING = dict(mask_ratio=0.75, mask_divisor="axis", decoder_depth=2, decoder_dim=512,
-               pixel_loss=False)
+MASKING = dict(mask_ratio=0.75, mask_divisor="axis", decoder_depth=2, decoder_dim=512)
 FINETUNE = dict(COMMON, **classification.AUGMENTATION, recipe_lr=5e-4 * 1024 / 256,
                 recipe_batch=1024, epochs=100.0, warmup=5.0, weight_decay=0.05, layer_decay=0.65,
                 decay_blocks=2, drop_path_rate=0.3, init="runs/mae/last.pt",
@@ -128,7 +127,6 @@ def add_pretraining_arguments(parser: runs.Parser) -> None:
         help="what divides a row's sum: its length, or how many tokens it kept")
     add("--decoder-depth", type=runs.WHOLE, help="Vim blocks")
     add("--decoder-dim", type=runs.WHOLE, help="their width")
-    add("--pixel-loss", action="store_true", help="paint the pixels, not normalised by patch")
 
 
 def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
@@ -190,12 +188,11 @@ class MaskedAutoencoder(fastvim.FastVim):
     FastVim (then called FastMaskVim) or a Vim, sees a random quarter of the patches; a shallow Vim
     paints the others.
 
-    norm_pix_loss: the target is each patch, less its mean, over its standard deviation. fields: of
-    fastvim.Config. Raises ValueError on a mask ratio that keeps or removes nothing, a width that is
-    no multiple of 4."""
+    fields: of fastvim.Config. Raises ValueError on a mask ratio that keeps or removes nothing, a
+    width that is no multiple of 4."""
 
     def __init__(self, mask_ratio: float = 0.75, decoder_embed_dim: int = 512,
-                 decoder_depth: int = 2, norm_pix_loss: bool = True, **fields):
+                 decoder_depth: int = 2, **fields):
         if fields.setdefault("num_classes", 0) or fields.get("out_indices") is not None:
             raise ValueError("a masked autoencoder has neither classes nor taps: leave num_classes "
                              "and out_indices out")
@@ -210,7 +207,6 @@ class MaskedAutoencoder(fastvim.FastVim):
                 raise ValueError(f"{name}={width!r} must be a multiple of 4, for sin-cos position "
                                  "embeddings")
         self.mask_ratio = mask_ratio
-        self.norm_pix_loss = norm_pix_loss
         patches = math.prod(self.grid_size)
         self.kept_patches(patches)  # raises early
         self.mask_token = nn.Parameter(torch.empty(1, 1, d))
@@ -242,10 +238,9 @@ class MaskedAutoencoder(fastvim.FastVim):
     def patchify(self, x: Tensor) -> Tensor:
         """Images (b c H W) -> patches (b l p*p*c): pixels by row, column, channel."""
         p = self.cfg.patch_size
-        if not isinstance(x, Tensor) or x.ndim != 4 or min(x.shape[2:]) < p or any(
-                length % p for length in x.shape[2:]):
-            raise ValueError(f"images must be (b c H W), of whole patches of {p} x {p} pixels, not "
-                             f"{getattr(x, 'shape', type(x).__name__)}")
+        if x.shape[2] % p or x.shape[3] % p:
+            raise ValueError(f"images must be of whole patches of {p} x {p} pixels, not of shape "
+                             f"{tuple(x.shape)}")
         return rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
 
     def unpatchify(self, patches: Tensor, h: int) -> Tensor:
@@ -254,15 +249,13 @@ class MaskedAutoencoder(fastvim.FastVim):
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=p, q=p)
 
     def target(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What to paint -> (b l p*p*c); each patch's mean and standard deviation (b l 1)."""
-        patches = self.patchify(x)
+        """What to paint (b l p*p*c): each patch, less its mean, over its standard deviation; these
+        two (b l 1)."""
         fastvim.check("images", x, None, self.cfg)
-        patches = fastvim.at_least_float32(patches)
+        patches = fastvim.at_least_float32(self.patchify(x))
         mean = patches.mean(-1, keepdim=True)
         std = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-        if self.norm_pix_loss:
-            patches = (patches - mean) / std
-        return patches, mean, std
+        return (patches - mean) / std, mean, std
 
     def random_masking(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """noise (b l): the patches of the smallest are kept -> keep (b s) their ids, ascending so
@@ -332,8 +325,7 @@ def sincos_pos_embed(h: int, w: int, dim: int, class_token: bool = False) -> Ten
 def build_autoencoder(args: runs.Options) -> MaskedAutoencoder:
     """The one that args ask for."""
     fields = {**fastvim.model_fields(args.model), **runs.model_fields(args)}
-    model = MaskedAutoencoder(args.mask_ratio, args.decoder_dim, args.decoder_depth,
-                              not args.pixel_loss, **fields)
+    model = MaskedAutoencoder(args.mask_ratio, args.decoder_dim, args.decoder_depth, **fields)
     model.grad_checkpointing = args.grad_checkpointing
     return model
 
@@ -380,12 +372,10 @@ def masked_loss(model: MaskedAutoencoder, loader, ctx: training.Context, amp=Fal
     sums = torch.zeros(3, dtype=torch.float64, device=ctx.device)
     for images, _ in filter(None, loader):
         images = images.to(ctx.device, non_blocking=True)
-        target, mean, _ = model.target(images)  # (b l p*p*c) (b l 1)
+        target, _, _ = model.target(images)  # (b l p*p*c), of mean 0
         noise = torch.rand(target.shape[:2], generator=generator).to(ctx.device)
         with torch.autocast(ctx.device.type, torch.bfloat16, enabled=amp):
             loss, _, mask = model(images, noise)
-        if not model.norm_pix_loss:
-            target = target - mean
         even = target.square().mean(-1)  # (b l)
         even = (even * mask).sum() / mask.sum()
         sums += len(images) * torch.stack([loss, even, torch.ones_like(loss)]).double()
@@ -409,15 +399,13 @@ def paint(model: MaskedAutoencoder, images: Tensor, args: runs.Options, name: st
     """OUT/name, a row for each of the normalised images (b 3 H W): the image, what the model sees
     of it, the removed patches painted evenly in their mean, and by the model.
 
-    With norm_pix_loss it predicts neither a patch's mean nor its contrast: both are then the true
-    ones, so that the third column is what to compare the fourth with."""
+    The model predicts neither a patch's mean nor its contrast: both are the true ones, so that the
+    third column is what to compare the fourth with."""
     patches = model.patchify(images)  # (b l p*p*c)
-    target, mean, std = model.target(images)
-    noise = torch.rand(target.shape[:2], generator=torch.Generator().manual_seed(0))
+    _, mean, std = model.target(images)  # (b l 1)
+    noise = torch.rand(patches.shape[:2], generator=torch.Generator().manual_seed(0))
     _, pred, mask = model(images, noise.to(images.device))
-    pred = pred.float()
-    if model.norm_pix_loss:
-        pred = pred * std + mean
+    pred = pred.float() * std + mean
     kept = mask[..., None] == 0
     columns = [patches, patches * kept, patches.where(kept, mean), patches.where(kept, pred)]
     rows = images.shape[2] // model.cfg.patch_size

@@ -62,7 +62,7 @@ def test_recipes_of_the_paper():
     """recipes.md, section 2. Learning rates are MAE's base rates x effective batch / 256."""
     recipe("pretrain", "--size", "b", recipe_lr=2.4e-3, recipe_batch=4096, epochs=1600, warmup=40, weight_decay=0.05,
            drop_path_rate=0, crop_scale=0.2, reprob=0, mask_ratio=0.75, decoder_depth=2, decoder_dim=512, clip=0, ema=0,
-           mask_divisor="axis", pixel_loss=False, pool_scale=None)
+           mask_divisor="axis", pool_scale=None)
     recipe("finetune", "--size", "b", recipe_lr=2e-3, recipe_batch=1024, epochs=100, warmup=5, weight_decay=0.05,
            drop_path_rate=0.3, layer_decay=0.65, decay_blocks=2, mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, clip=0,
            crop_pct=None, crop_scale=0.08, ema=0)
@@ -203,7 +203,7 @@ def test_the_picture_shows_what_its_columns_say(tmp_path):
     assert (visible[shown] == original[shown]).all() and (means[shown] == original[shown]).all()
 
 
-@pytest.mark.parametrize("flags", ["--model vim_tiny", "--mask-divisor count", "--pixel-loss",
+@pytest.mark.parametrize("flags", ["--model vim_tiny", "--mask-divisor count",
                                    "--amp --clip 1 --accum 2 --grad-checkpointing",
                                    "--schedule pool_col --class-token", "--pool max"])
 def test_every_variant_pretrains_and_hands_over(flags, folder, tmp_path):
@@ -299,14 +299,13 @@ def test_crops_of_each_stage_and_of_the_evaluation(folder, pretrained, tmp_path)
 
 def test_the_validation_loss_has_the_same_masks_every_time():
     torch.manual_seed(0)
-    model = train_mae.MaskedAutoencoder(img_size=32, patch_size=8, embed_dim=16, depth=1, decoder_embed_dim=16,
-                                      norm_pix_loss=False).eval()
+    model = train_mae.MaskedAutoencoder(img_size=32, patch_size=8, embed_dim=16, depth=1, decoder_embed_dim=16).eval()
     ctx = training.Context(0, 1, torch.device("cpu"))
     x = torch.stack([data.Digits(False, 32)[i][0] for i in range(8)])
     with torch.no_grad():
         first, second = (train_mae.masked_loss(model, [(x[:6], None), None, (x[6:], None)], ctx) for _ in range(2))
     assert first == second and first["images"] == 8
-    patches = model.patchify(x)                                             # the spread within patches, all of them
+    patches = model.target(x)[0]                                            # the spread within patches, all of them
     spread = patches.var(-1, correction=0).mean().item()
     assert 0.5 * spread < first["patch_mean"] < 1.5 * spread
 
@@ -325,7 +324,7 @@ def test_pretraining_killed_and_resumed_or_continued(folder, tmp_path, capsys):
     more = weights(tmp_path / "more/last.pt")
     assert all(more[k].equal(b[k]) for k in b)
     assert len(log(tmp_path / "parts")) == 2                                # 3 steps, and the epoch that --steps cut
-    options = ["--mask-ratio", 0.5, "--mask-divisor", "count", "--pixel-loss", "--decoder-dim", 12]
+    options = ["--mask-ratio", 0.5, "--mask-divisor", "count", "--decoder-dim", 12]
     run(*images, *options, "--decoder-depth", 1, "--steps", 1, "--out", tmp_path / "own")
     start = ["pretrain", "--data", folder, "--init", tmp_path / "own/last.pt", *ONE_STEP]
     run(*start, "--out", tmp_path / "on")
@@ -360,13 +359,13 @@ def test_images_are_painted_and_bad_ones_counted(pretrained, folder, tmp_path, c
     run("pretrain", "--reconstruct", folder / "val/dark/0.png", tmp_path / "narrow.png", "--out", tmp_path / "mae",
         "--device", "cpu")
     assert Image.open(tmp_path / "mae/reconstruct.png").size == (532, 268)
-    run("pretrain", *SMALL, "--mask-ratio", 0.5, "--pixel-loss", "--decoder-dim", 12, "--steps", 1, "--out",
+    run("pretrain", *SMALL, "--mask-ratio", 0.5, "--decoder-dim", 12, "--steps", 1, "--out",
         tmp_path / "own")
     seen = []
     monkeypatch.setattr(train_mae, "paint", lambda model, images, *more, **kw: seen.append(
-        (model.mask_ratio, model.norm_pix_loss, images.shape)))
+        (model.mask_ratio, images.shape)))
     run("pretrain", "--reconstruct", tmp_path / "digit.png", "--out", tmp_path / "own", "--device", "cpu")
-    assert seen == [(0.5, False, (1, 3, 32, 32))]
+    assert seen == [(0.5, (1, 3, 32, 32))]
     monkeypatch.undo()
     with pytest.raises(SystemExit, match="/dev/null/x"):
         run("pretrain", "--reconstruct", tmp_path / "digit.png", "--init", pretrained / "last.pt", "--out",
