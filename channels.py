@@ -42,23 +42,20 @@ def subset(text: str) -> tuple[str, list[str]]:
     return name, names(channels)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: runs.Parser) -> None:
     """The options of match_channels and of Channels.subsets."""
-    add = parser.add_argument_group("channels").add_argument
-    add("--channel-names", type=names, metavar="A,B", help="what the channels of the files are "
-        "called (default: their numbers, from 0; JUMP-CP's 8: fluorescence1 to 5, brightfield1 to "
-        "3)")
-    add("--channels", type=names, metavar="A,B", help="take these, by name or number, in this "
-        "order (default all)")
+    add = parser.groups["channels"].add_argument
+    add("--channel-names", type=names, metavar="A,B", help="of the files' channels (default: their "
+        "numbers; JUMP-CP's 8: fluorescence1 to 5, brightfield1 to 3)")
+    add("--channels", type=names, metavar="A,B", help="take these names or numbers, in this order")
     add("--mask-channels", type=names, metavar="A,B", help="set these to zero, which is their mean")
-    add("--mean", type=numbers, metavar="X,Y", help="of the files' channels, in the files' units "
-        "(default: computed from 1,000 images; JUMP-CP's 8: the recipe's); write --mean=-1,2 if "
-        "the first one is negative")
+    add("--mean", type=numbers, metavar="X,Y", help="of the files' channels, --mean=-1,2 if the "
+        "first is negative (default: of 1,000 images; of JUMP-CP)")
     add("--std", type=numbers, metavar="X,Y", help="their standard deviations")
     add("--subsets", type=subset, nargs="+", metavar="NAME=A,B", help="channels to evaluate "
-        "together (default: of JUMP-CP's 8 fluorescence and brightfield)")
-    add("--subset-samples", type=runs.number(int, 0), help="how many subsets of each number of "
-        "channels to evaluate")
+        "together (default: JUMP-CP's fluorescence and brightfield)")
+    add("--subset-samples", type=runs.number(int, 0), metavar="N",
+        help="how many subsets of each number of channels to evaluate")
 
 
 # ---- Channels by name --------------------------------------------------------------------------
@@ -199,14 +196,12 @@ def saved_channels(saved: runs.Saved) -> dict:
 
 
 def take_embeddings(model: nn.Module, weights: dict, start: runs.Saved, names: list[str]) -> str:
-    """Puts into `weights`, of `start`, the channel embeddings for a model of channels `names`.
-
-    -> what was taken, in words; the others are the model's. ValueError: it is not said whose they
-    are."""
+    """Puts into `weights`, of `start`, the channel embeddings for a model of channels `names`: its
+    own where they have none -> which were taken, in words. ValueError: nobody says whose they are.
+    """
     own = model.state_dict()
-    note = ""
-    for key in ("patch_embed.channel_embed.weight", "channel_embed.weight"):
-        if key not in own or key not in weights:
+    for key in own.keys() & weights.keys():
+        if not key.endswith("channel_embed.weight"):
             continue
         theirs = saved_channels(start).get("model", data.JUMP_CHANNELS)
         if len(theirs) != len(weights[key]):
@@ -215,8 +210,8 @@ def take_embeddings(model: nn.Module, weights: dict, start: runs.Saved, names: l
         for name in common:
             own[key][names.index(name)] = weights[key][theirs.index(name)]
         weights[key] = own[key]
-        note = f"; of channels {', '.join(common) or 'none'}, the others as initialised"
-    return note
+        return f"; of channels {', '.join(common) or 'none'}, the others as initialised"
+    return ""
 
 
 # ---- Accuracy by channels ----------------------------------------------------------------------
@@ -271,16 +266,6 @@ def print_table(rows: list[dict]) -> None:
         if "best" in group[0]:
             line += f"{np.mean([row['best'] for row in group]):16.1f}"
         print(line)
-
-
-def draw_examples(dataset: data.Files, seed: int, file: BinaryIO, rows: int = 6) -> None:
-    """A PNG: images as the model sees them, a column for each channel."""
-    seeded = data.Seeded(dataset, seed)
-    places = np.linspace(0, len(dataset) - 1, 3 * rows).astype(int)         # some are unreadable
-    images = [item[0] for i in places if (item := seeded[0, int(i)])][:rows]    # (c h w) each
-    tiles = torch.cat(images)[:, None]                                      # (rows*c 1 h w)
-    data.extra("torchvision.utils").save_image(tiles, file, "png", nrow=len(images[0]), padding=1,
-                                               normalize=True, scale_each=True)
 
 
 def draw_accuracy(rows: list[dict], title: str, file: BinaryIO) -> None:

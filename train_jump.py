@@ -262,9 +262,6 @@ def train(args, ctx, start: runs.Saved) -> None:
     ctx.print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
               f"{len(classes)} classes, channels {', '.join(seen.model)}; {len(train_set):,} "
               f"training and {len(val_set):,} validation images")
-    if ctx.is_main:
-        runs.write(args, "examples.png",
-                   lambda file: channels.draw_examples(train_set, args.seed, file))
     keep_order = args.sort
     if keep_order is None:
         keep_order = not args.model.startswith("channelvit")
