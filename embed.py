@@ -11,7 +11,6 @@ computes those that are missing. Where a part begins does not depend on who comp
 process, several, or one run after another end in the same bits.
 """
 import argparse
-import collections
 import functools
 import hashlib
 import itertools
@@ -170,29 +169,26 @@ def merge(args: runs.Options, parts: list[Path], listing: dict[str, list], about
 def well_means(tables: Iterable, listing: dict[str, list]):
     """Rows of images -> a row for each well: what they agree in, `sites`, how many there are, and
     the mean of their features. A warning names the wells of the listing without any."""
+    table = data.extra("pyarrow").concat_tables(tables)
+    features = np.stack(table["features"].to_numpy())
+    rows = table.drop_columns(["features"]).to_pydict()
     names = data.well_columns(listing)
-    rows = {}                                               # well -> what its images agree in
-    sites = collections.Counter()
-    sums = collections.defaultdict(float)
-    for table in tables:
-        features = np.stack(table["features"].to_numpy()).astype(np.float64)
-        known = table.drop_columns([name for name in ("path", "site", "features")
-                                    if name in table.column_names])
-        for row, values in zip(known.to_pylist(), features):
-            well = tuple(row[name] for name in names)
-            common = rows.setdefault(well, row)
-            common.update({name: None for name in row if row[name] != common[name]})
-            sites[well] += 1
-            sums[well] = sums[well] + values
+    members = {}                                            # well -> its rows
+    for i, well in enumerate(zip(*(rows[name] for name in names))):
+        members.setdefault(well, []).append(i)
     wells = dict.fromkeys(zip(*(listing[name] for name in names)))
-    if lost := ["/".join(map(str, well)) for well in wells if well not in rows]:
+    if lost := ["/".join(map(str, well)) for well in wells if well not in members]:
         warnings.warn(f"{len(lost)} of {len(wells)} wells are left out, none of their images can "
                       f"be read: {data.first_few(lost)}")
-    means = np.stack([sums[well] / sites[well] for well in rows]).astype(np.float32)
-    columns = {name: [row[name] for row in rows.values()] for name in known.column_names}
-    table = table_of(columns, means)
-    place = table.num_columns - 1                           # before the features
-    return table.add_column(place, "sites", [[sites[well] for well in rows]])
+    columns = {}
+    for name, values in rows.items():
+        if name not in ("path", "site"):
+            found = [{values[i] for i in mine} for mine in members.values()]
+            columns[name] = [same.pop() if len(same) == 1 else None for same in found]
+    means = [features[mine].mean(0, dtype=np.float64) for mine in members.values()]
+    table = table_of(columns, np.float32(means))
+    sites = [len(mine) for mine in members.values()]
+    return table.add_column(table.num_columns - 1, "sites", [sites])    # before the features
 
 
 # ---- What is embedded: photographs, cells --------------------------------------------------------
