@@ -1,6 +1,5 @@
 """Image classifiers: what train_imagenet.py shares with the later stages of train_mae.py."""
 import argparse
-import functools
 from collections.abc import Callable
 
 import torch
@@ -226,15 +225,12 @@ def train(args: runs.Options, ctx: training.Context, start: runs.Saved, build: C
             metrics["unreadable"] = runs.count_bad(ctx, train_set, val_set)
         return metrics
 
-    peak = training.peak_lr(args, ctx)
-    total, per_epoch = training.run_length(args, loader)
-    lr = functools.partial(training.cosine, total=total, value=peak, start=lr_start, end=lr_end,
-                           warmup=round(args.warmup * per_epoch))
+    optimizer = optimizer_of(model, args, training.peak_lr(args, ctx))
+    lr = runs.warmup_and_cosine(args, ctx, loader, lr_start, lr_end)
     built = {"name": args.model, "fields": runs.model_fields(args) | {"num_classes": len(classes)}}
     return training.fit(
-        args, ctx, model, loader, classification_loss(args, len(classes)),
-        optimizer_of(model, args, peak), lr, evaluate=evaluate, metric="top1",
-        harmless=("data", "init", "grad_checkpointing", "shard"),
+        args, ctx, model, loader, classification_loss(args, len(classes)), optimizer, lr,
+        evaluate=evaluate, metric="top1",
         about={"built": built, "classes": classes}, shard_blocks=model.layers if shard else ())
 
 
@@ -254,23 +250,16 @@ def classification_loss(args: runs.Options, num_classes: int) -> Callable:
 
 # ---- Evaluation and prediction -------------------------------------------------------------------
 
-def saw_digits(saved: runs.Saved) -> bool:
-    """Was it trained on the built-in digits?"""
-    return bool(saved.options) and saved.options.get("data") is None
-
-
 def view_of(args: runs.Options, saved: runs.Saved) -> Callable:
     """PIL image -> what a model of that checkpoint was evaluated on."""
-    if saw_digits(saved):
+    if runs.trained_on_built_in(saved):
         return data.digit_transform(args.img_size)
     return data.image_transform(args.img_size, False, crop_pct=args.crop_pct or CROP_PCT)
 
 
 def evaluate(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> None:
     model = restore(args, ctx, saved)
-    if args.data is None and not saw_digits(saved):
-        raise ValueError("--eval: this model classifies images, so --data DIR has to say where "
-                         "they are")
+    runs.require_data(args, saved)
     dataset = open_images(args, False, saved.classes)
     image = torch.zeros(1, 3, args.img_size, args.img_size, device=ctx.device)
     outputs = model(image).shape[1]
@@ -291,6 +280,8 @@ def evaluate(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> No
 
 def predict(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> None:
     """Prints the likeliest classes of each image."""
+    if not ctx.is_main:
+        return
     model = restore(args, ctx, saved)
     transform = view_of(args, saved)
     for path, image in data.each_readable(args.predict, data.load_rgb):

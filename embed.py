@@ -209,7 +209,7 @@ def embed_images(args: runs.Options, ctx: training.Context, saved: runs.Saved) -
     files = numbered(listing, load, view, args.data or "the digits")
     model = encoder(args, ctx, saved)
     about = {"checkpoint": saved.path, "channels": ["red", "green", "blue"],
-             "crop_pct": args.crop_pct, "digits": classification.saw_digits(saved)}
+             "crop_pct": args.crop_pct, "digits": runs.trained_on_built_in(saved)}
     write(args, ctx, files, listing, model, model, about)
 
 

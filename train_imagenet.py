@@ -123,23 +123,16 @@ def adamw(model: nn.Module, args: runs.Options, lr: float) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, lr=lr, fused=True)  # fused: a third of the time
 
 
+def train(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
+    if args.data is None:
+        ctx.print("no --data: training on the built-in digits, by a recipe scaled to them")
+    classification.train(args, ctx, start, classification.build_model, adamw, LR_WARMUP, LR_END,
+                         shard=args.shard)
+
+
 def main() -> None:
-    with runs.plain_errors("train_imagenet.py"):
-        args, start = get_args()
-        ctx = training.setup(args, training=not any(vars(args)[name] for name in LOOKS))
-        if args.predict:
-            if ctx.is_main:
-                classification.predict(args, ctx, start)
-        elif args.embed:
-            embed.embed_images(args, ctx, start)
-        elif args.eval:
-            classification.evaluate(args, ctx, start)
-        else:
-            if args.data is None:
-                ctx.print("no --data: training on the built-in digits, by a recipe scaled to them")
-            classification.train(args, ctx, start, classification.build_model, adamw, LR_WARMUP,
-                                 LR_END, shard=args.shard)
-        ctx.close()
+    runs.run(get_args, {"predict": classification.predict, "embed": embed.embed_images,
+                        "eval": classification.evaluate}, train)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import baselines
 import classification
 import data
 import fastvim
+import runs
 import train_imagenet
 import training
 from helpers import Child, run_named_script, run_script
@@ -47,7 +48,7 @@ def restore(path):
     """As --eval does, without saying which model it is."""
     args, saved = train_imagenet.get_args(["--device", "cpu", "--eval", str(path)])
     ctx = training.setup(args, training=False)
-    return classification.restore(args, ctx, saved), saved.classes, classification.saw_digits(saved)
+    return classification.restore(args, ctx, saved), saved.classes, runs.trained_on_built_in(saved)
 
 
 def log(out):
