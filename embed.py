@@ -18,7 +18,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,8 @@ def write(args: runs.Options, ctx: training.Context, files: data.Files, listing:
                 features.append(encode(images.to(ctx.device)).flatten(1).float().cpu())
             numbers += labels.tolist()
         if features:                                        # else no image of it could be read
-            write_part(path, data.pick(listing, numbers), torch.cat(features).numpy(), about)
+            table = table_of(data.pick(listing, numbers), torch.cat(features).numpy())
+            write_table(path, table, about)
     ctx.gather(None)                                        # all parts are there
     if ctx.is_main:
         merge(args, [path for path in parts if path.exists()], listing, about)
@@ -134,42 +135,32 @@ def table_of(listing: dict[str, list], features: np.ndarray):
     return pyarrow.table(columns)
 
 
-def save(tables: Iterable, where, about: dict) -> None:
-    """Writes the tables, a row group each, to a path or a stream of pyarrow's."""
-    tables = iter(tables)
-    first = next(tables)
-    schema = first.schema.with_metadata({"fastvim": json.dumps(about)})
+def write_table(path: Path, table, about: dict) -> None:
     parquet = data.extra("pyarrow.parquet")
-    with parquet.ParquetWriter(where, schema, use_dictionary=False) as writer:
-        for table in itertools.chain([first], tables):
-            writer.write_table(table)
-
-
-def write_part(path: Path, listing: dict[str, list], features: np.ndarray, about: dict) -> None:
-    sink = data.extra("pyarrow").BufferOutputStream()
-    save([table_of(listing, features)], sink, about)
-    safety.write_whole(path, lambda file: file.write(sink.getvalue()))
+    table = table.replace_schema_metadata({"fastvim": json.dumps(about)})
+    safety.write_whole(
+        path, lambda file: parquet.write_table(table, str(file.name), use_dictionary=False))
 
 
 def merge(args: runs.Options, parts: list[Path], listing: dict[str, list], about: dict) -> None:
     """The parts, one after the other or as means of wells -> args.embed."""
     parquet = data.extra("pyarrow.parquet")
+    runs.require_images(len(parts))
+    table = data.extra("pyarrow").concat_tables(
+        parquet.ParquetFile(str(path)).read(use_threads=False) for path in parts)
     total = len(listing["path"])
-    read = sum(parquet.read_metadata(str(path)).num_rows for path in parts)
-    runs.require_images(read)
-    tables = (parquet.ParquetFile(str(path)).read(use_threads=False) for path in parts)
+    read = len(table)
     what = f"{read:,} images"
     if vars(args).get("per") == "well":
-        tables = [well_means(tables, listing)]
-        what = f"{tables[0].num_rows:,} wells of {what}"
-    safety.write_whole(Path(args.embed), lambda file: save(tables, str(file.name), about))
+        table = well_means(table, listing)
+        what = f"{len(table):,} wells of {what}"
+    write_table(Path(args.embed), table, about)
     print(f"{args.embed}: {what}; {total - read:,} of {total:,} cannot be read", flush=True)
 
 
-def well_means(tables: Iterable, listing: dict[str, list]):
+def well_means(table, listing: dict[str, list]):
     """Rows of images -> a row for each well: what they agree in, `sites`, how many there are, and
     the mean of their features. A warning names the wells of the listing without any."""
-    table = data.extra("pyarrow").concat_tables(tables)
     features = np.stack(table["features"].to_numpy())
     rows = table.drop_columns(["features"]).to_pydict()
     names = data.well_columns(listing)
