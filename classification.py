@@ -20,9 +20,8 @@ AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "crop_sc
 
 
 def add_data_argument(add: Callable) -> None:
-    add("--data", metavar="DIR", help="ImageNet's layout: DIR/train/CLASS/*.jpg and "
-        "DIR/val/CLASS/*.jpg (or .png, .webp, .bmp, .gif, .tif), or ILSVRC's flat DIR/val and its "
-        "ground truth; wds/DIR: tar shards; hfds/NAME or hfds/DIR: Hugging Face's")
+    add("--data", metavar="DIR", help="DIR/{train,val}/CLASS/*.jpg, or ILSVRC's flat DIR/val; "
+        "wds/DIR: tar shards; hfds/NAME or hfds/DIR: Hugging Face's (docs/data.md)")
 
 
 def size_name(letter: str) -> str:
@@ -39,13 +38,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, others: str = "") -> Ca
         help="FastVim-T, S, B, L or H (default t)")
     add("--model", metavar="NAME",
         help=f"another one: vim_small, ... (python fastvim.py lists them){others}")
-    add("--img-size", type=runs.WHOLE, help=f"pixels (default {IMG_SIZE})")
     add("--patch-size", type=runs.WHOLE, help="pixels (default: the size's own, 16 or 14)")
-    add("--depth", type=runs.WHOLE, help="blocks (default: the size's own)")
-    add("--drop-path", dest="drop_path_rate", type=runs.SHARE, metavar="RATE",
-        help="stochastic depth at the last block (default: the recipe's)")
-    add("--grad-checkpointing", action="store_true", help="keep only the blocks' inputs for the "
-        "backward pass and compute the rest again: less memory, more time, the same result")
     add = parser.groups["the paper's ablations"].add_argument
     add("--schedule", choices=["fastvim", "pool_col", "pool_row", "vim"],
         help="which axis is pooled in which layer")
@@ -64,9 +57,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, others: str = "") -> Ca
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> Callable:
-    """The options of open_images, and --warmup."""
-    parser.groups["recipe"].add_argument("--warmup", type=runs.POSITIVE,
-                                         help="epochs of linear warmup")
+    """The options of open_images."""
     add = parser.groups["augmentation"].add_argument
     add("--auto-augment", metavar="POLICY", help="timm's policy string, or none")
     add("--reprob", type=runs.SHARE, help="probability of random erasing")

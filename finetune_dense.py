@@ -133,20 +133,15 @@ def add_arguments(parser: runs.Parser, task: str) -> None:
     add = parser.groups["model"].add_argument
     add("--model", metavar="NAME", help="fastvim_tiny (default), vim_small, ... (python fastvim.py "
         "lists them), or deit_tiny, deit_small, deit_base from timm")
-    add("--img-size", type=runs.WHOLE, help="pixels")
     if task == "seg":
         add("--patch-size", type=runs.WHOLE, help="pixels (default: the model's own)")
-    add("--depth", type=runs.WHOLE, help="blocks (default: the model's own)")
     add("--channels", type=runs.WHOLE, help="width of the heads")
     if task == "det":
         add("--hidden", type=runs.WHOLE, help="width of their linear layers")
         add("--regions", type=runs.WHOLE, help="of an image, that each stage trains on")
     add("--pool-scale", type=float,
         help="factor of mean pooling (default 1; 0.25 after masked pretraining)")
-    add("--drop-path", type=runs.SHARE, dest="drop_path_rate", metavar="RATE",
-        help="stochastic depth at the last block (default: the recipe's)")
     add("--freeze", action="store_true", help="train the heads only")
-    add("--grad-checkpointing", action="store_true", help="less memory, more time, the same result")
     add = parser.groups["augmentation"].add_argument
     add("--jitter", type=runs.number(float, 0.01), nargs=2, metavar=("LOW", "HIGH"),
         help="range of a random factor of the images' size (default {:g} {:g})".format(
@@ -155,7 +150,6 @@ def add_arguments(parser: runs.Parser, task: str) -> None:
         add("--distort", action=argparse.BooleanOptionalAction,
             help="random brightness, contrast, saturation and hue")
     add = parser.groups["recipe"].add_argument
-    add("--warmup", type=runs.number(int, 0), help="steps of linear warmup")
     add("--layer-decay", type=runs.number(float, 0.01), help="patch and position embeddings learn "
         "slower by this to the power of 13")
     add("--decay-blocks", action="store_true", help="and blocks by a power that falls from 12 to 1 "

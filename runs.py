@@ -109,15 +109,20 @@ SHARE = number(float, 0, 1)
 
 def add_training_arguments(parser: argparse.ArgumentParser, recipe: dict) -> None:
     """Adds the options that every script has; then, to all help texts, the defaults of `recipe`."""
+    unit = "steps" if "steps" in recipe else "epochs"
     for group, name, kind, text in (
         ("recipe", "epochs", number(float, 1e-9), "passes over the training set, or a fraction"),
         ("recipe", "steps", WHOLE, "the run ends after so many optimizer steps, if not before"),
         ("recipe", "batch-size", WHOLE, "samples per process and micro-step"),
         ("recipe", "accum", WHOLE, "micro-steps per optimizer step"),
-        ("recipe", "lr", POSITIVE, "peak (default {recipe_lr:g} x batch / {recipe_batch})"),
+        ("recipe", "lr", POSITIVE,
+         "peak learning rate (default {recipe_lr:g} x batch / {recipe_batch})"),
+        ("recipe", "warmup", POSITIVE, "{unit} of linear warmup"),
         ("recipe", "weight-decay", POSITIVE, "decoupled from the gradient"),
         ("recipe", "clip", POSITIVE, "largest gradient norm, 0 for no clipping"),
         ("recipe", "ema", SHARE, "decay of the moving average of the weights, 0 for none"),
+        ("model", "img-size", WHOLE, "pixels"),
+        ("model", "depth", WHOLE, "blocks (default: the model's own)"),
         ("the run", "out", str, "folder of checkpoints, log and curve"),
         ("the run", "device", str, "auto (a GPU if there is one), cpu, cuda or cuda:1"),
         ("the run", "seed", number(int, 0), "the whole run follows from it"),
@@ -126,7 +131,12 @@ def add_training_arguments(parser: argparse.ArgumentParser, recipe: dict) -> Non
         ("the run", "workers", number(int, 0), "data-loading processes per training process"),
         ("the run", "threads", WHOLE, "CPU threads per process (default: PyTorch's choice)"),
     ):
-        parser.groups[group].add_argument(f"--{name}", type=kind, help=text.format(**recipe))
+        text = text.format(unit=unit, **recipe)
+        parser.groups[group].add_argument(f"--{name}", type=kind, help=text)
+    add = parser.groups["model"].add_argument
+    add("--drop-path", dest="drop_path_rate", type=SHARE, metavar="RATE",
+        help="stochastic depth at the last block")
+    add("--grad-checkpointing", action="store_true", help="less memory, more time, the same result")
     add = parser.groups["the run"].add_argument
     add("--amp", action=argparse.BooleanOptionalAction,
         help="bfloat16 autocast; off: float32, as in the paper")

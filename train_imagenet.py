@@ -53,24 +53,23 @@ def make_parser() -> runs.Parser:
                          "scikit-learn, by a recipe scaled to them.")
     add = parser.groups["data and weights"].add_argument
     classification.add_data_argument(add)
-    add("--init", metavar="CKPT", help="start from the encoder of this checkpoint of our models or "
-        "the released ones, with a fresh head")
+    add("--init", metavar="CKPT", help="start from this encoder, ours or a released one")
     looks = parser.groups["instead of training"]
     looks.add_argument("--eval", metavar="CKPT",
                        help="evaluate this checkpoint, ours or a released one")
     add = looks.add_mutually_exclusive_group().add_argument
-    add("--predict", metavar="IMAGE", nargs="+", help="print the five likeliest classes of each "
-        "image, by --eval CKPT (default: OUT/best.pt)")
-    add("--embed", metavar="FILE", type=embed.new_file, help="write the features of all images in "
-        "--data, in class folders or not, by --eval CKPT (default: OUT/best.pt) as a Parquet file; "
-        "the same command again goes on after a kill")
+    add("--predict", metavar="IMAGE", nargs="+", help="the five likeliest classes of each image, "
+        "by --eval CKPT (default: OUT/best.pt)")
+    add("--embed", metavar="FILE", type=embed.new_file, help="the features of all images, by "
+        "--eval CKPT, as Parquet; goes on after a kill")
     add = classification.add_model_arguments(parser, ", or any of timm's")
     add("--vit-pool", action="store_const", const=True, help="alternate pooling in a ViT of timm")
     add("--vit-conv", action="store_const", const=True, help="a convolution before it, too")
     add = classification.add_image_arguments(parser)
     classification.add_label_arguments(add)
-    add("--shard", action="store_true", help="split the weights of our models, their moving "
-        "average and the optimizer over torchrun's processes (FSDP2): for --size l and h")
+    add = parser.groups["the run"].add_argument
+    add("--shard", action="store_true", help="split weights, moving average and optimizer over "
+        "torchrun's processes (FSDP2): for --size l and h")
     runs.add_training_arguments(parser, RECIPE)
     return parser
 

@@ -134,23 +134,18 @@ def make_parser() -> runs.Parser:
     add("--model", metavar="NAME", help="fastchannelvim, channelvim, fastvim, vim, vit, channelvit "
         "with _tiny, _small or _base")
     add("--patch", dest="patch_size", type=runs.WHOLE, help="pixels, 16 or 8 in the paper")
-    add("--img-size", type=runs.WHOLE, help="pixels; others are cropped or padded, never resized")
-    add("--depth", type=runs.WHOLE, help="blocks (default: the model's own; drawn cells: 6)")
     add("--pool", choices=fastvim.POOLS, help="how a row becomes one token (default mean)")
     add("--pool-dims", type=int, choices=[1, 2], help="axes pooled in a layer (default 1)")
     add("--scan-order", choices=["channel-first", "spatial-first"], help="walk over the channels "
         "of a patch first (default), or over the patches of a channel")
-    add("--drop-path", dest="drop_path_rate", type=runs.SHARE, metavar="RATE",
-        help="stochastic depth at the last block")
-    add("--grad-checkpointing", action="store_true", help="less memory, more time, the same result")
     add = parser.groups["augmentation"].add_argument
-    add("--augment", action=yes_no, help="crops, flips or rotation, defocus, holes")
+    add("--augment", action=yes_no, help="crops, flips or rotation, defocus, holes; "
+        "other sizes are cropped or padded in any case, never resized")
     add("--hcs", action=yes_no, help="show a batch some of the channels, drawn anew; models that "
         "mix channels get zeros for the others")
     add("--sort", action=yes_no, help="keep their order (default yes; ChannelViT: no)")
-    add = parser.groups["recipe"].add_argument
-    add("--warmup", type=runs.POSITIVE, help="epochs of linear warmup")
-    add("--weight-decay-end", type=runs.POSITIVE, help="the weight decay rises to this")
+    parser.groups["recipe"].add_argument("--weight-decay-end", type=runs.POSITIVE,
+                                         help="the weight decay rises to this")
     runs.add_training_arguments(parser, RECIPE)
     return parser
 

@@ -53,6 +53,19 @@ def test_commands_of_documents_have_real_options(command, tmp_path, monkeypatch)
             importlib.import_module(script.removesuffix(".py")).get_args()
 
 
+@pytest.mark.parametrize("command", [
+    "train_imagenet", "train_mae pretrain", "train_mae finetune", "train_mae linear", "train_jump",
+    "finetune_dense seg", "finetune_dense det"])
+def test_help_fits_two_screens_recipe_first(command, capsys):
+    script, *stage = command.split()
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).get_args([*stage, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 2 * 50 and max(map(len, lines)) <= 100
+    groups = [line for line in lines if line.endswith(":") and line[0] != " "]
+    assert groups[:2] == ["options:", "recipe:"] and len(groups) >= 6
+
+
 def test_links_of_the_readme_lead_to_what_they_name():
     lines = (ROOT / "fastvim.py").read_text().splitlines()
     links = re.findall(r"\[`(\w+)`\]\(fastvim\.py#L(\d+)\)", (ROOT / "README.md").read_text())
