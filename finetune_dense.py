@@ -65,11 +65,6 @@ SCENES = {
             "out": "runs/det-scenes"},
 }
 
-# What a checkpoint decides: that of a backbone the first line, that of a whole model both.
-BACKBONE_OPTIONS = {"model", "patch_size", "depth", "class_token", "pool", "pool_scale", "schedule",
-                    "ssm_norm", "d_conv", "skip_before_expand"}
-HEAD_OPTIONS = {"channels", "hidden"}
-
 # ---- Options -------------------------------------------------------------------------------------
 
 
@@ -167,31 +162,21 @@ def starting_path(chosen: dict) -> str | None:
     return str(path)
 
 
-def is_whole(options: dict, start: runs.Saved) -> bool:
-    """Does the checkpoint hold a model of the task, not a backbone alone?"""
-    return start.resumed or options["backbone"] is None
-
-
 def options_of(start: runs.Saved, chosen: dict, typed: dict) -> dict:
-    """What the checkpoint decides: as its weights show and as the options of its run say."""
+    """What the checkpoint decides: as its weights show and as its run says."""
     if not start.content:
         return {}
-    said = {**models.options_shown(stored_weights(start, chosen)),
-            **runs.encoder_options(start, typed)}
-    wanted = BACKBONE_OPTIONS
-    if is_whole(chosen, start):
-        wanted = wanted | HEAD_OPTIONS
-        said = {**start.options, **said}
-    if chosen["eval"] or chosen["predict"]:
-        wanted = wanted | {"img_size"}
-    return {name: said[name] for name in wanted if said.get(name) is not None}
-
-
-def stored_weights(start: runs.Saved, options: dict) -> dict[str, Tensor]:
-    """{name: tensor} of a whole model, those of the heads among them, or of a backbone."""
-    if is_whole(options, start):
-        return models.dense_weights(options["task"], start.content)
-    return checkpoints.model_weights(start.content)[0]
+    said = runs.encoder_options(start, typed)
+    if chosen["backbone"] is None or start.resumed:
+        weights = models.dense_weights(chosen["task"], start.content)
+        said |= {name: start.options.get(name) for name in ("channels", "hidden")}
+    else:
+        weights = checkpoints.model_weights(start.content)[0]
+    if not (chosen["eval"] or chosen["predict"]):
+        said.pop("img_size", None)
+    said.pop("block_norm", None)  # here it is always the same
+    said = {**models.options_shown(weights), **said}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -269,8 +254,12 @@ def train(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
     train_set = open_split(args, "train")
     val_set = open_split(args, "val", train_set.classes)
     model = models.build_model(args, len(train_set.classes))
-    if start.gives_weights:
-        ctx.print(f"{start.path}:", take_weights(args, model, start, len(train_set.classes)))
+    if start.gives_weights and args.init:
+        weights = models.dense_weights(args.task, start.content)
+        note = models.load_dense(model, weights, len(train_set.classes))
+        ctx.print(f"{start.path}: {note}")
+    elif start.gives_weights:
+        ctx.print(f"{start.path}: {models.load_backbone(model.backbone, start.content)}")
     model.backbone.requires_grad_(not args.freeze)
     model = synchronized(args, ctx, model).to(ctx.device)
     loader = loader_of(args, ctx, train_set, train=True)
@@ -301,13 +290,6 @@ def train(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
                "classes": train_set.classes})
     if ctx.is_main:
         draw_examples(args, ctx, model.eval(), val_set)
-
-
-def take_weights(args: runs.Options, model: nn.Module, start: runs.Saved, num_classes: int) -> str:
-    """--init's or --backbone's into the model; -> what was taken, in words."""
-    if args.init:
-        return models.load_dense(model, models.dense_weights(args.task, start.content), num_classes)
-    return models.load_backbone(model.backbone, start.content)
 
 
 def synchronized(args: runs.Options, ctx: training.Context, model: nn.Module) -> nn.Module:

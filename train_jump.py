@@ -337,11 +337,7 @@ def evaluate(args, ctx, saved: runs.Saved) -> None:
     report = {"checkpoint": saved.path, "data": raw.where, "images": count, "subsets": rows}
     text = json.dumps(report, indent=1).encode()
     runs.write(args, "channels.json", lambda file: file.write(text))
-    try:
-        runs.write(args, "channels.png",
-                   lambda file: channels.draw_accuracy(rows, args.model, file))
-    except ImportError:
-        print("matplotlib is not installed: no channels.png", flush=True)
+    runs.write(args, "channels.png", lambda file: channels.draw_accuracy(rows, args.model, file))
 
 
 def predict(args, ctx, saved: runs.Saved) -> None:
