@@ -12,6 +12,7 @@ import types
 import zipfile
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # A mixer's parameters hold both directions, k = 2, on their first axis. Released files hold the two
@@ -258,6 +259,7 @@ def load(model: nn.Module, content: str | os.PathLike | dict, encoder_only: bool
         raise ValueError(f"pos_grid={pos_grid} is for a FastVim, not a {type(model).__name__}")
     if is_encoder:
         note += _fit_positions(model, weights, released_pos_rows, pos_grid, content)
+        note += _fit_time(own, weights)
     for name in ("pos_embed", "decoder_pos_embed"):         # of an autoencoder: sines and cosines
         if is_autoencoder and name in weights and weights[name].shape != own[name].shape:
             weights[name] = own[name]
@@ -333,6 +335,19 @@ def _fit_positions(model, weights, released_pos_rows, pos_grid, content):
         pos = torch.cat([pos[:, :row], class_pos, pos[:, row:]], 1)
     weights["pos_embed"] = pos
     return note
+
+
+def _fit_time(own, weights):
+    """Resizes what the weights have for time to the steps of the model's clips; says so."""
+    name = "patch_embed.time_embed"
+    if name not in own or name not in weights:
+        return ""
+    old = weights[name].shape
+    new = own[name].shape                                   # (1 d t)
+    if len(old) != 3 or old[:2] != new[:2] or old == new:   # others: listed as of another shape
+        return ""
+    weights[name] = F.interpolate(weights[name], new[2], mode="linear")
+    return f", time embeddings resized from {old[2]} to {new[2]}"
 
 
 def _stored_grid(model, cells, pos_grid, content):

@@ -65,7 +65,8 @@ def check_config(cfg, schedules: dict, norms: dict, pools: dict):
     require(lambda v: type(v) is int and v >= 0, "must be a whole number of at least 0",
             "num_classes", "d_conv")
     require(lambda v: type(v) is int and v >= 1, "must be a whole number of at least 1",
-            "patch_size", "in_chans", "embed_dim", "depth", "d_state", "expand")
+            "patch_size", "frames", "tubelet", "in_chans", "embed_dim", "depth", "d_state",
+            "expand")
     require(lambda v: v is None or type(v) is int and v >= 1,
             "must be a whole number of at least 1, or None", "dt_rank")
     require(lambda v: type(v) is bool, "must be True or False",
@@ -79,6 +80,10 @@ def check_config(cfg, schedules: dict, norms: dict, pools: dict):
             f"({cfg.patch_size} px)", "img_size")
     pooling = any(pooled for _, pooled in cfg.rows)
     like = f"schedule={cfg.schedule!r}"
+    require(lambda v: v == 1 or "t" in cfg.extents, f"is for videos; {like} has no axis t",
+            "frames", "tubelet")
+    require(lambda v: v >= cfg.tubelet, f"must be at least one patch, tubelet={cfg.tubelet}",
+            "frames")
     require(lambda v: v == "mean" or pooling, f"has nothing to pool in {like}", "pool")
     require(lambda v: v == 1 or pooling and cfg.pool == "mean",
             f"scales mean pooling only; this model has {like}, pool={cfg.pool!r}", "pool_scale")
@@ -111,18 +116,23 @@ def check_sampling():
 
 
 def check_images(x: Tensor, channels, cfg):
+    kind = "images"
+    axes = "BCHW"
+    if "t" in cfg.extents:
+        kind = "videos"
+        axes = "BCTHW"
+    must = f"{kind} must be a float tensor ({', '.join(axes)})"
     if not isinstance(x, Tensor):
-        raise TypeError(f"images must be a float tensor (B, C, H, W), not {type(x).__name__}")
-    if x.ndim != 4 or not x.is_floating_point():
-        what = f"{x.dtype} of shape {tuple(x.shape)}"
-        raise TypeError(f"images must be a float tensor (B, C, H, W), not {what}")
+        raise TypeError(f"{must}, not {type(x).__name__}")
+    if x.ndim != len(axes) or not x.is_floating_point():
+        raise TypeError(f"{must}, not {x.dtype} of shape {tuple(x.shape)}")
     if min(x.shape[2:]) < 1:
-        raise ValueError(f"images of shape {tuple(x.shape)} have no pixels")
+        raise ValueError(f"{kind} of shape {tuple(x.shape)} have no pixels")
     c = x.shape[1]
     last = cfg.in_chans - 1
     if channels is None:
         if c != cfg.in_chans:
-            raise ValueError(f"images have {c} channels, the model in_chans={cfg.in_chans}; a "
+            raise ValueError(f"{kind} have {c} channels, the model in_chans={cfg.in_chans}; a "
                              f"per-channel model takes channels=[ids between 0 and {last}]")
     elif not cfg.per_channel:
         raise ValueError("channels= is for per-channel models; this model mixes its channels in "

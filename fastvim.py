@@ -36,7 +36,7 @@ Lower-case letters are lengths of axes, upper-case letters the paper's matrices:
 
     b  images           l  tokens of a grid     d  embed_dim, width of the residual stream
     k  directions, 2    p  scan steps           e  inner width, expand * d
-    n  d_state          r  dt_rank              h, w, c  rows, columns, image channels of the grid
+    n  d_state          r  dt_rank              h, w, c, t  rows, columns, channels, time
     A, B, C, D  decay, input and output of the scan's state, and the skip around it
 
     python fastvim.py             every model: parameters, multiply-adds, milliseconds per image
@@ -143,8 +143,7 @@ def select(p: Tensor, w: SSMWeights) -> tuple[Tensor, Tensor, Tensor]:
 
 def conv_silu(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Causal depthwise convolution in both directions. x (b l e), weight (k e taps) -> c (k b l e).
-    Forward, a token sees itself and the taps - 1 before it. Backward is the same on the reversed
-    sequence: mirrored taps, padding on the other side, and nothing has to be turned round."""
+    Backward, it is that of the reversed sequence: mirrored taps, padding on the other side."""
     if weight is None:
         return F.silu(torch.stack([x, x]))                  # Table 7, "w/o conv1d"
     e, taps = weight.shape[1:]
@@ -212,8 +211,7 @@ def conv_pool(xz: Tensor, w: SSMWeights, grid: Grid) -> tuple[Tensor, Tensor]:
     c = conv_silu(grid.flatten(x), w.conv_weight, w.conv_bias)
     score = None
     if w.pool == "attention":
-        score = torch.einsum("kble,ke->kbl", c, w.score_weight) + w.score_bias[:, None, None]
-        score = score[..., None]                            # (k b l 1)
+        score = c @ w.score_weight[:, None, :, None] + w.score_bias[:, None, None, None]
     return c, grid.pool(c, w.pool, score)
 
 
@@ -268,9 +266,7 @@ NORMS = {"rmsnorm": functools.partial(RMSNorm, eps=1e-5), "layernorm": LayerNorm
 def type_of(norm: nn.Module, x: Tensor) -> torch.dtype:
     """The norm's type; x's where it has no weight, or FSDP's, which is yet to be gathered."""
     weight = getattr(norm, "weight", None)
-    if weight is None or hasattr(weight, "full_tensor"):
-        return x.dtype
-    return weight.dtype
+    return x.dtype if weight is None or hasattr(weight, "full_tensor") else weight.dtype
 
 
 def run_norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -365,27 +361,31 @@ def run_blocks(blocks, x, grids, backend, drop_path_rates, recompute=False) -> I
 # ---- 4. Encoder: patches, blocks, head. Who stops after this section has read FastVim. -----------
 
 class PatchEmbed(nn.Module):
-    """Image (b c H W), padded with zeros to whole patches -> a token per patch (b d h w), or per
-    patch and channel (b d c h w)."""
+    """Pixels, padded with zeros to whole patches -> a token for each. Image (b c H W) -> (b d h w),
+    or per patch and channel (b d c h w); video (b c T H W) -> (b d t h w)."""
 
     def __init__(self, cfg: "Config"):
         super().__init__()
-        p = cfg.patch_size
-        self.patch_size = p
-        self.per_channel = cfg.per_channel
+        d = cfg.embed_dim
+        self.patch = [size for _, size in cfg.extents.values()]
         if cfg.per_channel:                 # section 3.3: one filter, and an embedding per channel
-            self.proj = nn.Conv3d(1, cfg.embed_dim, (1, p, p), (1, p, p))
-            self.channel_embed = nn.Embedding(cfg.in_chans, cfg.embed_dim)
+            self.proj = nn.Conv3d(1, d, self.patch, self.patch)
+            self.channel_embed = nn.Embedding(cfg.in_chans, d)
+        elif "t" in cfg.extents:            # beyond the paper: tubelets, an embedding per time
+            self.proj = nn.Conv3d(cfg.in_chans, d, self.patch, self.patch)
+            self.time_embed = nn.Parameter(torch.empty(1, d, math.ceil(cfg.frames / cfg.tubelet)))
         else:
-            self.proj = nn.Conv2d(cfg.in_chans, cfg.embed_dim, p, p)
+            self.proj = nn.Conv2d(cfg.in_chans, d, self.patch, self.patch)
 
     def forward(self, x: Tensor, channels: Tensor | None = None) -> Tensor:
-        p = self.patch_size
-        height, width = x.shape[-2:]
-        x = F.pad(x, (0, (width + p - 1) // p * p - width, 0, (height + p - 1) // p * p - height))
-        if not self.per_channel:
-            return self.proj(x)                             # (b d h w)
-        return self.proj(x[:, None]) + self.channel_embed(channels).mT[..., None, None]
+        missing = [-n % size for n, size in zip(x.shape[:1:-1], self.patch[::-1])]
+        x = F.pad(x, [n for after in missing for n in (0, after)])          # the last axis first
+        if channels is not None:
+            return self.proj(x[:, None]) + self.channel_embed(channels).mT[..., None, None]
+        x = self.proj(x)
+        if x.ndim == 5:                     # a clip of another length: time_embed is resized
+            x = x + F.interpolate(self.time_embed, x.shape[2], mode="linear")[..., None, None]
+        return x
 
 
 def resize_pos_embed(pos: Tensor, old, new, class_row=None) -> tuple[Tensor, Tensor | float]:
@@ -403,12 +403,12 @@ def resize_pos_embed(pos: Tensor, old, new, class_row=None) -> tuple[Tensor, Ten
 
 
 class FastVim(Backbone):
-    """The encoder, one class for every model of the paper: FastVim(schedule="vim", ...), with the
-    fields of Config. Its forward methods raise TypeError or ValueError on wrong arguments:
+    """The encoder, one class for every model: FastVim(schedule="vim", ...), with fields of Config.
 
-    x (b in_chans H W): float images of any size; padded to whole patches, pos_embed resized.
+    x (b in_chans H W), of a video (b in_chans T H W): floats of any size; padded to whole patches,
+        pos_embed and time_embed resized. Wrong arguments are a TypeError or ValueError.
     keep (b s): integer ids of the tokens to encode, -1 pads images that keep fewer (section 3.2,
-        FastMaskVim). Tokens are numbered as they lie: h w, or h w c in channel-first models.
+        FastMaskVim). Tokens are numbered as they lie: h w, t h w, in channel-first models h w c.
     channels (c): ids of the given channels, for per-channel models; default all in order."""
 
     def __init__(self, **fields):
@@ -450,38 +450,35 @@ class FastVim(Backbone):
         """-> normed tokens (b s d), and their grid ids (b s) or None for a full grid."""
         check("has_head", self.cfg)
         tokens, grids, ids, _ = self._embed(x, keep, channels, checked)
-        backend = pick_backend(tokens.device)
-        for hidden, residual in self._run(tokens, grids, backend):
+        for hidden, residual in self._run(tokens, grids):
             pass                            # the last block's output stays
         hidden = stochastic_depth(hidden, self.drop_path_rates[-1], self.training)
-        return backend.add_norm(hidden, residual, self.norm_f)[0], ids
+        return pick_backend(x.device).add_norm(hidden, residual, self.norm_f)[0], ids
 
-    def _run(self, tokens, grids, backend=None):
-        backend = backend or pick_backend(tokens.device)
+    def _run(self, tokens, grids):
+        backend = pick_backend(tokens.device)
         again = self.grad_checkpointing and self.training
         return run_blocks(self.layers, tokens, grids, backend, self.drop_path_rates, again)
 
     def _embed(self, x, keep, channels, checked=False):
-        """-> tokens (b s d) as they lie, a grid for each row of the schedule, ids, axis lengths.
-        checked: keep is known to be right and sorted."""
+        """-> tokens (b s d) as they lie, a grid for each row of the schedule, ids, axis lengths."""
         cfg = self.cfg
         check("images", x, channels, cfg)
         if cfg.per_channel:
             x, channels = choose_channels(x, channels, cfg, self.training)
-        x = self.patch_embed(x, channels)                   # (b d h w) or (b d c h w)
-        axes = "c h w" if cfg.per_channel else "h w"
-        sizes = dict(zip(axes.split(), x.shape[2:]))
+        x = self.patch_embed(x, channels)                   # (b d h w), (b d c h w) or (b d t h w)
+        axes = " ".join(cfg.extents)
+        sizes = dict(zip(cfg.extents, x.shape[2:]))
         pos, own = resize_pos_embed(self.pos_embed, self.grid_size, x.shape[-2:], self.class_row)
-        pos = rearrange(pos, "1 (h w) d -> 1 d h w", h=sizes["h"])
-        x = x + (pos[:, :, None] if cfg.per_channel else pos)
+        x = x + repeat(pos, f"1 (h w) d -> 1 d {axes}", **sizes)
         x = rearrange(x, f"b d {axes} -> b ({cfg.storage}) d")              # (b l d)
         ids = None
         at = slot = self._class_slot(**sizes)
         if keep is not None:
             slot = None
-            ids = keep if checked else sort_keep(keep, x)   # (b s)
+            ids = keep if checked else sort_keep(keep, x)   # (b s)  checked: right, and sorted
             at = ids.shape[1] // 2
-            x = x.gather(1, ids.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))     # (b s d)
+            x = take(x, ids.clamp(min=0))                   # (b s d)
         if cfg.class_token:
             x, ids = insert_class_token(x, ids, self.cls_token + own, at)
         grids = [self._grid(row, sizes, ids, slot) for row in cfg.rows]
@@ -491,19 +488,18 @@ class FastVim(Backbone):
         """How a layer of this row walks the tokens. slot: the class token's, if none is missing."""
         cfg = self.cfg
         if slot is not None and tuple(row) == (cfg.storage, ""):    # as they lie: a plain sequence
-            length = math.prod(list(sizes.values())) + cfg.class_token
-            return Grid(sizes=(("l", length),))
+            return Grid(sizes=(("l", math.prod(list(sizes.values())) + cfg.class_token),))
         stored = tuple((axis, sizes[axis]) for axis in cfg.storage.split())
         grid = Grid(cfg.storage, *row, stored, cfg.pool_scale)
         if ids is None:
             return grid
         return GridWithHoles(grid, ids, cfg.class_token, cfg.mask_divisor == "count", slot)
 
-    def _class_slot(self, h, w, c=1):
+    def _class_slot(self, h, w, c=1, t=1):
         """The class token's place in a full grid: amid Vim's walk, else before the middle row."""
         if self.cfg.rows[0][1] and not self.cfg.per_channel:
             return (h // 2) * w
-        return h * w * c // 2
+        return h * w * c * t // 2
 
     resize_positions = staticmethod(resize_pos_embed)       # for checkpoints.py
 
@@ -522,6 +518,7 @@ SCHEDULES = {
     "fastchannelvim": [("h w c", "w"), ("w h c", "h")],
     "fastchannelvim_spatial": [("c h w", "w"), ("c w h", "h")],
     "fastchannelvim_2d": [("h w c", "w c"), ("w h c", "h c"), ("h w c", "h w")],    # Table 21
+    "fastvim_video": [("t h w", "h w"), ("h w t", "w t"), ("w t h", "t h")],    # beyond the paper
 }
 
 SIZES = {                                                                   # Table 25
@@ -538,16 +535,18 @@ FAMILIES = {
     "fastmaskvim": dict(schedule="fastvim"),            # a FastVim that is shown only `keep`
     "channelvim": dict(schedule="channelvim", class_token=True, in_chans=8, num_classes=161),
     "fastchannelvim": dict(schedule="fastchannelvim", in_chans=8, num_classes=161),
+    "fastvim_video": dict(schedule="fastvim_video", frames=16, tubelet=2, num_classes=400),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that defines a model. Every field can be given to `create_model` by name.
-    Raises ValueError, naming the field and the choices, on an unknown or impossible value."""
+    """All that defines a model, each given to `create_model` by name. ValueError if impossible."""
     schedule: str = "fastvim"               # a name in SCHEDULES
     img_size: int | tuple = 224             # pixels, or (height, width), of pos_embed
     patch_size: int = 16                    # pixels
+    frames: int = 1                         # of a video, for schedules with an axis t
+    tubelet: int = 1                        # frames of a patch
     in_chans: int = 3
     num_classes: int = 1000                 # 0: no head, the model returns the pooled features
     embed_dim: int = 192                    # d
@@ -588,6 +587,13 @@ class Config:
     def per_channel(self) -> bool:
         return "c" in self.storage
 
+    @property
+    def extents(self) -> dict[str, tuple]:
+        """Axes of the grid, as patch_embed leaves them -> length in pixels, and of a patch."""
+        lengths = (self.in_chans, self.frames, *self.img_size)
+        sizes = (1, self.tubelet, self.patch_size, self.patch_size)
+        return {a: (n, p) for a, n, p in zip("cthw", lengths, sizes) if a in self.storage}
+
 
 def check(what: str, *arguments):
     """Raises where an argument is wrong. This file copied alone trusts its caller."""
@@ -615,17 +621,12 @@ class GridWithHoles:
         self.class_token = class_token
         self.by_count = by_count
         self.slot = slot                    # the class token's place, if no other token is missing
-        self.steps = ids.shape[1]
-        if full.pooled:
-            self.steps = full.steps + class_token
+        self.steps = full.steps + class_token if full.pooled else ids.shape[1]
         self.cells = math.prod([length for _, length in full.sizes])
-        self._index = None
 
-    @property                               # made when asked for: a backend may do without
+    @functools.cached_property              # made when asked for: a backend may do without
     def index(self) -> dict[str, Tensor]:
         """(b s) each, position -> token as it lies; is it padding?; cell, class token or hole."""
-        if self._index is not None:
-            return self._index
         ids = self.ids
         real = ids >= 0
         place = self.full.unflatten(torch.arange(self.cells, device=ids.device)[None, :, None])
@@ -638,8 +639,7 @@ class GridWithHoles:
             middle = real.sum(1, keepdim=True) // 2
         cell = torch.where(real, place, torch.where(ids == CLASS, self.cells, self.cells + 1))
         walk = torch.where(ids == CLASS, middle.double() - 0.5, cell).argsort(1)
-        self._index = dict(walk=walk, hole=(ids == HOLE).gather(1, walk), cell=cell.gather(1, walk))
-        return self._index
+        return dict(walk=walk, hole=(ids == HOLE).gather(1, walk), cell=cell.gather(1, walk))
 
     def flatten(self, x: Tensor) -> Tensor:
         """x (b s e), as the tokens lie -> as the layer walks them; padding reads as zero."""
@@ -731,8 +731,7 @@ def choose_channels(x, channels, cfg, training):
 
 
 def sample_channels(count: int, keep_order: bool = True) -> Tensor:
-    """Hierarchical channel sampling (section 3.3), once a batch: how many channels, then which ->
-    places (c) int64. keep_order: sorted, as a sequence model needs them (Table 19)."""
+    """Hierarchical channel sampling (section 3.3): how many channels, then which -> places (c)."""
     sample = torch.randperm(count, device="cpu")[:torch.randint(1, count + 1, (), device="cpu")]
     return sample.sort().values if keep_order else sample
 
@@ -767,7 +766,7 @@ def init_weights(model: nn.Module, init_patches=lecun_normal_):
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and not model.cfg.per_channel:
             init_patches(module.weight)
             nn.init.zeros_(module.bias)
         if isinstance(module, Mixer):
@@ -790,6 +789,8 @@ def init_weights(model: nn.Module, init_patches=lecun_normal_):
             nn.init.trunc_normal_(token, std=0.02)
     if model.cfg.per_channel:
         nn.init.normal_(model.patch_embed.channel_embed.weight, std=0.02)
+    if "t" in model.cfg.extents:
+        nn.init.zeros_(model.patch_embed.time_embed)        # at first, all frames are alike
     if isinstance(getattr(model, "head", None), nn.Linear):
         nn.init.trunc_normal_(model.head.weight, std=0.02)
 
@@ -846,8 +847,7 @@ def announce(level: int, *what):
 
 def pick_backend(device: str | torch.device) -> Backend:
     """The backend for a device: use_backend, else the variable FASTVIM_BACKEND, else the last one
-    registered that serves it. The choice is logged, once; compiled kernels are built at first use.
-    Raises ValueError if what is asked for does not serve the device, RuntimeError if not built."""
+    registered that serves it; logged once. ValueError: none of its name. RuntimeError: no build."""
     return BACKENDS[_pick(torch.device(device).type, getattr(_asked, "name", None))]
 
 

@@ -14,6 +14,7 @@ import functools
 import inspect
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -41,16 +42,16 @@ NO_WEIGHTS = ("pretrained=True: no weights come with this project; download a ch
 
 
 def default_cfg(cfg) -> dict:
-    """What timm wants to know of a model with these fields of fastvim.Config: its images, the name
-    of its first convolution and of its classifier. Images of other than three channels have the
-    mean of ImageNet's statistics in each, as timm has it."""
+    """What timm wants to know of a model with these fields of fastvim.Config: its images, or the
+    frames of its videos, the name of its first convolution and of its classifier. Images of other
+    than three channels have the mean of ImageNet's statistics in each, as timm has it."""
     channels = cfg.in_chans
     mean = MEAN
     std = STD
     if channels != 3:
         mean = (sum(MEAN) / 3,) * channels
         std = (sum(STD) / 3,) * channels
-    first_conv = None if cfg.per_channel else "patch_embed.proj"
+    first_conv = "patch_embed.proj" if len(cfg.extents) == 2 else None      # timm knows Conv2d
     return {"input_size": (channels, *cfg.img_size), "mean": mean, "std": std,
             "interpolation": "bicubic", "crop_pct": CROP_PCT, "num_classes": cfg.num_classes,
             "first_conv": first_conv, "classifier": "head"}
@@ -106,9 +107,9 @@ class Backbone(nn.Module):
         return [{**info, "module": f"layers.{i}"} for i in range(self.cfg.depth)]
 
     def forward_intermediates(self, x: Tensor, indices=None, channels=None) -> list[Tensor]:
-        """Images -> feature maps (b d h w), or (b d c h w), after the blocks `indices`: their own
-        output, not the residual stream, through outnorm_i if the model has out_indices (then
-        `indices` is those). So the released dense models were built."""
+        """Images -> feature maps (b d h w), (b d c h w) or (b d t h w), after the blocks `indices`:
+        their own output, not the residual stream, through outnorm_i if the model has out_indices
+        (then `indices` is those). So the released dense models were built."""
         cfg = self.cfg
         if indices is None:
             indices = cfg.out_indices
@@ -154,14 +155,15 @@ class Backbone(nn.Module):
 
     def _class_place(self, count, masked):
         """Which of `count` tokens is the class token."""
-        h, w = self.grid_size
         if masked or self.cfg.per_channel or not self.cfg.rows[0][1]:
             return (count - 1) // 2
-        if count != h * w + 1:
-            raise ValueError(f"forward_head finds the class token among the {h * w + 1} tokens of "
+        lengths = [math.ceil(length / patch) for length, patch in self.cfg.extents.values()]
+        own = math.prod(lengths) + 1
+        if count != own:
+            raise ValueError(f"forward_head finds the class token among the {own} tokens of "
                              f"an image of {self.cfg.img_size}, not among {count}: call the model "
                              "itself for images of other sizes, or pass keep=")
-        return self._class_slot(h, w)
+        return self._class_slot(*self.grid_size)
 
     def get_classifier(self) -> nn.Module:
         """The head: a Linear, or Identity with num_classes=0."""
@@ -192,7 +194,8 @@ class Backbone(nn.Module):
         class token, biases, D. One-dimensional ones are everybody's own rule. A_log decays, as when
         the released models were trained."""
         return {name for name, _ in self.named_parameters()
-                if name in ("pos_embed", "cls_token") or name.endswith(("bias", ".D"))}
+                if name in ("pos_embed", "cls_token")
+                or name.endswith((".time_embed", "bias", ".D"))}
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """For layer-wise decay: what comes before the blocks, each block; norm and head are last.
@@ -372,9 +375,10 @@ class Features(nn.Module):
         from timm.models import FeatureInfo
         super().__init__()
         depth = model.cfg.depth
-        if model.cfg.per_channel:
-            raise ValueError("features_only: the maps of this model are (b d c h w), for each "
-                             "channel, not timm's (b d h w); call forward_intermediates")
+        if len(model.cfg.extents) == 3:
+            axes = " ".join(model.cfg.extents)
+            raise ValueError(f"features_only: the maps of this model are (b d {axes}), for each "
+                             "channel or time, not timm's (b d h w); call forward_intermediates")
         if out_indices is None:                             # the last block of each quarter
             out_indices = sorted({max(depth * part // 4, 1) - 1 for part in range(1, 5)})
         if type(out_indices) is int:                        # as in timm: the last ones

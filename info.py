@@ -25,23 +25,22 @@ def count_macs(cfg: fastvim.Config, kept: float = 1.0) -> dict[str, int]:
 
     The matrix products are exact. As is usual since fvcore, the scan counts 9 p e n a direction and
     a norm 5 per element. SiLU, gate, pooling, D skip and residual additions do not count."""
-    h, w = (math.ceil(pixels / cfg.patch_size) for pixels in cfg.img_size)
-    c = 1
-    if cfg.per_channel:
-        c = cfg.in_chans
-    lengths = {"h": h, "w": w, "c": c}
+    lengths = {axis: math.ceil(pixels / size) for axis, (pixels, size) in cfg.extents.items()}
+    tokens = math.prod(lengths.values())
+    patches = tokens // lengths.get("c", 1)                 # of all channels
+    pixels = math.prod(size for _, size in cfg.extents.values())
     d = cfg.embed_dim
     e = cfg.expand * d
     n = cfg.d_state
     r = cfg.dt_rank or math.ceil(d / 16)
-    l = int(kept * h * w * c) + cfg.class_token
-    macs = collections.Counter(patch_embed=h * w * d * cfg.in_chans * cfg.patch_size ** 2,
+    l = int(kept * tokens) + cfg.class_token
+    macs = collections.Counter(patch_embed=patches * d * cfg.in_chans * pixels,
                                norm=5 * l * d, head=d * cfg.num_classes)
     for i in range(cfg.depth):
         _, pooled = cfg.rows[i % len(cfg.rows)]
         p = l
         if pooled:                                                          # steps of the scan
-            p = math.prod(lengths[axis] for axis in "hwc" if axis not in pooled) + cfg.class_token
+            p = math.prod(lengths[axis] for axis in lengths if axis not in pooled) + cfg.class_token
         macs["in_proj"] += l * d * 2 * e
         macs["conv1d"] += 2 * l * e * cfg.d_conv
         macs["score"] += 2 * l * e * (cfg.pool == "attention")
@@ -69,7 +68,8 @@ def measure_milliseconds(model: fastvim.FastVim, device: str, kept: float = 1.0)
     model = model.to_empty(device=device).eval()
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
-    x = torch.randn(1, model.cfg.in_chans, *model.cfg.img_size, device=device)
+    lengths = [length for axis, (length, _) in model.cfg.extents.items() if axis != "c"]
+    x = torch.randn(1, model.cfg.in_chans, *lengths, device=device)
     keep = None
     if kept < 1:
         tokens = math.prod(model.grid_size)

@@ -305,7 +305,7 @@ MIXER_RUNS = [pytest.param(*run.values, fields, id="-".join([run.id, *map(str, f
 def test_mixer_follows_the_pseudo_code(backend, device, dtype, fields, record_error):
     """Every row of the schedule table; each axis has another length: none can stand for another."""
     cfg = fastvim.Config(**fields)
-    lengths = dict(h=2, w=4, c=3)
+    lengths = dict(h=2, w=4, c=3, t=3)
     sizes = tuple((axis, lengths[axis]) for axis in cfg.storage.split())
     m = make_mixer(**fields).to(device, dtype)
     for row in cfg.rows:

@@ -17,6 +17,8 @@ def tiny(dtype=torch.float64, **fields):
     mistakes hide."""
     torch.manual_seed(0)
     defaults = dict(img_size=32, patch_size=8, embed_dim=16, depth=3, d_state=4, num_classes=5)
+    if fields.get("schedule") == "fastvim_video":
+        defaults["frames"] = 3
     fields = {**defaults, **fields}
     model = fastvim.FastVim(**fields)
     with torch.no_grad():
@@ -26,9 +28,11 @@ def tiny(dtype=torch.float64, **fields):
 
 
 def images(model, batch=2, size=None, channels=None, seed=1):
-    """Random images of the model's size and type."""
+    """Random images of the model's size and type; videos, for a model of these."""
     torch.manual_seed(seed)
     size = size or model.cfg.img_size
+    if "t" in model.cfg.extents:
+        size = (model.cfg.frames, *size)
     x = torch.randn(batch, channels or model.cfg.in_chans, *size)
     return x.to(next(model.parameters()).dtype)
 

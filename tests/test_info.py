@@ -21,7 +21,8 @@ from helpers import images, tiny
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 VARIANTS = [{}, {"schedule": "vim", "class_token": True}, {"class_token": True},
             {"pool": "attention"}, {"d_conv": 0}, {"schedule": "fastchannelvim_2d"},
-            {"schedule": "channelvim", "class_token": True}, {"dt_rank": 3, "expand": 1}]
+            {"schedule": "channelvim", "class_token": True}, {"dt_rank": 3, "expand": 1},
+            {"schedule": "fastvim_video", "frames": 5, "tubelet": 2}]
 
 
 # ---- counting ----------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_parameter_counts_of_the_paper(name, parameters):
 @pytest.mark.parametrize("name", fastvim.list_models())
 def test_every_model_builds(name):
     model = on_meta(name)
-    family, size = name.split("_")
+    family, _, size = name.rpartition("_")
     width, depth, patch = dict(tiny=(192, 24, 16), small=(384, 24, 16), base=(768, 24, 16),
                                large=(1024, 48, 16), huge=(1280, 64, 14))[size]
     assert len(model.layers) == depth
@@ -281,8 +281,8 @@ def test_intermediates_are_the_mixer_outputs_as_maps(schedule, class_token):
     norms = {k: v for k, v in tapped.state_dict().items() if "outnorm" in k}
     tapped.load_state_dict({**model.state_dict(), **norms}, strict=False)
     storage = model.cfg.storage.split()
-    axes = "chw" if "c" in storage else "hw"
-    lengths = dict(c=3, h=3, w=4)
+    axes = [*model.cfg.extents]
+    lengths = dict(c=3, t=3, h=3, w=4)
     ids = torch.arange(math.prod(lengths[a] for a in axes))
     ids = ids.reshape([lengths[a] for a in storage])
     ids = ids.permute([storage.index(a) for a in axes])         # the map: which token lies where

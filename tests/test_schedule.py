@@ -16,7 +16,7 @@ PYTHON = fastvim.BACKENDS["python"]
 ROWS = [pytest.param(row, rows[0][0], id=f"{name}-{i}") for name, rows in fastvim.SCHEDULES.items()
         for i, row in enumerate(rows)]
 POOLED_ROWS = [r for r in ROWS if r.values[0][1]]
-SIZES = dict(h=3, w=2, c=5)
+SIZES = dict(h=3, w=2, c=5, t=4)
 
 
 def make_grid(row, storage, sizes, scale=1.0):
@@ -387,7 +387,7 @@ def test_the_class_token_of_fastvim_takes_the_middle_step_unpooled(h, w):
 @pytest.mark.parametrize("schedule", fastvim.SCHEDULES)
 def test_tables_of_a_full_grid_with_a_class_token(schedule, by_count):
     """Looked up by the lengths of its axes, they are those of the same tokens as a masked set."""
-    for lengths in (dict(h=2, w=3, c=4), dict(h=3, w=1, c=2), dict(h=1, w=1, c=1)):
+    for lengths in (dict(h=2, w=3, c=4, t=5), dict(h=3, w=1, c=2, t=2), dict(h=1, w=1, c=1, t=1)):
         for row in fastvim.SCHEDULES[schedule]:
             storage = fastvim.SCHEDULES[schedule][0][0]
             sizes = tuple((axis, lengths[axis]) for axis in storage.split())
@@ -431,5 +431,5 @@ def test_the_class_token_is_what_is_read(schedule, size):
     same = (model.head(features) - logits[:, None]).abs().amax(-1).lt(1e-12)
     assert same.sum() == 1
     logits.square().sum().backward()
-    reached = rearrange(x.grad, "1 c (h p) (w q) -> c h w (p q)", p=8, q=8).abs().amax(-1)
+    reached = rearrange(x.grad, "1 c ... (h p) (w q) -> c ... h w (p q)", p=8, q=8).abs().amax(-1)
     assert (reached > 1e-9).all()

@@ -172,7 +172,7 @@ def test_timm_makes_every_model():
     assert {name for name in fastvim.list_models() if timm.is_model(name)} == set(
         fastvim.list_models())
     assert timm.list_models("fastvim*") == sorted(
-        f"fastvim_{size}" for size in fastvim.SIZES)
+        f"{family}_{size}" for family in ("fastvim", "fastvim_video") for size in fastvim.SIZES)
     for name in fastvim.list_models():
         fields = {**SMALL, "num_classes": 3}
         made = timm.create_model(name, **fields)
@@ -368,7 +368,7 @@ import warnings
 warnings.simplefilter("error")                              # timm's, if a name came twice
 import fastvim_timm
 """
-    assert run(code, tmp_path, PYTHONPATH=str(ROOT)) == "set()\n0\n5 1000\n"
+    assert run(code, tmp_path, PYTHONPATH=str(ROOT)) == "set()\n0\n10 1000\n"
 
 
 def test_an_old_timm_is_left_alone(monkeypatch):
