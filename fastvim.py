@@ -128,9 +128,8 @@ class SSMWeights(NamedTuple):
 
 def select(p: Tensor, w: SSMWeights) -> tuple[Tensor, Tensor, Tensor]:
     """Equation 4: the pooled tokens p (k b p e) choose dt (k b p e), B and C (k b p n)."""
-    r = w.dt_proj.shape[2]
     n = w.A_log.shape[2]
-    low, B, C = torch.einsum("kbpe,kre->kbpr", p, w.x_proj).split([r, n, n], -1)
+    low, B, C = torch.einsum("kbpe,kre->kbpr", p, w.x_proj).split([w.dt_proj.shape[2], n, n], -1)
     dt = torch.einsum("kbpr,ker->kbpe", low, w.dt_proj)
     return dt, B, C
 
@@ -164,8 +163,7 @@ POOLS = {
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """How one layer walks a grid of tokens, in the axis names of einops, outermost axis first.
-    Grid(sizes=(("l", l),)) is a plain sequence."""
+    """How one layer walks a grid of tokens, in the axis names of einops, outermost axis first."""
     storage: str = "l"                      # the order in which the tokens lie in memory
     order: str = "l"                        # the order in which the layer walks them
     pooled: str = ""                        # the axes that are pooled away before the scan
@@ -389,8 +387,7 @@ class PatchEmbed(nn.Module):
 
 
 def resize_pos_embed(pos: Tensor, old, new, class_row=None) -> tuple[Tensor, Tensor | float]:
-    """pos (1 rows d) of a grid old (h, w) -> (1 h*w d) of the grid new, bicubic; and the class
-    token's row (1 1 d), which is not resized, or 0."""
+    """pos (1 rows d) of a grid old (h, w) -> of new, bicubic; and apart the class token's, or 0."""
     own = 0.0
     if class_row is not None:
         own = pos[:, class_row:class_row + 1]
@@ -405,8 +402,7 @@ def resize_pos_embed(pos: Tensor, old, new, class_row=None) -> tuple[Tensor, Ten
 class FastVim(Backbone):
     """The encoder, one class for every model: FastVim(schedule="vim", ...), with fields of Config.
 
-    x (b in_chans H W), of a video (b in_chans T H W): floats of any size; padded to whole patches,
-        pos_embed and time_embed resized. Wrong arguments are a TypeError or ValueError.
+    x (b in_chans H W), a video (b in_chans T H W): floats of any size; positions are resized.
     keep (b s): integer ids of the tokens to encode, -1 pads images that keep fewer (section 3.2,
         FastMaskVim). Tokens are numbered as they lie: h w, t h w, in channel-first models h w c.
     channels (c): ids of the given channels, for per-channel models; default all in order."""
@@ -541,7 +537,7 @@ FAMILIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that defines a model, each given to `create_model` by name. ValueError if impossible."""
+    """All that defines a model, given to `create_model` by name. What is wrong is a ValueError."""
     schedule: str = "fastvim"               # a name in SCHEDULES
     img_size: int | tuple = 224             # pixels, or (height, width), of pos_embed
     patch_size: int = 16                    # pixels
@@ -623,10 +619,13 @@ class GridWithHoles:
         self.slot = slot                    # the class token's place, if no other token is missing
         self.steps = full.steps + class_token if full.pooled else ids.shape[1]
         self.cells = math.prod([length for _, length in full.sizes])
+        self._index = None
 
-    @functools.cached_property              # made when asked for: a backend may do without
+    @property                               # made when asked for: a backend may do without
     def index(self) -> dict[str, Tensor]:
         """(b s) each, position -> token as it lies; is it padding?; cell, class token or hole."""
+        if self._index is not None:
+            return self._index
         ids = self.ids
         real = ids >= 0
         place = self.full.unflatten(torch.arange(self.cells, device=ids.device)[None, :, None])
@@ -639,7 +638,8 @@ class GridWithHoles:
             middle = real.sum(1, keepdim=True) // 2
         cell = torch.where(real, place, torch.where(ids == CLASS, self.cells, self.cells + 1))
         walk = torch.where(ids == CLASS, middle.double() - 0.5, cell).argsort(1)
-        return dict(walk=walk, hole=(ids == HOLE).gather(1, walk), cell=cell.gather(1, walk))
+        self._index = dict(walk=walk, hole=(ids == HOLE).gather(1, walk), cell=cell.gather(1, walk))
+        return self._index
 
     def flatten(self, x: Tensor) -> Tensor:
         """x (b s e), as the tokens lie -> as the layer walks them; padding reads as zero."""
