@@ -26,6 +26,8 @@ def without(axis, rows):
 @pytest.fixture
 def flat(monkeypatch):
     """The name of the schedule for images that the video's is at t = 1."""
+    for place in (0, -1):                   # scanned along, and convolved along, by one layer each
+        assert sorted(order.split()[place] for order, _ in ROWS) == ["h", "t", "w"]
     rows = without("t", ROWS)
     assert rows == [("h w", "h w"), ("h w", "w"), ("w h", "h")]             # a mean of all, FastVim
     monkeypatch.setitem(fastvim.SCHEDULES, "flat", rows)
