@@ -63,7 +63,8 @@ def backbone_fields(args: runs.Options) -> dict:
 def build_backbone(args: runs.Options) -> nn.Module:
     """ValueError: an unknown name, an option that the model does not have, too few blocks."""
     name = model_name(args)
-    names = [model for model in fastvim.list_models() if "channel" not in model] + list(VITS)
+    names = [model for model in fastvim.list_models()
+             if "channel" not in model and "video" not in model] + list(VITS)
     if name not in names:
         raise ValueError(f"--model {name}: choose from {', '.join(names)}")
     depth = depth_of(args)
