@@ -446,13 +446,14 @@ class FastVim(Backbone):
         """-> normed tokens (b s d), and their grid ids (b s) or None for a full grid."""
         check("has_head", self.cfg)
         tokens, grids, ids, _ = self._embed(x, keep, channels, checked)
-        for hidden, residual in self._run(tokens, grids):
+        backend = pick_backend(tokens.device)
+        for hidden, residual in self._run(tokens, grids, backend):
             pass                            # the last block's output stays
         hidden = stochastic_depth(hidden, self.drop_path_rates[-1], self.training)
-        return pick_backend(x.device).add_norm(hidden, residual, self.norm_f)[0], ids
+        return backend.add_norm(hidden, residual, self.norm_f)[0], ids
 
-    def _run(self, tokens, grids):
-        backend = pick_backend(tokens.device)
+    def _run(self, tokens, grids, backend=None):
+        backend = backend or pick_backend(tokens.device)
         again = self.grad_checkpointing and self.training
         return run_blocks(self.layers, tokens, grids, backend, self.drop_path_rates, again)
 
@@ -798,8 +799,7 @@ def init_weights(model: nn.Module, init_patches=lecun_normal_):
 # ---- 8. Backends: who computes what lies between the projections ---------------------------------
 
 class Backend:
-    """Plain PyTorch: runs on every device, and is the specification. A faster one has the same
-    methods and a name of its own; see fastvim_kernels.py."""
+    """Plain PyTorch, the specification; a faster one has the same methods: fastvim_kernels.py."""
     name = "python"
     devices = ()                            # the torch device types that it serves; (): all
     why = "plain PyTorch"                   # for `doctor` and the log
@@ -897,4 +897,4 @@ if checks is not None:
     fastvim_hub.register(list_models(), create_model)       # if timm is there
 
 if __name__ == "__main__":
-    runpy.run_module("info", run_name="__main__")       # the table of models; doctor
+    runpy.run_path(os.path.join(os.path.dirname(__file__), "info.py"), run_name="__main__")

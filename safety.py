@@ -238,16 +238,16 @@ def checkpoint_to_resume(out: str, resume: str | None) -> Path | None:
 
 # A resumed run may change these; any other change is refused: the result would be of neither.
 HARMLESS = {"out", "log", "resume", "resume_changed", "workers", "device", "threads",
-            "save_minutes", "built", "git", "torch", "grad_checkpointing", "shard",
+            "save_minutes", "args", "built", "git", "torch", "grad_checkpointing", "shard",
             "data", "index", "images", "platemap", "metadata", "init", "backbone",  # where it lies
             "eval", "predict", "embed", "per", "split", "stats", "reconstruct",  # train nothing
             "subsets", "subset_samples", "multi_scale"}
 
 
-def check_same_run(old: dict, new: dict, harmless) -> str:
+def check_same_run(old: dict, new: dict) -> str:
     """Names what differs between checkpoint and run. SystemExit if the result would change."""
     changed = {key for key in old if key in new and old[key] != new[key]}
-    changed -= HARMLESS | {"args", *harmless}
+    changed -= HARMLESS
     text = ", ".join(f"{key} {new[key]!r} (checkpoint: {old[key]!r})" for key in sorted(changed))
     if "steps_per_epoch" in changed:  # then the checkpoint's step is no position in the data
         raise SystemExit(f"cannot resume: {text}. Keep the data and batch size x accum x processes")

@@ -213,7 +213,7 @@ class Run:
         raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
 
 
-def open_run(args, ctx, model, optimizer, loader, harmless, about) -> Run:
+def open_run(args, ctx, model, optimizer, loader, about) -> Run:
     """A run at its start, or where --resume finds it; OUT/config.json says what it is."""
     path = safety.checkpoint_to_resume(args.out, args.resume)
     total, per_epoch = run_length(args, loader)
@@ -228,7 +228,7 @@ def open_run(args, ctx, model, optimizer, loader, harmless, about) -> Run:
         from timm.utils import ModelEmaV3  # here: only runs with --ema need timm
         run.ema = ModelEmaV3(model, decay=args.ema)
     if path:
-        take_up(run, path, harmless)
+        take_up(run, path)
     elif args.resume:
         ctx.print(f"nothing to resume in {run.out}, starting from the beginning")
     if ctx.total(run.step) != run.step * ctx.world_size:
@@ -239,7 +239,7 @@ def open_run(args, ctx, model, optimizer, loader, harmless, about) -> Run:
     return run
 
 
-def take_up(run: Run, path: Path, harmless) -> None:
+def take_up(run: Run, path: Path) -> None:
     """Goes on where the checkpoint is. SystemExit: it is damaged, or another run's."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -249,7 +249,7 @@ def take_up(run: Run, path: Path, harmless) -> None:
         raise SystemExit(f"--resume: {path} is no readable checkpoint of a run "
                          f"({type(error).__name__}: {error}). Try --resume {run.out / 'best.pt'}"
                          ) from error
-    changed = safety.check_same_run(before, {**run.identity, **run.identity["args"]}, harmless)
+    changed = safety.check_same_run(before, {**run.identity, **run.identity["args"]})
     try:
         run.model.load_state_dict(checkpoint["model"])
         run.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -334,8 +334,8 @@ def nonfinite(run: Run, loss_fn: Callable, batches: list, loss: float, norm: flo
 
 def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Callable, *,
         weight_decay: Callable | None = None, evaluate: Callable | None = None,
-        metric: str | None = None, lower_is_better: bool = False, harmless=(),
-        about: dict | None = None, shard_blocks=()) -> list[dict]:
+        metric: str | None = None, lower_is_better: bool = False, about: dict | None = None,
+        shard_blocks=()) -> list[dict]:
     """Trains `model`; returns the log, a dict per epoch. The model holds the last weights.
 
     model: on ctx.device. Each epoch puts it in train() mode: override train() to keep a part in
@@ -346,7 +346,6 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
     lr(step), weight_decay(step): schedules; without the latter the optimizer's weight decays stay.
     evaluate(model, epoch) -> {name: number}, called on every process after `epoch` epochs, with the
         moving average when --ema is on; `metric` decides which epoch becomes OUT/best.pt.
-    harmless: names in `args` that a resumed run may change (paths, for example).
     about: what checkpoints say besides: {"built": how the model was made, "classes": names}.
     shard_blocks: modules of the model; if there are any, several processes share its weights,
         gathering these one at a time, instead of having a copy each. So the model ends.
@@ -354,7 +353,7 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
     Raises NonFiniteError; SystemExit for a refused start or full memory (status 1) and, after a
     checkpoint, for a signal of safety.STOP_SIGNALS (128 + its number); OSError when config.json or
     the last checkpoint cannot be written; ValueError as run_length and evaluate raise it."""
-    run = open_run(args, ctx, model, optimizer, loader, harmless, about or {})
+    run = open_run(args, ctx, model, optimizer, loader, about or {})
     if ctx.world_size > 1 and shard_blocks:
         sharding.shard(run, shard_blocks)
     elif ctx.world_size > 1:

@@ -46,6 +46,7 @@ from training import (
 PER_EPOCH = 6                                             # batches
 RECIPE = {**runs.TRAINING, "recipe_lr": 0.02, "recipe_batch": 8, "batch_size": 8, "epochs": 3, "workers": 0,
           "threads": 1, "ema": 0.9, "weight_decay": 0.05, "data": "here", "kill_with": signal.SIGKILL, "out": "out"}
+safety.HARMLESS |= {"kill_at", "kill_with"}
 INPUTS = torch.randn(48, 5, generator=torch.Generator().manual_seed(1))
 LABELS = INPUTS[:, :3].argmax(1)
 
@@ -140,7 +141,7 @@ def toy(*argv, loss_fn=cross_entropy, on_step=lambda step: None, on_evaluate=lam
         return evaluate_classifier(model, batches[ctx.rank::ctx.world_size], ctx)
 
     options = {"weight_decay": lambda step: cosine(step, total, 0.04, end=0.4), "evaluate": evaluate,
-               "metric": "top1", "harmless": ("data", "kill_at", "kill_with"), **options}
+               "metric": "top1", **options}
     log = fit(args, ctx, model, loader, counted_loss, optimizer, lambda step: cosine(step, total, lr, warmup=4),
               **options)
     ctx.close()
