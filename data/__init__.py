@@ -11,27 +11,22 @@ The data of the experiments: readers of data sets, built-in data without downloa
     for images, labels in loader: ...                   # (b 3 224 224) float32, (b) int64
 
 loading.py has the loader, and how a run goes on with a bad file; survey.py a look at the whole
-before training; images.py ImageNet, also as it is kept by ilsvrc.py, shards.py, huggingface.py,
-which layouts.py tells apart; cells.py microscopy, by tiff.py, tables.py and sites.py;
-listing.py a whole data set with what is known of its images; dense.py transforms and ADE20K;
-coco.py COCO; builtin.py digits, drawn cells and drawn scenes.
-"""
+before training; images.py ImageNet, also as it is kept by shards.py and huggingface.py, which
+layouts.py tells apart; cells.py and tiff.py microscopy, in folders by sites.py, of JUMP-CP by
+plates.py; listing.py what is to be embedded; dense.py transforms and ADE20K; coco.py COCO;
+builtin.py digits, drawn cells and drawn scenes.
 
-from torch.utils.data import default_collate
+A data set that cannot be meant is refused in one line, by ValueError or FileNotFoundError; what may
+be meant is counted in a warning. A file raises anything; Files skips, names and counts it.
+"""
 
 from .builtin import DIGITS_MEAN, DIGITS_STD, Cells, Digits, Scenes, digit_transform
 from .cells import (
     CELL_EXTENSIONS,
-    JUMP_CHANNELS,
-    JUMP_MEAN,
-    JUMP_STD,
     CellTransform,
-    JumpCP,
-    cell_folder,
     channel_count,
     channel_statistics,
     load_cells,
-    read_table,
     take_channels,
 )
 from .coco import Coco, object_mask
@@ -55,7 +50,8 @@ from .images import (
     load_rgb,
 )
 from .layouts import class_order, has_split, open_split
-from .listing import list_built_in, list_cells, list_folder, list_index, pick, well_columns
+from .listing import list_built_in, list_folder, pick, well_columns
 from .loading import BadDataError, Files, Seeded, extra, first_few, make_loader
-from .sites import group_sites, named_by_channel
-from .survey import order_of_classes, require_classes
+from .plates import JUMP_CHANNELS, JUMP_MEAN, JUMP_STD, JumpCP, list_index, read_table
+from .sites import cell_folder, group_sites, list_cells, named_by_channel
+from .survey import require_classes

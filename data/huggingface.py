@@ -16,15 +16,13 @@ from types import ModuleType
 
 from .images import load_rgb
 from .loading import Files, first_few
-from .survey import NO_CLASS, SPLITS, order_labels
+from .survey import NO_CLASS, SPLITS, one_error, order_labels
 
 
 class Rows(Files):
     """Images in the column `image`, their classes in `label`.
 
     name: on the hub, or of a folder: DIR/train-*.parquet, DIR/validation-*.parquet.
-    ImportError: no package `datasets`, or one so old that it may run a data set's code.
-    ValueError: no such split or column, labels that are no numbers, and what order_labels raises.
     """
 
     def __init__(self, name: str, split: str, transform: Callable | None,
@@ -35,20 +33,20 @@ class Rows(Files):
         if own_name is None:
             raise ValueError(f"{where}: there is none; expected is one called "
                              f"{' or '.join(sorted(SPLITS[split]))}")
-        rows = call(where, datasets.load_dataset, name, split=own_name)
-        if not {"image", "label"} <= rows.features.keys():
-            raise ValueError(f"{where}: its columns are {first_few(rows.column_names)}; expected "
-                             "are image and label")
-        kind = rows.features["label"]
-        if "int" not in str(getattr(kind, "dtype", "")):
-            raise ValueError(f"{where}: the column label holds {kind}; expected are numbers of "
-                             "classes, counted from 0")
-        labels = rows.with_format("arrow")["label"][:].fill_null(NO_CLASS).to_pylist()
+        with one_error(f"{where}: cannot be read"):
+            rows = datasets.load_dataset(name, split=own_name)
+            if not {"image", "label"} <= rows.features.keys():
+                raise ValueError(f"its columns are {first_few(rows.column_names)}; expected are "
+                                 "image and label")
+            kind = rows.features["label"]
+            if "int" not in str(getattr(kind, "dtype", "")):
+                raise ValueError(f"its column label holds {kind}; expected are numbers of classes, "
+                                 "counted from 0")
+            labels = rows.with_format("arrow")["label"][:].fill_null(NO_CLASS).to_pylist()
+            images = rows.select_columns("image")           # no other is decoded, nor is this one
+            self.images = images.cast_column("image", datasets.Image(decode=False))
         labels = [max(label, NO_CLASS) for label in labels]
-        names = getattr(kind, "names", None)
-        labels, classes = order_labels(labels, names, classes, where)
-        images = rows.select_columns("image")               # no other is decoded, nor is this one
-        self.images = call(where, images.cast_column, "image", datasets.Image(decode=False))
+        labels, classes = order_labels(labels, getattr(kind, "names", None), classes, where)
         samples = [(f"{name}/{split} row {row}", label, row) for row, label in enumerate(labels)]
         super().__init__(samples, classes, load_rgb, transform, where)
 
@@ -65,8 +63,9 @@ class Rows(Files):
 
 
 def find_split(name: str, split: str) -> str | None:
-    """What the data set calls the split. Raises as Rows does."""
-    names = call(f"hfds/{name}", import_datasets().get_dataset_split_names, name)
+    """What the data set calls the split."""
+    with one_error(f"hfds/{name}: cannot be read"):
+        names = import_datasets().get_dataset_split_names(name)
     return next((found for found in names if found in SPLITS[split]), None)
 
 
@@ -80,11 +79,3 @@ def import_datasets() -> ModuleType:
         raise ImportError(f"datasets {datasets.__version__} may run code that comes with a data "
                           "set: pip install 'datasets>=4'")
     return datasets
-
-
-def call(where: str, function: Callable, *arguments, **options):
-    """function(...), with all kinds of errors that the package `datasets` has as ValueError."""
-    try:
-        return function(*arguments, **options)
-    except Exception as error:
-        raise ValueError(f"{where}: cannot be read ({type(error).__name__}: {error})") from error

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .loading import Files, extra, first_few
-from .survey import Finder, require_same_classes
+from .survey import Finder, require, require_same_classes
 
 Image = extra("PIL.Image")
 ImageOps = extra("PIL.ImageOps")
@@ -22,12 +22,11 @@ extra("PIL.PngImagePlugin").MAX_TEXT_CHUNK = 64 << 20
 
 
 def load_rgb(path: str, upright: bool = True, size: Sequence[int] | None = None) -> Image.Image:
-    """Decode the image file at `path` completely: 8-bit RGB. Raises what Pillow raises.
+    """Decode the image file at `path` completely: 8-bit RGB.
 
     upright: turned as the camera noted; else, with size, (height, width) of its labels, if that is
     the size it has then and no other. Transparency is dropped, not blended, as torchvision's
     loader does: published accuracies are of such pixels. Of an animation it is the first picture.
-    ValueError: gray values of 32 bits or floating point that do not say what is white.
     """
     with Image.open(path) as image:
         image.load()                            # Pillow is lazy: a truncated file fails here
@@ -47,15 +46,11 @@ def gray_levels(values: np.ndarray) -> np.ndarray:
     """Gray (h w) of 16 or 32 bits, or of floating point -> the same in 8 bits.
 
     White is 65535 in 16 bits; in 32 bits too, or else 255; in floating point 1 or 255. Which of the
-    two, the largest value tells. ValueError: it is none of these, or negative, or not finite.
+    two, the largest value tells.
     """
     whites = {"u": (65535,), "i": (255, 65535), "f": (1, 255)}[values.dtype.kind]
-    if not np.isfinite(values).all():
-        raise ValueError("the image has values that are not finite")
-    for white in whites:
-        if 0 <= values.min() and values.max() <= white:
-            break
-    else:
+    white = next((white for white in whites if values.max() <= white), None)    # NaN is below none
+    if white is None or not values.min() >= 0:
         raise ValueError(f"the image has values from {values.min():g} to {values.max():g}: store "
                          f"it with values from 0 to {' or '.join(map(str, whites))}")
     if white == 1:
@@ -86,7 +81,7 @@ def each_readable(paths: Iterable[str], load: Callable, extensions: Sequence[str
 
 
 def each_file(paths: Iterable[str], extensions: Sequence[str]) -> Iterator[str]:
-    """The paths, of a folder those of the files in it. ValueError: it has none."""
+    """The paths, of a folder those of the files in it."""
     for path in paths:
         if not os.path.isdir(path):
             yield path
@@ -108,8 +103,6 @@ class ImageFolder(Files):
     meaning of its labels in silence.
     Each folder is read once, whatever links lead to it; hidden files and those of file servers
     (Thumbs.db, @eaDir, __MACOSX ...) are passed over, a warning counts all others.
-    FileNotFoundError: ROOT or ROOT/split is missing. ValueError: no class folders, a class without
-    images, folders other than `classes`.
     """
 
     def __init__(self, root: str, split: str, transform: Callable | None,
@@ -118,10 +111,8 @@ class ImageFolder(Files):
         folder = os.path.join(root, split) if split else root
         layout = (f"Expected {os.path.join('ROOT', split, 'CLASS')}/*{extensions[0]} "
                   f"(or {', '.join(extensions[1:])})")
-        for needed in (root, folder):
-            if not os.path.isdir(needed):
-                raise FileNotFoundError(
-                    f"{needed}: no such folder. {layout}; check the path of the data set.")
+        require(root, folder,
+                hint=f"no such folder. {layout}; check the path of the data set.")
         finder = Finder(folder, extensions)
         found = finder.folders(folder)
         if not found:
@@ -129,19 +120,14 @@ class ImageFolder(Files):
                              "folder per class.")
         classes = found if classes is None else list(classes)
         require_same_classes(folder, found, classes)
-        samples = []
-        empty = []
-        for label, name in enumerate(classes):
-            class_folder = os.path.join(folder, name)
-            paths = finder.find(class_folder)
-            samples += [(path, label) for path in paths]
-            if not paths:
-                empty.append(class_folder)
-        if empty:
+        paths = [finder.find(os.path.join(folder, name)) for name in classes]
+        if not all(paths):
+            empty = [os.path.join(folder, name) for name, its in zip(classes, paths) if not its]
             raise ValueError(f"{first_few(empty)}: no images ({', '.join(extensions)}) in this "
                              f"class folder{finder.instead()}. Fill it, or remove it from every "
                              "split.")
         finder.report(folder)
+        samples = [(path, label) for label, its in enumerate(paths) for path in its]
         super().__init__(samples, classes, load, transform, folder)
 
 
@@ -154,7 +140,6 @@ def image_transform(img_size: int, train: bool, *, auto_augment: str | None = No
     timm's string ("rand-m9-mstd0.5-inc1"), erasing to noise with probability `reprob`. timm ignores
     color_jitter beside RandAugment.
     Else: short side to img_size / crop_pct (224 / 0.875 = 256), then the centre.
-    ValueError: timm does not know the auto_augment.
     """
     timm = extra("timm.data")
     timm.auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
@@ -180,13 +165,11 @@ def middle(image: Image.Image) -> Image.Image:
 
     2 x 60,000 pixels would become 256 x 7,680,000. What is cut off at both ends is the same.
     """
-    long, short = max(image.size), min(image.size)
-    border = (long - LONGEST * short) // 2
-    if border <= 0:
-        return image
-    if image.width == long:
-        return image.crop((border, 0, long - border, short))
-    return image.crop((0, border, short, long - border))
+    width, height = image.size
+    longest = LONGEST * min(image.size)
+    x = max(0, (width - longest) // 2)
+    y = max(0, (height - longest) // 2)
+    return image.crop((x, y, width - x, height - y)) if x or y else image
 
 
 def posterize(image: Image.Image, bits: int, **_) -> Image.Image:

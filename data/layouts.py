@@ -1,27 +1,34 @@
-"""Where --data says that images are: in folders of classes, as ILSVRC or Kaggle distribute them, in
-tar shards (wds/DIR), in a data set of Hugging Face (hfds/NAME_OR_DIR)."""
+"""
+Where --data says that images are: in folders of classes, in tar shards (wds/DIR), in a data set of
+Hugging Face (hfds/NAME_OR_DIR), or as ILSVRC and Kaggle distribute them, with all validation images
+in one folder.
 
+The classes of those are in the development kit, which lies in DIR, DIR/*devkit* or its data/, or in
+Kaggle's table, DIR/LOC_val_solution.csv.
+"""
+
+import csv
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from . import huggingface, shards
-from .ilsvrc import flat_validation, is_flat
-from .images import ImageFolder
-from .loading import Files, first_few
-from .survey import order_of_classes
+from .huggingface import Rows, find_split
+from .images import EXTENSIONS, ImageFolder, load_rgb
+from .loading import Files, extra, first_few
+from .shards import Shards, find_shards
+from .survey import Finder, one_error, order_labels
 
 KAGGLE = "ILSVRC/Data/CLS-LOC"      # where its folders train and val are
 
 
 def open_split(root: str, split: str, transform: Callable | None,
                classes: list[str] | None = None) -> Files:
-    """The images of a split, "train" or "val". classes and errors: as for ImageFolder, Shards, Rows
-    and flat_validation."""
+    """The images of a split, "train" or "val". classes: as for ImageFolder."""
     kind, place = kind_of(root)
     if kind == "wds":
-        return shards.Shards(place, split, transform, classes)
+        return Shards(place, split, transform, classes)
     if kind == "hfds":
-        return huggingface.Rows(place, split, transform, classes)
+        return Rows(place, split, transform, classes)
     folder = os.path.join(place, split)
     if split == "val" and is_flat(folder):
         return flat_validation(root, folder, transform, classes)
@@ -31,20 +38,40 @@ def open_split(root: str, split: str, transform: Callable | None,
 def has_split(root: str, split: str) -> bool:
     kind, place = kind_of(root)
     if kind == "wds":
-        return bool(shards.find_shards(place, split))
+        return bool(find_shards(place, split))
     if kind == "hfds":
-        return huggingface.find_split(place, split) is not None
+        return find_split(place, split) is not None
     return os.path.isdir(os.path.join(place, split))
 
 
 def class_order(root: str, names: Sequence[str], outputs: int) -> tuple[list[str], str]:
     """The classes `names` of --data for weights that do not name theirs -> order, note of it.
 
-    Shards and data sets of Hugging Face number their classes; else as survey.order_of_classes."""
-    if not kind_of(root)[0]:
-        return order_of_classes(names, outputs)
-    return list(names), ("the weights do not name their classes: those of the data are taken as it "
-                         f"numbers them, {first_few(names)}")
+    ImageNet's folders n01440764 ... are sorted, and so is the output of models of ImageNet. Numbers
+    are sorted as numbers. Shards and data sets of Hugging Face number their classes.
+    """
+    if kind_of(root)[0]:
+        return list(names), ("the weights do not name their classes: those of the data are taken "
+                             f"as it numbers them, {first_few(names)}")
+    if all(name.isdecimal() for name in names):
+        numbers = [int(name) for name in names]
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"folders of the same number: {first_few(sorted(names, key=int))}; "
+                             "the weights do not say which class is which")
+        order = sorted(names, key=int)
+        return order, (f"the weights do not name their classes: the folders {order[0]} to "
+                       f"{order[-1]} are taken in the order of their numbers, not of their names")
+    if outputs != 1000 or len(names) != 1000:
+        return sorted(names), ("the weights do not name their classes: the folders are taken in "
+                               f"alphabetical order, {first_few(sorted(names))}")
+    known = extra("timm.data").ImageNetInfo().label_names()
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ValueError(
+            f"the weights do not name their 1,000 classes, which are ImageNet's if the folders are "
+            f"{known[0]} to {known[-1]}, or their numbers 0 to 999. Neither are "
+            f"{first_few(unknown)}: rename the folders")
+    return known, ""
 
 
 def kind_of(root: str) -> tuple[str, str]:
@@ -56,3 +83,61 @@ def kind_of(root: str) -> tuple[str, str]:
     if os.path.isdir(os.path.join(inside, "train")):
         return "", inside
     return "", root
+
+
+# ---- ILSVRC's validation images ------------------------------------------------------------------
+
+def is_flat(folder: str) -> bool:
+    """Are there images in the folder, and no folders?"""
+    finder = Finder(folder, EXTENSIONS)
+    return os.path.isdir(folder) and not finder.folders(folder) and bool(finder.find(folder))
+
+
+def flat_validation(root: str, folder: str, transform: Callable | None,
+                    classes: list[str] | None = None) -> Files:
+    """The images in `folder`; root: where the ground truth is; classes: as for ImageFolder."""
+    finder = Finder(folder, EXTENSIONS)
+    paths = finder.find(folder)
+    finder.report(folder)
+    names = ground_truth(root, folder, paths)
+    found = sorted(set(names))
+    place = {name: label for label, name in enumerate(found)}
+    labels, classes = order_labels([place[name] for name in names], found, classes, folder)
+    return Files(list(zip(paths, labels)), classes, load_rgb, transform, folder)
+
+
+def ground_truth(root: str, folder: str, paths: Sequence[str]) -> list[str]:
+    """The name of each image's class."""
+    kits = [path for place in ("", "*devkit*/", "*devkit*/data/")
+            for path in sorted(Path(root).glob(f"{place}ILSVRC2012_validation_ground_truth.txt"))]
+    table = Path(root, "LOC_val_solution.csv")
+    if kits:
+        source, class_of = kits[0], read_kit(kits[0])
+    elif table.is_file():
+        source, class_of = table, read_kaggle(table)
+    else:
+        raise ValueError(f"{folder} holds images without folders of classes, and no file says "
+                         "which. Put ILSVRC2012_validation_ground_truth.txt and meta.mat of the "
+                         "unpacked development kit, or Kaggle's LOC_val_solution.csv, into "
+                         f"{root}")
+    names = [class_of.get(Path(path).stem) for path in paths]
+    if None in names:
+        raise ValueError(f"{paths[names.index(None)]}: no class by this name in {source}")
+    return names
+
+
+def read_kit(path: Path) -> dict[str, str]:
+    """The development kit: line i is the number of the class of image i, and meta.mat beside it
+    says which class that is -> {image: its class, n01440764}."""
+    meta = path.with_name("meta.mat")
+    with one_error(f"{path} and {meta}: not the development kit's"), open(meta, "rb") as file:
+        synsets = extra("scipy.io").loadmat(file, squeeze_me=True)["synsets"]
+        name_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+        return {f"ILSVRC2012_val_{i:08}": name_of[int(number)]
+                for i, number in enumerate(path.read_text().split(), 1)}
+
+
+def read_kaggle(path: Path) -> dict[str, str]:
+    """Kaggle's table: of each image its class, followed by boxes."""
+    with one_error(f"{path}: not Kaggle's"), open(path, newline="") as file:
+        return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}

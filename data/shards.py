@@ -11,7 +11,6 @@ Nothing in a shard can run: of what lies beside an image only the number of its 
 """
 
 import io
-import json
 import multiprocessing
 import os
 import re
@@ -20,7 +19,7 @@ from collections.abc import Callable
 
 from .images import load_rgb
 from .loading import Files, first_few
-from .survey import NO_CLASS, SPLITS, Finder, order_labels
+from .survey import NO_CLASS, SPLITS, Finder, one_error, order_labels, require
 
 KINDS = ("jpg", "jpeg", "png", "webp")      # what an image is called, after its key
 CLASS = re.compile(rb"\s*(\d{1,9})\s*")     # what KEY.cls holds
@@ -31,30 +30,23 @@ class Shards(Files):
     """Images in webdataset's shards: DIR/train-000.tar, DIR/imagenet-val-00.tar, DIR/val/0.tar ...
 
     A sample is KEY.jpg (or another of KINDS) and KEY.cls, the number of its class from 0 on, in the
-    same shard. DIR/_info.json, if it is there, may name the classes, {"classes": [...]}, and count
-    the samples, as timm's does: {"splits": {"train": {"num_samples": 1281167}}}.
-    FileNotFoundError: no folder DIR. ValueError: no shards of the split, a damaged one, a wrong
-    number of samples, and what order_labels raises.
+    same shard.
     """
 
     def __init__(self, root: str, split: str, transform: Callable | None,
                  classes: list[str] | None = None):
         self.shards = find_shards(root, split)
-        where = f"the {split} shards in {root}"
         if not self.shards:
             words = ", ".join(sorted(SPLITS[split]))
             raise ValueError(f"{root}: no shards of this split. Expected *.tar, not compressed, "
                              f"with one of the words {words} in the name")
-        names, count = read_info(root, split)
         with multiprocessing.Pool(min(INDEXERS, len(self.shards))) as pool:
             indices = pool.map(index_shard, self.shards, chunksize=1)
         found = [(f"{path}/{name}", label, number, offset, size)
                  for number, (path, index) in enumerate(zip(self.shards, indices))
                  for name, label, offset, size in index]
-        if count not in (None, len(found)):
-            raise ValueError(f"{where}: {len(found)} samples, {count} by _info.json. Are shards "
-                             "missing, or do some belong to something else?")
-        labels, classes = order_labels([sample[1] for sample in found], names, classes, where)
+        where = f"the {split} shards in {root}"
+        labels, classes = order_labels([sample[1] for sample in found], None, classes, where)
         samples = [(name, label, *place) for (name, _, *place), label in zip(found, labels)]
         super().__init__(samples, classes, load_rgb, transform, where)
 
@@ -70,66 +62,44 @@ class Shards(Files):
 
 
 def find_shards(root: str, split: str) -> list[str]:
-    """Sorted paths of the split's shards. FileNotFoundError: no such folder."""
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"{root}: no such folder of shards. After wds/ comes the path of a "
-                                "folder on this machine, such as wds/shards or wds//data/shards")
+    """Sorted paths of the split's shards."""
+    require(root, hint="no such folder of shards. After wds/ comes the path of a folder on this "
+                       "machine, such as wds/shards or wds//data/shards")
     paths = Finder(root, (".tar",)).find(root)
-    words = {path: set(re.split("[^a-z]+", os.path.relpath(path, root).lower())) for path in paths}
-    return [path for path in paths if words[path] & SPLITS[split]]
-
-
-def read_info(root: str, split: str) -> tuple[list[str] | None, int | None]:
-    """DIR/_info.json -> the names of the classes, the number of the split's samples; None for what
-    it does not say. ValueError: it is damaged."""
-    path = os.path.join(root, "_info.json")
-    if not os.path.exists(path):
-        return None, None
-    try:
-        with open(path, encoding="utf-8") as file:
-            info = json.load(file)
-        counts = [about.get("num_samples") for name, about in info.get("splits", {}).items()
-                  if name in SPLITS[split]]
-        names = info.get("classes")
-        if names is not None:
-            names = [str(name) for name in names]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not understood ({error}): mend or remove it") from error
-    return names, next(iter(counts), None)
+    return [path for path in paths
+            if SPLITS[split] & {*re.split("[^a-z]+", os.path.relpath(path, root).lower())}]
 
 
 def index_shard(path: str) -> list[tuple]:
     """-> (name, label, offset, size) of each sample, in the order of the shard.
 
-    size 0: there is no image; label NO_CLASS: no class. ValueError: no whole tar, a key twice."""
+    size 0: there is no image; label NO_CLASS: no class."""
     images = {}
     labels = {}
     twice = []
-    try:
-        with tarfile.open(path, "r:") as shard:         # "r:" refuses a compressed one
-            while member := shard.next():
-                shard.members = []                      # tarfile would keep all of them
-                if member.size < 0:                     # and read in a circle
-                    raise tarfile.ReadError(f"{member.name} has a negative size")
-                folder, _, name = member.name.rpartition("/")
-                key, _, kind = name.partition(".")
-                key = os.path.join(folder, key)
-                kind = kind.lower()
-                if not member.isreg() or kind not in (*KINDS, "cls"):
-                    continue
-                if key in (labels if kind == "cls" else images):
-                    twice.append(member.name)
-                if kind == "cls":
-                    number = CLASS.fullmatch(shard.extractfile(member).read(20))
-                    labels[key] = int(number[1]) if number else NO_CLASS
-                else:
-                    images[key] = (member.name, member.offset_data, member.size)
-            shard.fileobj.seek(shard.offset)            # a damaged header ends the loop, too
-            if shard.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"damaged or cut at byte {shard.offset:,}")
-    except Exception as error:                          # a damaged header can fail in any way
-        raise ValueError(f"{path}: no whole tar archive ({error}). Fetch it again; a compressed "
-                         "one has to be unpacked by gunzip") from error
+    with (one_error(f"{path}: no whole tar archive. Fetch it again; a compressed one has to be "
+                    "unpacked by gunzip"),
+          tarfile.open(path, "r:") as shard):           # "r:" refuses a compressed one
+        while member := shard.next():
+            shard.members = []                          # tarfile would keep all of them
+            if member.size < 0:                         # and read in a circle
+                raise ValueError(f"{member.name} has a negative size")
+            folder, _, name = member.name.rpartition("/")
+            key, _, kind = name.partition(".")
+            key = os.path.join(folder, key)
+            kind = kind.lower()
+            if not member.isreg() or kind not in (*KINDS, "cls"):
+                continue
+            if key in (labels if kind == "cls" else images):
+                twice.append(member.name)
+            if kind == "cls":
+                number = CLASS.fullmatch(shard.extractfile(member).read(20))
+                labels[key] = int(number[1]) if number else NO_CLASS
+            else:
+                images[key] = (member.name, member.offset_data, member.size)
+        shard.fileobj.seek(shard.offset)                # a damaged header ends the loop, too
+        if shard.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ValueError(f"damaged or cut at byte {shard.offset:,}")
     if twice:
         raise ValueError(f"{path}: {first_few(twice)} is there twice, or in two formats")
     samples = []

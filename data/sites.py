@@ -1,15 +1,26 @@
-"""The raw layout of Cell Painting: a file for each channel of a site, wells of several sites."""
+"""
+Folders of multi-channel images: classes, sites, wells, splits.
 
+Without a pattern each file is an image. The raw layout of Cell Painting has a file for each channel
+of a site, and wells of several sites: a pattern says what the names mean.
+"""
+
+import functools
 import os
 import re
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
-from .loading import MAX_BAD, first_few
-from .tables import normal_well
+import numpy as np
 
-BETWEEN_FILES = " + "           # a sample's path names all files of a site
+from .cells import BETWEEN_FILES, CELL_EXTENSIONS, load_cells
+from .images import ImageFolder
+from .listing import SPLITS, list_folder
+from .loading import MAX_BAD, Files, first_few
+
+TAKEN = {"path", "split", "label", "sites", "features"}     # no group of a pattern is called so
+WELL = re.compile(r"([A-Za-z]{1,2})0*([0-9]{1,2})")
 # How Harmony, ImageXpress, CellVoyager and Bio-Formats write the number of a channel.
 CHANNEL_NUMBER = re.compile(r"(?:(?<=[-_. ])|^)(?:ch|w|c|channel)[-_]?(\d{1,2})(?=[^\d]|$)|"
                             r"(?<=Z\d\d)C(\d\d)(?=\.)", re.IGNORECASE)
@@ -18,12 +29,95 @@ CHANNEL_NUMBER = re.compile(r"(?:(?<=[-_. ])|^)(?:ch|w|c|channel)[-_]?(\d{1,2})(
 class Site(NamedTuple):
     """An image: of one file, or of a file for each channel."""
     path: str                   # load_cells reads it
-    label: int
+    label: Hashable
     well: Hashable              # sites of one well are equal in this; None: not said
     groups: dict[str, str]      # what the pattern's groups say of it, but for the channel
 
 
-def group_sites(samples: Sequence[tuple[str, int]], pattern: str, root: str
+def cell_folder(root: str, split: str, transform: Callable, classes: list[str] | None = None,
+                pattern: str = "", split_by: str = "", planes: Mapping[str, int] | None = None
+                ) -> Files:
+    """Multi-channel images in ROOT/SPLIT/CLASS/, as ImageFolder, of arrays (channels h w).
+
+    Without a folder ROOT/train: in ROOT/CLASS/, each class split 60 : 20 : 20, so that the sites of
+    a well fall into one split, unless split_by is "site".
+    pattern: see group_sites; names of channels in it become .channels. planes: see load_cells.
+    """
+    load = functools.partial(load_cells, planes=planes)
+    sorted_already = os.path.isdir(os.path.join(root, "train"))
+    files = ImageFolder(root, split if sorted_already else "", transform, classes, load,
+                        CELL_EXTENSIONS)
+    sites, names = group_sites(files.samples, pattern, root)
+    if split_by == "well" and any(site.well is None for site in sites):
+        raise ValueError("--split-by well: the wells are not known without a --pattern that has a "
+                         "group (?P<well>...)")
+    where = files.where
+    if not sorted_already:
+        where = f"{root} ({split})"
+        splits = split_sites(sites, [files.classes[site.label] for site in sites], split_by)
+        sites = [site for site, its_split in zip(sites, splits) if its_split == split]
+        for label, name in enumerate(files.classes):
+            if not any(site.label == label for site in sites):
+                count = sum(its_label == label for _, its_label in files.samples)
+                raise ValueError(
+                    f"{root}/{name}: {count} images are too few, or of too few wells (--split-by "
+                    f"site parts them), to split 60 : 20 : 20: {split!r} gets none. Give it at "
+                    "least 3, or sort the files into train/CLASS, val/CLASS and test/CLASS")
+    samples = [(site.path, site.label) for site in sites]
+    files = Files(samples, files.classes, load, transform, where)
+    files.channels = names
+    return files
+
+
+def list_cells(root: str, pattern: str, split_by: str) -> tuple[dict[str, list], list[str]]:
+    """The images of a folder -> the listing, with a column for each group of the pattern, and names
+    of the channels in it. Arguments and splits as of cell_folder, but labels are not needed."""
+    groups = [name for name in re.compile(pattern).groupindex if name != "channel"]
+    if clash := TAKEN.intersection(groups):
+        raise ValueError(f"--pattern: rename its group {first_few(sorted(clash))}, which is "
+                         "called as a column of the embedding")
+    files = list_folder(root, CELL_EXTENSIONS)
+    places = zip(files["split"], files["label"])
+    sites, names = group_sites(list(zip(files["path"], places)), pattern, root)
+    splits = [site.label[0] for site in sites]
+    labels = [site.label[1] for site in sites]
+    if not any(splits):
+        splits = split_sites(sites, labels, split_by)
+    listing = {"path": [site.path for site in sites], "split": splits, "label": labels}
+    return listing | {name: [site.groups[name] for site in sites] for name in groups}, names
+
+
+# ---- Splits --------------------------------------------------------------------------------------
+
+def split_sites(sites: Sequence[Site], labels: Sequence[str | None], split_by: str
+                ) -> list[str | None]:
+    """The split of each site, None without a label: class by class 60 : 20 : 20 of the wells, or of
+    the sites where no wells are known, or split_by is "site"."""
+    units = [site.path for site in sites]
+    if split_by != "site":
+        units = [site.well or site.path for site in sites]
+    known = {}
+    for name in sorted(set(labels) - {None}):
+        of_class = [unit for unit, label in zip(units, labels) if label == name]
+        known |= split_units([unit for unit in of_class if unit not in known])
+    return [None if label is None else known[unit] for unit, label in zip(units, labels)]
+
+
+def split_units(units: Sequence[Hashable]) -> dict[Hashable, str]:
+    """The split of each; equal units are one."""
+    units = list(dict.fromkeys(units))
+    return {units[i]: split for split in SPLITS for i in split_of(len(units), split)}
+
+
+def split_of(n: int, split: str) -> np.ndarray:
+    """Indices of a split of n samples, as JUMP-CP's: 60% "train", 20% "val", 20% "test"."""
+    first, last = {"train": (0, 6), "val": (6, 8), "test": (8, 10)}[split]
+    return np.sort(np.random.RandomState(0).permutation(n)[n * first // 10:n * last // 10])
+
+
+# ---- What names say ------------------------------------------------------------------------------
+
+def group_sites(samples: Sequence[tuple[str, Hashable]], pattern: str, root: str
                 ) -> tuple[list[Site], list[str]]:
     """Files whose path below root matches `pattern` -> (sites, names of the channels in order).
 
@@ -31,10 +125,8 @@ def group_sites(samples: Sequence[tuple[str, int]], pattern: str, root: str
     image; files that differ in `site` alone are of one well. Without `channel` each file is an
     image, and there are no names.
     Files that do not match are left out, and so are a few sites that lack a channel: warnings.
-    ValueError: no file matches, two files for the same channel of a site, too many incomplete ones.
     """
-    sites = {}                                  # key -> {channel: path}
-    said = {}                                   # key -> the groups but for the channel
+    sites = {}                                  # (label, well, ...) -> (groups, {channel: path})
     left_out = []
     for path, label in samples:
         name = os.path.relpath(path, root).replace(os.sep, "/")
@@ -51,8 +143,7 @@ def group_sites(samples: Sequence[tuple[str, int]], pattern: str, root: str
         key = (label, well, *groups.values())
         if "channel" not in match.re.groupindex:
             key = (*key, name)
-        said[key] = groups
-        files = sites.setdefault(key, {})
+        _, files = sites.setdefault(key, (groups, {}))
         if channel in files:
             raise ValueError(
                 f"{files[channel]} and {path} are both channel {channel!r} of one site: the "
@@ -66,36 +157,36 @@ def group_sites(samples: Sequence[tuple[str, int]], pattern: str, root: str
     if left_out:
         warnings.warn(f"{root}: {len(left_out)} of {len(samples)} files do not match --pattern and "
                       f"are left out: {first_few(left_out)}")
-    channels = sorted({channel for files in sites.values() for channel in files}, key=in_order)
-    incomplete = [next(iter(files.values())) for files in sites.values()
-                  if len(files) < len(channels)]
+    channels = sorted({name for _, files in sites.values() for name in files}, key=in_order)
+    found = []
+    incomplete = []
+    for (label, well, *_), (groups, files) in sites.items():
+        if len(files) < len(channels):
+            incomplete.append(next(iter(files.values())))
+        else:
+            path = BETWEEN_FILES.join(files[channel] for channel in channels)
+            found.append(Site(path, label, well, groups))
     if incomplete:
         message = (f"{root}: {len(incomplete)} of {len(sites)} sites lack some of the channels "
                    f"{', '.join(channels)}, as that of {first_few(incomplete)}")
         if len(incomplete) > max(1, MAX_BAD * len(sites)):
             raise ValueError(f"{message}. Let --pattern match complete sites only")
         warnings.warn(f"{message}. They are left out")
-    found = []
-    for key, files in sites.items():
-        if len(files) == len(channels):
-            path = BETWEEN_FILES.join(files[channel] for channel in channels)
-            found.append(Site(path, *key[:2], said[key]))
     return found, [channel for channel in channels if channel]
+
+
+def normal_well(name: str | None) -> str | None:
+    """'A1', 'a01', ' A01 ' -> 'A01', AA1 -> AA01; what is no well of a plate is only stripped."""
+    if name is None:
+        return None
+    if match := WELL.fullmatch(name.strip()):
+        return f"{match[1].upper()}{int(match[2]):02d}"
+    return name.strip()
 
 
 def in_order(name: str) -> list:
     """A key for sorting: 2 before 10, as in "ch2", "ch10"."""
     return [part.zfill(20) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def splits_of_units(units: Sequence[Hashable], choose: Callable, known: dict) -> list[str]:
-    """The split of each of `units`; equal ones fall into one, those in `known` where it says.
-
-    choose(n, split) -> indices of a split of n; `known` learns the new ones."""
-    new = list(dict.fromkeys(unit for unit in units if unit not in known))
-    for split in ("train", "val", "test"):
-        known.update((new[i], split) for i in choose(len(new), split))
-    return [known[unit] for unit in units]
 
 
 def named_by_channel(paths: Sequence[str]) -> bool:

@@ -10,7 +10,7 @@ import collections
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -25,12 +25,28 @@ SPLITS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}
 NO_CLASS = -1               # the label of a sample that has none
 
 
+# ---- What goes wrong -----------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def one_error(words: str) -> Iterator[None]:
+    """Damaged files make decoders raise nearly anything: here it is a ValueError that begins with
+    `words`."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{words} ({type(error).__name__}: {reason})") from error
+
+
+def require(*paths: str, hint: str) -> None:
+    for path in paths:
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{path}: {hint}")
+
+
 # ---- Folders -------------------------------------------------------------------------------------
-
-def is_junk(name: str) -> bool:
-    """Hidden files too, such as macOS' ._a.JPEG."""
-    return name.startswith(".") or name.lower() in JUNK
-
 
 class Finder:
     """Finds the files with certain endings below folders: each folder once, in the same order.
@@ -48,11 +64,8 @@ class Finder:
 
     def folders(self, folder: str) -> list[str]:
         """The sorted names of the folders in `folder`; find() enters them, but no link to them."""
-        names = []
-        for entry in entries(folder):
-            if self.is_folder(entry) and self.enter(entry):
-                names.append(entry.name)
-        return sorted(names)
+        return sorted(entry.name for entry in entries(folder)
+                      if self.is_folder(entry) and self.enter(entry))
 
     def find(self, folder: str) -> list[str]:
         """Sorted paths of the files in `folder` and below."""
@@ -95,43 +108,40 @@ class Finder:
         return f" (but {self.kinds()})" if self.others else ""
 
     def report(self, where: str) -> None:
-        """Warns once of all that is not read."""
-        notes = []
+        """Warns of all that is not read."""
         if self.others:
-            notes.append(f"{self.others.total():,} files of other kinds than "
-                         f"{', '.join(self.extensions)}: {self.kinds()}")
+            warnings.warn(f"{where}: not read are {self.others.total():,} files of other kinds "
+                          f"than {', '.join(self.extensions)}: {self.kinds()}")
         if self.links:
-            notes.append(f"folders that are read elsewhere: {first_few(self.links)}")
-        if notes:
-            warnings.warn(f"{where}: not read are {'; '.join(notes)}")
+            warnings.warn(f"{where}: not read are folders that are read elsewhere: "
+                          f"{first_few(self.links)}")
 
 
 def entries(folder: str) -> list[os.DirEntry]:
     """What is in a folder, sorted, links last, so that a folder is rather read by its own name."""
     with os.scandir(folder) as found:
-        kept = [entry for entry in found if not is_junk(entry.name)]
+        kept = [entry for entry in found
+                if not entry.name.startswith(".") and entry.name.lower() not in JUNK]
     return sorted(kept, key=lambda entry: (entry.is_symlink(), entry.name))
 
 
 # ---- Classes -------------------------------------------------------------------------------------
 
 def require_classes(files: Files) -> None:
-    """ValueError: a classifier would have one class, and be right whatever it says."""
+    """A classifier of one class would be right whatever it says."""
     if len(files.classes) != 1:
         return
     [name] = files.classes
     folder = os.path.join(files.where, name)
     inside = ""
-    if os.path.isdir(folder):
-        names = Finder(folder, ()).folders(folder)
-        if names:
-            inside = (f", and in it the folders {first_few(names)}. If those are the classes, move "
-                      "them one folder up")
+    if os.path.isdir(folder) and (names := Finder(folder, ()).folders(folder)):
+        inside = (f", and in it the folders {first_few(names)}. If those are the classes, move "
+                  "them one folder up")
     raise ValueError(f"{files.where}: one class, {name!r}{inside}. There is nothing to tell apart")
 
 
 def require_same_classes(where: str, found: Iterable[str], classes: Sequence[str]) -> None:
-    """ValueError: a split has other classes than training: its labels would mean other things."""
+    """The labels of a split that has other classes than training would mean other things."""
     missing = sorted(set(classes) - set(found))
     unknown = sorted(set(found) - set(classes))
     if missing or unknown:
@@ -147,7 +157,6 @@ def order_labels(labels: Sequence[int], names: list[str] | None, classes: list[s
 
     names: of the reader's labels; None: they are called "0", "1", ... classes: as for ImageFolder.
     NO_CLASS stays what it is. A class without samples is named in a warning.
-    ValueError: the classes are others than `classes`, or a label has no name, or none is there.
     """
     largest = max(labels, default=NO_CLASS)
     if largest == NO_CLASS:
@@ -159,9 +168,9 @@ def order_labels(labels: Sequence[int], names: list[str] | None, classes: list[s
         names = [str(number) for number in range(largest + 1)]
         if classes is not None and names == classes[:len(names)]:
             names = classes                     # of the last ones there is no sample
-    if largest >= len(names) or len(set(names)) < len(names):
-        raise ValueError(f"{where}: labels go up to {largest}, and of classes, counted from 0, "
-                         f"there are {len(names)} names, {len(set(names))} different ones")
+    if largest >= len(names):
+        raise ValueError(f"{where}: labels go up to {largest}, counted from 0, and there are names "
+                         f"of {len(names)} classes")
     if classes is None:
         classes = names
     require_same_classes(where, names, classes)
@@ -172,33 +181,6 @@ def order_labels(labels: Sequence[int], names: list[str] | None, classes: list[s
     place = {name: label for label, name in enumerate(classes)}
     order = [place[name] for name in names]
     return [label if label == NO_CLASS else order[label] for label in labels], list(classes)
-
-
-def order_of_classes(names: Sequence[str], outputs: int) -> tuple[list[str], str]:
-    """The class folders `names` for weights that do not name their classes -> order, note of it.
-
-    ImageNet's folders n01440764 ... are sorted, and so is the output of models of ImageNet. Numbers
-    are sorted as numbers. ValueError: 1,000 classes, and the folders are neither.
-    """
-    if all(name.isdecimal() for name in names):
-        numbers = [int(name) for name in names]
-        if len(set(numbers)) < len(numbers):
-            raise ValueError(f"folders of the same number: {first_few(sorted(names, key=int))}; "
-                             "the weights do not say which class is which")
-        order = sorted(names, key=int)
-        return order, (f"the weights do not name their classes: the folders {order[0]} to "
-                       f"{order[-1]} are taken in the order of their numbers, not of their names")
-    if outputs != 1000 or len(names) != 1000:
-        return sorted(names), ("the weights do not name their classes: the folders are taken in "
-                               f"alphabetical order, {first_few(sorted(names))}")
-    known = extra("timm.data").ImageNetInfo().label_names()
-    unknown = sorted(set(names) - set(known))
-    if unknown:
-        raise ValueError(
-            f"the weights do not name their 1,000 classes, which are ImageNet's if the folders are "
-            f"{known[0]} to {known[-1]}, or their numbers 0 to 999. Neither are "
-            f"{first_few(unknown)}: rename the folders")
-    return known, ""
 
 
 # ---- Photographs that the camera turned ----------------------------------------------------------
@@ -228,7 +210,6 @@ def report_turned(where: str, paths: Iterable[str], sized: bool = True) -> None:
 def may_be_turned(path: str, sized: bool) -> bool:
     with contextlib.suppress(Exception), extra("PIL.Image").open(path) as image:
         orientation = image.getexif().get(ORIENTATION, 1)
-        on_its_side = orientation in (5, 6, 7, 8)
-        told = sized and on_its_side and image.width != image.height
+        told = sized and orientation in (5, 6, 7, 8) and image.width != image.height
         return orientation in range(2, 9) and not told
     return False            # it is a bad file, or its EXIF block is

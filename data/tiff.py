@@ -38,29 +38,24 @@ def parse_tiff(content: bytes, name: str = "", planes: Mapping[str, int] | None 
     pages. planes: which slice, time point or series to take, {"z": 2, "t": 0, "series": 1}, where
     a file has several.
     name: the file's, by which an OME description may speak of it.
-    ValueError: several slices, time points or series, and planes does not choose; a palette;
-    planes that are missing, or that the description does not tell of; more than MAX_PIXELS or
-    MAX_BYTES; a damaged file or an unknown kind.
     """
-    tifffile = extra("tifffile")
     extra("imagecodecs")
+    tifffile = extra("tifffile")
     tifffile.logger().addHandler(logging.NullHandler())     # what it says of a file is checked here
     chosen = dict(planes or {})
-    try:
-        with tifffile.TiffFile(io.BytesIO(content), name=name, _multifile=False) as tiff:
-            check_chain(tiff)
-            if any(getattr(tiff, f"is_{kind}") for kind in DESCRIBED):
-                image, axes, page = read_described(tiff, content, chosen)
-            else:
-                image, axes, page = read_pages(tiff, content, chosen)
-            orientation = page.tags.valueof(274)
-    except tifffile.TiffFileError as error:
-        raise unknown(error) from error
-    except ValueError:
-        raise
-    except Exception as error:                  # damaged files fail in any way
-        raise unknown(error) from error
-    image = to_channels(image, axes, chosen)
+    with tifffile.TiffFile(io.BytesIO(content), name=name, _multifile=False) as tiff:
+        tiff.filehandle.seek(tiff.pages.next_page_offset)
+        if any(tiff.filehandle.read(tiff.tiff.offsetsize)):
+            raise ValueError(f"cut off or damaged: {len(tiff.pages)} pages, then the list breaks "
+                             "off")
+        series = take_series(all_series(tiff), chosen)
+        pages = [page for page in series if page is not None]
+        check_planes(tiff, series, pages)
+        check_pages(pages, content, planes_of(series))
+        image = series.asarray(maxworkers=1)    # loading processes are the parallelism here
+        image = image.reshape(series.get_shape(squeeze=False))
+        orientation = series.keyframe.tags.valueof(274)
+    image = to_channels(image, series.get_axes(squeeze=False), chosen)
     image = image.astype(image.dtype.newbyteorder("="), copy=False)
     swap, rows, columns = TURNS.get(orientation, (False, 1, 1))
     if swap:
@@ -68,71 +63,55 @@ def parse_tiff(content: bytes, name: str = "", planes: Mapping[str, int] | None 
     return image[:, ::rows, ::columns]
 
 
-def unknown(error: Exception) -> ValueError:
-    return ValueError("no TIFF, or one of a kind that is not read: save it as .npy "
-                      f"({type(error).__name__}: {error})")
-
-
-def check_chain(tiff) -> None:
-    """ValueError: the list of pages breaks off, as in a file that was cut."""
-    tiff.filehandle.seek(tiff.pages.next_page_offset)
-    if any(tiff.filehandle.read(tiff.tiff.offsetsize)):
-        raise ValueError(f"cut off or damaged: {len(tiff.pages)} pages, then the list breaks off")
-
-
-def read_described(tiff, content: bytes, chosen: dict[str, int]) -> tuple[np.ndarray, str, object]:
-    """-> pixels, a letter for each axis, the first page."""
-    found = tiff.series
-    if found[0].kind not in DESCRIBED:
-        raise ValueError(f"its description ({', '.join(sorted(tiff.flags))}) does not fit its "
-                         "pages, or speaks of other files: save it as .npy")
-    found = [s for s in found if not s.keyframe.is_reduced] or found
-    series = found[take_series(found, [s.get_shape(True) for s in found], chosen)]
-    axes = series.get_axes(squeeze=False)
-    shape = series.get_shape(squeeze=False)
-    page = series.keyframe
-    pages = [p for p in series.pages if p is not None]
-    stored = math.prod(shape) // max(page.size, 1)          # planes of the description
-    in_one_piece = series.dataoffset is not None and len(pages) == 1
-    if len(pages) < len(series.pages) or (not in_one_piece and stored != len(pages)):
-        raise ValueError(f"its description speaks of {stored} planes, it has {len(pages)}")
-    images = (tiff.imagej_metadata or {}).get("images", 1)
-    planes = math.prod(shape) // math.prod(n for n, axis in zip(shape, axes) if axis in "YX")
-    if series.kind == "imagej" and images > planes:
-        raise ValueError(f"its description says images={images}, {planes} can be read")
-    used = sum(math.prod(s.get_shape(False)) // max(s.keyframe.size, 1) for s in tiff.series)
-    if series.kind in ("ome", "imagej", "shaped") and len(tiff.pages) > used:
-        raise ValueError(f"its description speaks of {used} of its {len(tiff.pages)} pages")
-    check_pages(pages, content, stored)
-    image = series.asarray(maxworkers=1)        # loading processes are the parallelism here
-    if image.size != math.prod(shape):
-        raise ValueError(f"{image.size} samples, its description speaks of {math.prod(shape)}")
-    return image.reshape(shape), axes, page
-
-
-def read_pages(tiff, content: bytes, chosen: dict[str, int]) -> tuple[np.ndarray, str, object]:
-    """Pages of one shape and type are one image -> as read_described."""
-    pages = list(tiff.pages)
-    pages = [page for page in pages if not page.is_reduced] or pages        # without previews
+def all_series(tiff) -> Sequence:
+    """What the description says; without one, pages of one shape and type are one image."""
+    if any(getattr(tiff, f"is_{kind}") for kind in DESCRIBED):
+        found = tiff.series
+        if found[0].kind not in DESCRIBED:
+            raise ValueError(f"its description ({', '.join(sorted(tiff.flags))}) does not fit its "
+                             "pages, or speaks of other files: save it as .npy")
+        return found
+    series = extra("tifffile").TiffPageSeries
     groups = {}
-    for page in pages:
-        groups.setdefault((page.shape, str(page.dtype)), []).append(page)
-    pages = list(groups.values())[take_series(groups, [
-        f"{len(group)} x {shape} {dtype}" for (shape, dtype), group in groups.items()], chosen)]
-    check_pages(pages, content, len(pages))
-    image = np.stack([page.asarray(maxworkers=1) for page in pages])
-    return image, "I" + pages[0].axes, pages[0]
+    for page in tiff.pages:
+        groups.setdefault((page.shape, page.dtype, page.is_reduced), []).append(page)
+    return [series(pages, (len(pages), *shape), dtype, "I" + pages[0].axes)
+            for (shape, dtype, _), pages in groups.items()]
 
 
-def take_series(found: Sequence, shapes: list, chosen: dict[str, int]) -> int:
+def take_series(found: Sequence, chosen: dict[str, int]):
+    """The one there is, but for previews, or the one that is chosen."""
+    found = [series for series in found if not series.keyframe.is_reduced] or found
     index = chosen.pop("series", None)
     if index is None and len(found) > 1:
-        raise ValueError(f"{len(found)} series of images ({', '.join(map(str, shapes))}): "
-                         f"{CHOOSE} series=0")
+        shapes = ", ".join(f"{series.get_shape(True)} {series.dtype}" for series in found)
+        raise ValueError(f"{len(found)} series of images ({shapes}): {CHOOSE} series=0")
     index = index or 0
     if not 0 <= index < len(found):
         raise ValueError(f"no series {index}: there are {len(found)}, numbered from 0")
-    return index
+    return found[index]
+
+
+def check_planes(tiff, series, pages: Sequence) -> None:
+    """ValueError: the description speaks of more planes than there are, or of less."""
+    shape = series.get_shape(squeeze=False)
+    stored = planes_of(series)
+    in_one_piece = series.dataoffset is not None and len(pages) == 1
+    if len(pages) < len(series) or (not in_one_piece and stored != len(pages)):
+        raise ValueError(f"its description speaks of {stored} planes, it has {len(pages)}")
+    images = (tiff.imagej_metadata or {}).get("images", 1)
+    sizes = zip(shape, series.get_axes(squeeze=False))
+    planes = math.prod(shape) // math.prod(n for n, axis in sizes if axis in "YX")
+    if series.kind == "imagej" and images > planes:
+        raise ValueError(f"its description says images={images}, {planes} can be read")
+    if series.kind in ("ome", "imagej", "shaped"):
+        used = sum(planes_of(each) for each in tiff.series)
+        if len(tiff.pages) > used:
+            raise ValueError(f"its description speaks of {used} of its {len(tiff.pages)} pages")
+
+
+def planes_of(series) -> int:
+    return math.prod(series.get_shape(squeeze=False)) // max(series.keyframe.size, 1)
 
 
 def check_pages(pages: Sequence, content: bytes, planes: int) -> None:

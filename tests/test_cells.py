@@ -525,9 +525,9 @@ def test_axes_that_a_damaged_description_miscounts_are_refused():
 def test_split_is_the_legacy_permutation():
     order = [2, 8, 4, 9, 1, 6, 7, 3, 0, 5]  # numpy.random.seed(0); numpy.random.permutation(10)
     for split, part in (("train", order[:6]), ("val", order[6:8]), ("test", order[8:])):
-        assert data.cells.split_of(10, split).tolist() == sorted(part)
+        assert data.sites.split_of(10, split).tolist() == sorted(part)
     for n in (0, 1, 4, 7, 23):
-        parts = [data.cells.split_of(n, split).tolist() for split in ("train", "val", "test")]
+        parts = [data.sites.split_of(n, split).tolist() for split in ("train", "val", "test")]
         assert sorted(sum(parts, [])) == list(range(n)) and len(parts[0]) == n * 6 // 10
 
 
@@ -755,7 +755,7 @@ def test_jump_cp_layout(base, table):
             assert image.shape == (8, 4, 4) and label == list(LABELS.values())[i % 5]
             seen[i] = split
     assert sorted(seen) == list(range(40))
-    assert sorted(i for i in seen if seen[i] == "val") == data.cells.split_of(40, "val").tolist()
+    assert sorted(i for i in seen if seen[i] == "val") == data.sites.split_of(40, "val").tolist()
 
 
 def test_gene_column_of_crispr_plates(base):
@@ -835,7 +835,7 @@ def test_loading_processes_read_from_a_store():
     plate = data.JumpCP(*make_plate(base), "train", data.CellTransform(4, [0] * 8, [1] * 8, False))
     loader = data.make_loader(plate, 4, train=False, workers=2)
     assert sorted(images[0, 0, 0, 0].item() for images, _ in loader) == sorted(
-        data.cells.split_of(40, "train")[::4].tolist())
+        data.sites.split_of(40, "train")[::4].tolist())
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -870,7 +870,7 @@ def test_parquet_is_read_from_memory_that_is_not_pythons(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", [
     b"path,path,x\n1,2,3\n", b"path;well; path\n1;2;3\n", b"\xef\xbb\xbfpath\tpath\n1\t2\n",
-    gzip.compress(b"path,path\n1,2\n"),
+    gzip.compress(b"path,path\n1,2\n", mtime=0),
     parquet(pyarrow.table([pyarrow.array([1]), pyarrow.array([2])], names=["path", "path"])),
 ])
 def test_repeated_columns_are_an_error_of_one_line(tmp_path, content):
@@ -884,7 +884,7 @@ def test_damaged_and_oversized_gzip(tmp_path, monkeypatch):
     for content in (packed[:-9], packed[:5], packed[:12] + b"x" + packed[13:]):
         with pytest.raises(ValueError, match="neither a Parquet nor a text table"):
             data.read_table(write(str(tmp_path), "t", content), "path")
-    monkeypatch.setattr(data.tables, "MAX_BYTES", 20)
+    monkeypatch.setattr(data.plates, "MAX_BYTES", 20)
     with pytest.raises(ValueError, match="more than 20 bytes when unpacked"):
         data.read_table(write(str(tmp_path), "t", packed), "path")
 
@@ -892,7 +892,7 @@ def test_damaged_and_oversized_gzip(tmp_path, monkeypatch):
 def test_names_of_wells():
     names = {"A01": "A01", "A1": "A01", "a01": "A01", " A01 ": "A01", "A001": "A01", "p24": "P24",
              "AF48": "AF48", "aa1": "AA01", "A10": "A10", "r01c01": "r01c01", " 7 ": "7", None: None}
-    assert {name: data.tables.normal_well(name) for name in names} == names
+    assert {name: data.sites.normal_well(name) for name in names} == names
 
 
 @pytest.mark.parametrize("wells", [("A1", "a01", " A01 "), ("A001", "a1 ", "A01")])

@@ -279,17 +279,17 @@ def test_one_class_is_refused_with_what_is_inside(tmp_path):
 
 
 def test_order_of_classes_without_names():
-    order, note = data.order_of_classes(sorted(map(str, range(1000))), 1000)
+    order, note = data.class_order("folders", sorted(map(str, range(1000))), 1000)
     assert order == [str(i) for i in range(1000)] and "order of their numbers" in note
-    assert data.order_of_classes(["002", "010", "1"], 3)[0] == ["1", "002", "010"]
+    assert data.class_order("folders", ["002", "010", "1"], 3)[0] == ["1", "002", "010"]
     with pytest.raises(ValueError, match="folders of the same number: "):
-        data.order_of_classes(["1", "01", "2"], 3)
-    order, note = data.order_of_classes(["cat", "dog"], 2)
+        data.class_order("folders", ["1", "01", "2"], 3)
+    order, note = data.class_order("folders", ["cat", "dog"], 2)
     assert order == ["cat", "dog"] and "alphabetical order, cat, dog" in note
     known = pytest.importorskip("timm.data").ImageNetInfo().label_names()
-    assert data.order_of_classes(sorted(known), 1000) == (sorted(known), "")
+    assert data.class_order("folders", sorted(known), 1000) == (sorted(known), "")
     with pytest.raises(ValueError, match="Neither are fish: rename"):
-        data.order_of_classes(sorted([*known[1:], "fish"]), 1000)
+        data.class_order("folders", sorted([*known[1:], "fish"]), 1000)
 
 
 def test_folders_and_addresses_among_the_files_to_read(tmp_path, capsys):
