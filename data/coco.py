@@ -17,15 +17,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from .dense import DenseFiles, require, to_pixels
+from .dense import DenseFiles, to_pixels
 from .images import Image, load_rgb
 from .loading import extra
-from .survey import report_turned, spread
+from .survey import one_error, report_turned, require, spread
 
 FAR = 1e5       # pixels: no image is so large
-# Objects that are measured by, but not learnt from.
-CROWD = "objects in a crowd"
-SMALL = "objects smaller than a pixel"
 
 
 class Coco(DenseFiles):
@@ -33,14 +30,10 @@ class Coco(DenseFiles):
 
     As DenseFiles, of what load_objects gives. .classes: the categories' names in the order of their
     ids, .category_ids: those ids. val: .coco has crowds too. train leaves out crowds, objects
-    smaller than a pixel, images without any object. Objects that cannot be drawn are left out of
-    both. A warning counts them all.
+    smaller than a pixel, images without any object.
     Numbers may be text. Sizes of images that are missing are their files'; boxes that are missing
     and areas that are missing or impossible are the masks'; categories without names have numbers.
-    A warning counts boxes that are not around their masks.
-    FileNotFoundError: the folder or the annotations are missing. ValueError: no annotations of this
-    layout, an object of an unknown category or image, an id that comes twice, no objects at all, no
-    image is there.
+    Warnings count what is left out, and boxes that are not around their masks.
     """
 
     def __init__(self, root: str, split: str, transform: Callable):
@@ -48,33 +41,51 @@ class Coco(DenseFiles):
         path = os.path.join(root, "annotations", f"instances_{split}2017.json")
         require(folder, path, hint=f"not found. Expected {root}/{{train,val}}2017/*.jpg and "
                                    f"{root}/annotations/instances_{{train,val}}2017.json")
-        try:
-            with open(path, encoding="utf-8-sig") as file:
-                content = json.load(file)
+        with open(path, "rb") as file:
+            text = file.read()
+        with one_error(f"{path}: no annotations of COCO's layout"):
+            content = json.loads(text)
             categories = categories_of(content)
-            known, unsized = images_of(content, folder)
-            images, truth, notes = sort_objects(content, known, list(categories), split == "train")
+            images, unsized = images_of(content, folder)
+            found, truth, notes = sort_objects(content, images, list(categories), split == "train")
             self.category_ids = list(categories)
             if split == "val":
-                self.coco = as_coco(content | dict(annotations=truth, images=list(known.values()),
-                                                   categories=list(categories.values())))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: no annotations of COCO's layout "
-                             f"({type(error).__name__}: {error})") from error
-        for note in notes:
-            warnings.warn(f"{path}: {note}")
-        files = [os.path.join(folder, image["file"]) for image in images]
-        samples = [(file, json.dumps(image).encode()) for file, image in zip(files, images)]
-        classes = [category["name"] for category in categories.values()]
+                sizes = [dict(id=image["id"], height=image["size"][0], width=image["size"][1])
+                         for image in found]
+                self.coco = as_coco(dict(annotations=truth, images=sizes,
+                                         categories=list(categories.values())))
+        files = [os.path.join(folder, image["file"]) for image in found]
         looked_at = spread(files)
         if not any(map(os.path.exists, looked_at)):
             raise FileNotFoundError(f"{looked_at[0]}: not found, nor any other of the "
                                     f"{len(looked_at)} images looked at that {path} names")
         if unsized:
-            warnings.warn(f"{path}: {len(unsized):,} images without height and width, which are "
-                          "taken from the files")
+            notes.append(f"{len(unsized):,} images without height and width, which are taken from "
+                         "the files")
+        for note in notes:
+            warnings.warn(f"{path}: {note}")
         report_turned(folder, unsized or files, sized=not unsized)
+        samples = [(file, json.dumps(image).encode()) for file, image in zip(files, found)]
+        classes = [category["name"] for category in categories.values()]
         super().__init__(samples, classes, load_objects, transform, folder)
+
+
+def load_objects(path: str, text: bytes) -> tuple[torch.Tensor, dict]:
+    """An image, and its objects as Coco notes them -> pixels, objects as for DetectionTransform.
+
+    An image that the camera turned is as the noted size is.
+    """
+    known = json.loads(text)
+    pixels = to_pixels(load_rgb(path, upright=False, size=known["size"]))
+    height, width = pixels.shape[1:]
+    if [height, width] != known["size"]:
+        raise ValueError(f"the image has {height} x {width} pixels, its annotation says "
+                         f"{' x '.join(map(str, known['size']))}")
+    masks = np.zeros((len(known["masks"]), height, width), np.uint8)
+    for mask, outline in zip(masks, known["masks"]):
+        mask[:] = object_mask(outline, height, width)
+    labels = torch.tensor(known["labels"], dtype=torch.long)
+    return pixels, dict(labels=labels, id=known["id"], masks=torch.from_numpy(masks))
 
 
 # ---- What tools write ----------------------------------------------------------------------------
@@ -97,7 +108,7 @@ def are_numbers(values: list) -> bool:
 
 
 def id_of(value, what: str) -> int | str:
-    """An id, a whole number if it is the text of one. ValueError: it is neither."""
+    """An id: text, or a whole number if it is the text of one."""
     number = plain(value)
     if type(number) is int:
         return number
@@ -107,7 +118,7 @@ def id_of(value, what: str) -> int | str:
 
 
 def is_crowd(value) -> int:
-    """iscrowd of an object, 0 or 1. ValueError: it says neither."""
+    """iscrowd of an object, 0 or 1."""
     said = plain(str(value or 0).lower())               # "True" is no JSON, "true" is
     if said not in (0, 1):
         raise ValueError(f"iscrowd is {value!r}, and should be 0 or 1")
@@ -115,7 +126,7 @@ def is_crowd(value) -> int:
 
 
 def by_id(items: list[dict], kind: str) -> dict:
-    """{id: item with that id}, in the order of the items. ValueError: an id comes twice."""
+    """{id: item with that id}, in the order of the items."""
     known = {}
     for item in items:
         number = id_of(item.get("id"), f"the id of one of the {kind}")
@@ -127,23 +138,16 @@ def by_id(items: list[dict], kind: str) -> dict:
 
 def categories_of(content: dict) -> dict:
     """{id: category with a name}, in the order of the ids."""
-    known = dict(sorted(by_id(content["categories"], "categories").items()))
-    for number, category in known.items():
-        name = category.get("name")
-        if name in (None, ""):
-            name = number
-        known[number] = category | dict(name=str(name))
-    return known
+    known = sorted(by_id(content["categories"], "categories").items())
+    return {number: item | dict(name=str(item.get("name") or number)) for number, item in known}
 
 
 def images_of(content: dict, folder: str) -> tuple[dict, list[str]]:
-    """{id: image with a size}, and the files of those that had none: it is theirs.
-
-    A size of 0 x 0: the file cannot be opened. It is a bad file.
-    """
-    known = by_id(content["images"], "images")
+    """{id: dict(id, file, size, labels, masks)} without any object yet, and the files of those that
+    had no size: it is theirs. A size of 0 x 0: the file cannot be opened. It is a bad file."""
+    images = {}
     unsized = []
-    for number, image in known.items():
+    for number, image in by_id(content["images"], "images").items():
         name = image["file_name"]
         if not isinstance(name, str) or not name:
             raise ValueError(f"the file_name of image {number} is {name!r}, and no name")
@@ -153,27 +157,24 @@ def images_of(content: dict, folder: str) -> tuple[dict, list[str]]:
             height = width = 0
             with contextlib.suppress(Exception), Image.open(unsized[-1]) as opened:
                 width, height = opened.size
-        known[number] = image | dict(height=height, width=width)
-    return known, unsized
+        images[number] = dict(id=number, file=name, size=[height, width], labels=[], masks=[])
+    return images, unsized
 
 
 # ---- Objects -------------------------------------------------------------------------------------
 
-def sort_objects(content: dict, known: dict, category_ids: list, train: bool
+def sort_objects(content: dict, images: dict, category_ids: list, train: bool
                  ) -> tuple[list, list, list[str]]:
-    """The content of an annotation file -> images to learn from, objects to measure by.
+    """The content of an annotation file -> images to learn from, objects to measure by, notes.
 
-    The images, [dict(id, file, size, labels, masks)], are without crowds and objects smaller than a
-    pixel; the objects as in the file, none in training. Neither has what cannot be drawn. The third
-    result says what was left out, and what is odd. ValueError: see Coco.
+    The images are filled, but for crowds and objects smaller than a pixel; the objects are as in
+    the file, none in training. Neither has what cannot be drawn. The notes say what was left out,
+    and what is odd.
     """
     label_of = {number: label for label, number in enumerate(category_ids)}
-    images = {}
-    for number, image in known.items():
-        size = [image["height"], image["width"]]
-        images[number] = dict(id=number, file=image["file_name"], size=size, labels=[], masks=[])
     truth = []
     reasons = collections.Counter()             # of leaving something out
+    unlearnt = collections.Counter()            # of measuring by it only
     boxes = collections.Counter()
     for item in content["annotations"]:
         category = id_of(item["category_id"], "the category of an object")
@@ -197,29 +198,35 @@ def sort_objects(content: dict, known: dict, category_ids: list, train: bool
             truth.append(item | dict(id=len(truth) + 1, image_id=number, category_id=category,
                                      iscrowd=crowd, bbox=box, segmentation=outline, area=area))
         if crowd:
-            reasons[CROWD] += 1
+            unlearnt["objects in a crowd"] += 1
         elif min(box[2:]) < 1:
-            reasons[SMALL] += 1
+            unlearnt["objects smaller than a pixel"] += 1
         else:
-            boxes[how_box_lies(box, outline)] += 1
+            boxes[how_box_lies(box, edges_of(outline))] += 1
             image["labels"].append(label_of[category])
             image["masks"].append(outline)
     found = [image for image in images.values() if image["labels"]]
     if not found:
-        raise ValueError(f"no object that can be used: {list_of(reasons)}".removesuffix(": "))
-    if train and len(found) < len(images):
+        raise ValueError("no object that can be used: "
+                         f"{list_of(reasons + unlearnt) or 'there is none'}")
+    if train:
+        reasons += unlearnt
         reasons[f"of {len(images):,} images without objects"] = len(images) - len(found)
-    if not train:                               # what is no object to learn from is measured by
+    else:
         found = list(images.values())
-        del reasons[CROWD], reasons[SMALL]
-    notes = notes_of(boxes)
-    if reasons:
-        notes.append(f"left out {list_of(reasons)}")
+    notes = []
+    if wrong := boxes["beside"] + boxes["corners"]:
+        notes.append(
+            f"the box of {wrong:,} of {boxes.total():,} objects is not around their mask. Boxes "
+            f"are learnt from masks, and measured by what the file says. {boxes['corners']:,} "
+            "would be, if they were two corners, x, y, X, Y: COCO's are x, y, width, height")
+    if left_out := list_of(reasons):
+        notes.append(f"left out {left_out}")
     return found, truth, notes
 
 
 def list_of(counts: collections.Counter) -> str:
-    return ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()))
+    return ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()) if count)
 
 
 def as_coco(content: dict):
@@ -242,25 +249,22 @@ def drawable(item: dict, height: int, width: int) -> tuple[list | dict, list, bo
     box = plain(item.get("bbox")) or []
     if box and not (are_near(box) and len(box) == 4 and min(box[2:]) >= 0):
         raise ValueError("without a proper box")
-    given = plain(item.get("segmentation"))
+    outline = plain(item.get("segmentation"))
     partly = False
-    if isinstance(given, dict):
-        outline = sound_runs(given, height, width)
-    else:
-        outline = sound_polygons(given)
+    if isinstance(outline, dict):
+        outline = sound_runs(outline, height, width)
+    elif isinstance(outline, list):
+        given = outline
+        outline = [polygon for polygon in given if is_polygon(polygon)]
         partly = len(outline) < len(given)
+    if not isinstance(outline, list | dict) or not outline:
+        raise ValueError("without a polygon of three points")
     return outline, box or box_around(outline, height, width), partly
 
 
-def sound_polygons(polygons) -> list[list]:
-    """Those of three points and more. ValueError: there are none."""
-    sound = []
-    if isinstance(polygons, list):
-        sound = [polygon for polygon in polygons
-                 if are_near(polygon) and len(polygon) >= 6 and len(polygon) % 2 == 0]
-    if not sound:
-        raise ValueError("without a polygon of three points")
-    return sound
+def is_polygon(coordinates) -> bool:
+    """x, y, x, y ... of three points and more."""
+    return are_near(coordinates) and len(coordinates) >= 6 and len(coordinates) % 2 == 0
 
 
 def are_near(coordinates) -> bool:
@@ -272,7 +276,7 @@ def are_near(coordinates) -> bool:
 
 
 def sound_runs(outline: dict, height: int, width: int) -> dict:
-    """A run-length encoding, packed or not, as numbers. ValueError: it is not of that size."""
+    """A run-length encoding, packed or not, as numbers."""
     packed = outline.get("counts")
     runs = []
     if isinstance(packed, str):
@@ -308,17 +312,21 @@ def run_lengths(text: str) -> list[int]:
     return runs
 
 
-# ---- Boxes ---------------------------------------------------------------------------------------
+# ---- Masks and boxes -----------------------------------------------------------------------------
 
-def how_box_lies(box: list, outline: list | dict) -> str:
-    """Is it "around" the mask, or would its numbers be as corners ("corners"), or "beside" it?"""
-    left, top, width, height = box
-    edges = edges_of(outline)
-    if are_close([left, top, left + width, top + height], edges):
-        return "around"
-    if are_close(box, edges):
-        return "corners"
-    return "beside"
+def object_mask(outline: list | dict, height: int, width: int) -> np.ndarray:
+    """COCO's polygons, or a run-length encoding, packed or not -> mask (height width) uint8."""
+    return extra("pycocotools.mask").decode(encoded(outline, height, width))
+
+
+def encoded(outline: list | dict, height: int, width: int) -> dict:
+    """As object_mask -> the packed encoding."""
+    rle = extra("pycocotools.mask")
+    if isinstance(outline, list):
+        return rle.merge(rle.frPyObjects(outline, height, width))
+    if isinstance(outline["counts"], list):
+        return rle.frPyObjects(outline, height, width)
+    return outline
 
 
 def edges_of(outline: list | dict) -> list:
@@ -332,62 +340,20 @@ def edges_of(outline: list | dict) -> list:
     return [min(x), min(y), max(x), max(y)]
 
 
-def are_close(corners: list, edges: list) -> bool:
-    """Up to two pixels, or a tenth of the side."""
-    sides = [edges[2] - edges[0], edges[3] - edges[1]] * 2
-    return all(abs(corner - edge) <= max(2, 0.1 * side)
-               for corner, edge, side in zip(corners, edges, sides))
-
-
 def box_around(outline: list | dict, height: int, width: int) -> list:
     """Left, top, width, height of what is drawn in the image."""
     left, top, right, bottom = np.clip(edges_of(outline), 0, [width, height] * 2).tolist()
     return [left, top, right - left, bottom - top]
 
 
-def notes_of(boxes: collections.Counter) -> list[str]:
-    """What to say of boxes that lie as how_box_lies has counted."""
-    wrong = boxes["beside"] + boxes["corners"]
-    if not wrong:
-        return []
-    note = (f"the box of {wrong:,} of {boxes.total():,} objects is not around their mask. Boxes "
-            "are learnt from masks, and measured by what the file says")
-    if boxes["corners"]:
-        note += (f". {boxes['corners']:,} would be, if they were two corners, x, y, X, Y: COCO's "
-                 "are x, y, width, height")
-    return [note]
+def how_box_lies(box: list, edges: list) -> str:
+    """Is it "around" the mask, or would its numbers be as corners ("corners"), or "beside" it?
 
-
-# ---- Masks ---------------------------------------------------------------------------------------
-
-def load_objects(path: str, text: bytes) -> tuple[torch.Tensor, dict]:
-    """An image, and its objects as Coco notes them -> pixels, objects as for DetectionTransform.
-
-    An image that the camera turned is as the noted size is. ValueError: it is of another size.
-    """
-    known = json.loads(text)
-    pixels = to_pixels(load_rgb(path, upright=False, size=known["size"]))
-    height, width = pixels.shape[1:]
-    if [height, width] != known["size"]:
-        raise ValueError(f"the image has {height} x {width} pixels, its annotation says "
-                         f"{' x '.join(map(str, known['size']))}")
-    masks = np.zeros((len(known["masks"]), height, width), np.uint8)
-    for mask, outline in zip(masks, known["masks"]):
-        mask[:] = object_mask(outline, height, width)
-    labels = torch.tensor(known["labels"], dtype=torch.long)
-    return pixels, dict(labels=labels, id=known["id"], masks=torch.from_numpy(masks))
-
-
-def object_mask(outline: list | dict, height: int, width: int) -> np.ndarray:
-    """COCO's polygons, or a run-length encoding, packed or not -> mask (height width) uint8."""
-    return extra("pycocotools.mask").decode(encoded(outline, height, width))
-
-
-def encoded(outline: list | dict, height: int, width: int) -> dict:
-    """COCO's polygons, or a run-length encoding, packed or not -> the packed one."""
-    rle = extra("pycocotools.mask")
-    if isinstance(outline, list):
-        return rle.merge(rle.frPyObjects(outline, height, width))
-    if isinstance(outline["counts"], list):
-        return rle.frPyObjects(outline, height, width)
-    return outline
+    Up to two pixels, or a tenth of the side."""
+    left, top, width, height = box
+    slack = [max(2, 0.1 * (edges[2] - edges[0])), max(2, 0.1 * (edges[3] - edges[1]))] * 2
+    readings = {"around": [left, top, left + width, top + height], "corners": box}
+    for name, corners in readings.items():
+        if all(abs(c - edge) <= most for c, edge, most in zip(corners, edges, slack)):
+            return name
+    return "beside"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .images import EXTENSIONS, IMAGENET_MEAN, IMAGENET_STD, each_file, load_rgb
 from .loading import Files, extra
-from .survey import report_turned, spread
+from .survey import report_turned, require, spread
 
 IGNORE_INDEX = 255      # label of the pixels that nobody labelled
 PAD_VALUE = 114         # gray beside the images of detection
@@ -194,8 +194,7 @@ class ADE20K(DenseFiles):
 
     As DenseFiles, of what load_labels gives. An image without its map, or a map without its image,
     is a bad file. .classes: the last column of ROOT/objectInfo150.txt, which comes with the data
-    set; without it numbers, 150. FileNotFoundError: a folder is missing. ValueError: no images; no
-    image with a map that can be used; no pixel that is labelled.
+    set; without it numbers, 150.
     """
 
     def __init__(self, root: str, split: str, transform: Callable):
@@ -225,11 +224,10 @@ def require_labels(samples: list[tuple], load: Callable, where: str) -> None:
     for sample in looked_at:
         try:
             _, labels = load(*sample)
-        except Exception as error:          # as in Files
-            faults.append(error)
-        else:
             if (labels != IGNORE_INDEX).any():
                 return
+        except Exception as error:          # as in Files
+            faults.append(error)
     readable = len(looked_at) - len(faults)
     if not readable:
         raise ValueError(f"{where}: none of the {len(looked_at)} images looked at can be used with "
@@ -244,11 +242,9 @@ def load_labels(classes: int, path: str, label_path: str) -> tuple[torch.Tensor,
 
     -> pixels (3 h w) uint8, labels (h w) uint8 from 0, IGNORE_INDEX for none, which 255 means in
     the map too, if there are less classes. An image that the camera turned is as its map is.
-    ValueError: the map is no PNG, of another size, in colour, or has a label beyond the classes.
     """
     labels = read_map(label_path)
-    shape = labels.shape[:2]
-    pixels = to_pixels(load_rgb(path, upright=False, size=shape))
+    pixels = to_pixels(load_rgb(path, upright=False, size=labels.shape[:2]))
     height, width = pixels.shape[1:]
     if labels.shape != (height, width):
         raise ValueError(f"{label_path} is {' x '.join(map(str, labels.shape))} and not one number "
@@ -261,7 +257,7 @@ def load_labels(classes: int, path: str, label_path: str) -> tuple[torch.Tensor,
 
 
 def read_map(path: str) -> np.ndarray:
-    """The numbers in a PNG, of a palette image too. ValueError: it is none."""
+    """The numbers in a PNG, of a palette image too."""
     with Image.open(path) as image:
         if image.format != "PNG":
             raise ValueError(f"{path} is a {image.format} image, and maps of labels have to be "
@@ -275,10 +271,7 @@ def read_map(path: str) -> np.ndarray:
 
 
 def paths_by_stem(folder: str, extensions: tuple[str, ...]) -> dict[str, str]:
-    """{path in `folder` without the extension: whole path}. Other kinds of files are reported.
-
-    ValueError: two files share a stem, there are none.
-    """
+    """{path in `folder` without the extension: whole path}. Other kinds of files are reported."""
     paths = {}
     for path in each_file([folder], extensions):
         stem = os.path.splitext(os.path.relpath(path, folder))[0]
@@ -290,14 +283,11 @@ def paths_by_stem(folder: str, extensions: tuple[str, ...]) -> dict[str, str]:
 
 def names_of_classes(path: str) -> list[str]:
     """The names in a table like ADE20K's objectInfo150.txt: number, more columns, "name, synonyms".
-
-    ValueError: the numbers are not 1, 2, 3 ...
     """
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         rows = [line.strip().split("\t") for line in file]
     rows = sorted((int(row[0]), row[-1]) for row in rows if row[0].isdecimal())     # no header
-    known = [number for number, _ in rows]
-    if not 0 < len(rows) <= IGNORE_INDEX or known != list(range(1, len(rows) + 1)):
+    if not 0 < len(rows) <= IGNORE_INDEX or [row[0] for row in rows] != [*range(1, len(rows) + 1)]:
         raise ValueError(
             f"{path}: the first column should number the classes from 1 to at most {IGNORE_INDEX}, "
             f"once each, between tabulators; {len(rows)} numbers were found")
@@ -307,9 +297,3 @@ def names_of_classes(path: str) -> list[str]:
 def numbers(count: int) -> list[str]:
     """Names for classes without names."""
     return [str(i) for i in range(1, count + 1)]
-
-
-def require(*paths: str, hint: str) -> None:
-    for path in paths:
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{path}: {hint}")
