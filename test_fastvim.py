@@ -114,7 +114,7 @@ def with_gradients(scan, inputs, device="cpu", dtype=torch.float64):
     s = function(**inputs)
     if backend and is_compiled(scan):
         values = fastvim_kernels.scan_values(**inputs)
-        grads = backend.kernels.selective_scan_backward(values, weigh(s))
+        grads = backend.kernels.run("selective_scan_backward", values, shared=0, ds=weigh(s))
         return [s, *(grad for grad in grads if grad is not None)]
     loss = (s * weigh(s)).sum()
     return [s, *torch.autograd.grad(loss, list(inputs.values()), materialize_grads=True)]
@@ -142,12 +142,11 @@ def test_the_naive_scan_in_c(backend, length, record_error):
     """The specification with which scan_cpu.cpp begins: forward only."""
     kernels = fastvim.BACKENDS[backend].kernels
     assert kernels.problem() is None
-    kernels.structures["selective_scan_naive"] = kernels.structures["selective_scan"]
+    structures = fastvim_kernels.structures()
+    structures["selective_scan_naive"] = structures["selective_scan"]
     for case in SCAN_CASES:
         inputs = {k: v.float() for k, v in scan_inputs(length, *case).items()}
-        s = torch.empty_like(inputs["x"])
-        values = fastvim_kernels.scan_values(**inputs)
-        kernels.run("selective_scan_naive", s.device, values, s=s)
+        [s] = kernels.run("selective_scan_naive", fastvim_kernels.scan_values(**inputs))
         error = relative_error([s], scan_reference(length, *case)[:1])
         record_error("scan, by length", ("scan_cpu.cpp, naive",), length, error)
         assert error < SCAN_TOLERANCE[torch.float32]

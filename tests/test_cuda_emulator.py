@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 
 import fastvim_build
-from fastvim_kernels import DTYPES, read_structures
+from fastvim_kernels import DTYPES, structures
 
 HERE = pathlib.Path(__file__).resolve().parent
 SOURCE = HERE.parent / "scan_cuda.cu"
 EMULATOR = HERE / "cuda_emulator.h"
-STRUCTURES = read_structures(HERE.parent / "scan.h")
+STRUCTURES = structures()
 
 
 # ---- the library under test
@@ -783,7 +783,7 @@ def test_the_extension_builds_and_refuses_wrong_arguments(extension):
 
 
 def test_every_structure_has_the_fields_that_python_reads(extension):
-    """The compiler's sizeof against read_structures: a call with the right number of fields gets as
+    """The compiler's sizeof against scan.h as Python reads it: a call with the right number of fields gets as
     far as the GPU, which is missing or refuses the type 9."""
     module = load_extension(extension)
     for name, fields in STRUCTURES.items():

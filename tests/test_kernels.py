@@ -22,10 +22,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import checks
 import fastvim
-import fastvim_build
 import fastvim_kernels
 from fastvim import CLASS, HOLE, Grid, GridWithHoles
-from fastvim_kernels import KERNELS, pack, scan_values, ssm_values, weights_of
+from fastvim_kernels import (
+    KERNELS,
+    pack,
+    run_add_norm,
+    run_add_norm_backward,
+    run_ssm,
+    run_ssm_backward,
+    scan_values,
+    ssm_values,
+    weights_of,
+)
 from helpers import images, outputs_and_gradients, random_keep, tiny, walk_of
 
 PYTHON = fastvim.BACKENDS["python"]
@@ -194,7 +203,7 @@ def by_kernels(backend, grid, xz, w, dy):
 
 
 def ssm_arguments(backend, grid, xz, w):
-    return xz, *weights_of(w), w.pool, w.skip_before_expand, *pack(grid), backend.name
+    return xz, *weights_of(w), *pack(grid), w.pool, w.skip_before_expand, backend.name
 
 
 def compare(backend, dtype, name, e, **options):
@@ -259,12 +268,12 @@ def test_add_norm(backend, rows, d, dtype, kind):
     expected = torch.autograd.grad(loss, [h, *exact.parameters()])
     weight = norm.weight.detach()
     bias = norm.bias.detach() if kind == "layernorm" else None
-    values = backend.kernels.add_norm(hidden, residual, weight, bias)
+    values = run_add_norm(hidden, residual, weight, bias, backend.name)
     assert values[0].dtype == dtype
     assert values[1].dtype == torch.float32
     assert relative_error(values, [u.detach(), out.detach()]) < TOLERANCE[dtype]
-    dresidual, dhidden, *dweights = backend.kernels.add_norm_backward(
-        values[1], weight, bias, du, dout)
+    dresidual, dhidden, *dweights = run_add_norm_backward(
+        du, dout, values[1], weight, bias, backend.name)
     dweights = [t for t in dweights if t is not None]
     assert relative_error([dresidual, *dweights], expected) < TOLERANCE[dtype]
     if dtype == torch.float32:
@@ -336,12 +345,12 @@ def test_strides_of_axes_of_length_one_are_not_trusted(backend, name):
     assert B.stride(2) != B.shape[3]
     x, dt = lie(x), lie(dt)
     assert backend.selective_scan(x, dt, A, B, C, D, dt_bias).equal(expected)
-    kernels = backend.kernels
+    run = functools.partial(backend.kernels.run, "selective_scan_backward", shared=0)
     values = scan_values(x, dt, A, B, C, D, dt_bias)
-    assert kernels.selective_scan(values).equal(expected)
-    grads = kernels.selective_scan_backward(values, torch.ones_like(x))
+    assert backend.kernels.run("selective_scan", values)[0].equal(expected)
+    grads = run(values, ds=torch.ones_like(x))
     clean = [t.clone(memory_format=torch.contiguous_format) for t in (x, dt, A, B, C, D, dt_bias)]
-    expected = kernels.selective_scan_backward(scan_values(*clean), torch.ones(x.shape))
+    expected = run(scan_values(*clean), ds=torch.ones(x.shape))
     assert all(g.equal(e) for g, e in zip(grads, expected, strict=True))
 
 
@@ -362,19 +371,18 @@ def test_the_same_bits_twice_and_by_any_number_of_threads(backend, name):
     for run in runs[2:]:
         assert run[0].equal(runs[0][0])
     scan = scan_values(*scan_inputs(p=40, e=24, n=16))
-    v = ssm_values(xz, weights_of(w), walk_of(grid), False)
+    v = ssm_values(xz, weights_of(w), walk_of(grid), "mean", False)
     results = []
     for n in (1, 2, 3):
         with threads(n), torch.no_grad():
-            kernels = backend.kernels
-            s = kernels.selective_scan(scan)
-            ds = kernels.selective_scan_backward(scan, s)
-            dxz = torch.zeros_like(xz)
-            p, argmax = kernels.conv_pool(v, "mean")
+            run = backend.kernels.run
+            [s] = run("selective_scan", scan)
+            ds = run("selective_scan_backward", scan, shared=0, ds=s)
+            p, argmax = run("conv_pool", v)
             dy = xz[..., :40].contiguous()
-            gate = kernels.expand_gate_backward(v, p, dy, dxz)
-            conv = kernels.conv_pool_backward(v, argmax, p, gate[0], dxz)
-            results.append([s, *ds, p, dxz, *gate, *conv])
+            gate = run("expand_gate_backward", v, s=p, dy=dy)
+            conv = run("conv_pool_backward", v, dpooled=p, g=gate[1], dxz=gate[0])
+            results.append([s, *ds, p, *gate, *conv])
     for run in results[1:]:
         assert all(a is b is None or a.equal(b) for a, b in zip(run, results[0], strict=True))
 
@@ -403,12 +411,12 @@ def test_argmax_of_ties_and_nan(backend):
     grid, xz, w = make_float32("columns", 4, pool="max")
     walk = walk_of(grid)
     w = weights_of(w)._replace(conv_weight=torch.zeros(2, 4, 4))    # c = silu(bias)
-    _, argmax = backend.kernels.conv_pool(ssm_values(xz, w, walk, False), "max")
+    _, argmax = backend.kernels.run("conv_pool", ssm_values(xz, w, walk, "max", False))
     first = walk.start[0, :-1]
     assert argmax.equal(first[None, None, :, None].expand(argmax.shape))
     w = w._replace(conv_weight=torch.ones(2, 4, 4))
     xz[0, 5, 0] = math.nan                                      # row 1, column 0: position 1
-    p, argmax = backend.kernels.conv_pool(ssm_values(xz, w, walk, False), "max")
+    p, argmax = backend.kernels.run("conv_pool", ssm_values(xz, w, walk, "max", False))
     assert p[0, 0, 0, 0].isnan()
     assert argmax[0, 0, 0, 0] == 1
 
@@ -518,7 +526,7 @@ def test_tables_made_in_inference_mode_serve_training(backend):
 def test_a_graph_of_cuda_takes_only_tables_that_are_there(monkeypatch):
     """Made within a capture they would be empty; those that a graph reads are kept for good."""
     cuda = torch.device("cuda", 0)
-    grid = ("h w", "h w", "w", (3, 2), None, 1.0)
+    grid = (*[None] * 5, "h w", "h w", "w", (3, 2), None, 1.0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(fastvim_kernels, "READ_BY_GRAPHS", {})
     fastvim_kernels.full_walk.cache_clear()
@@ -892,10 +900,10 @@ def test_memory_that_is_short(backend, monkeypatch):
     monkeypatch.setattr(backend.kernels, "_library", note)
     *inputs, w, dy = make_inputs(torch.float32, "wide rows", 512, batch=64)
     with torch.no_grad():
-        v = ssm_values(inputs[1], weights_of(w), walk_of(inputs[0]), False)
+        v = ssm_values(inputs[1], weights_of(w), walk_of(inputs[0]), "mean", False)
         dp = torch.ones(2, 64, 2, 512)
         dxz = torch.empty_like(inputs[1])
-        grads = backend.kernels.conv_pool_backward(v, None, dp, dy, dxz)
+        _, *grads = backend.kernels.run("conv_pool_backward", v, dpooled=dp, g=dy, dxz=dxz)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-6)
@@ -936,50 +944,55 @@ class Spy(fastvim_kernels.Kernels):
         super().__init__("spy", kernels.dtypes, lambda: None)
         self.calls = {}
 
-    def run(self, operation, device, v, **own):
-        self.calls[operation] = (device, v, own)
+    def run(self, operation, v, **own):
+        self.calls[operation] = (v, own)
+        return fastvim_kernels.to_c(operation, {**v, **own})[1]
 
 
-def call_all(kernels):
-    """Every method once, on tensors that fit."""
+def call_all(backend):
+    """Every operation once, on tensors that fit."""
     grid, xz, w = make_float32("rows", 6, pool="max")
-    v = ssm_values(xz, weights_of(w), walk_of(grid), False)
-    scan = scan_values(*scan_inputs())
     hidden = torch.zeros(2, 3, 5)
     one = torch.ones(5)
-    kernels.add_norm(hidden, hidden, one, one)
-    kernels.add_norm_backward(hidden, one, one, hidden.bfloat16(), hidden)
-    pooled, argmax = kernels.conv_pool(v, "max")
-    s = kernels.selective_scan(scan)
-    kernels.selective_scan_backward(scan, s)
-    y = kernels.expand_gate(v, pooled)
-    dxz = torch.empty_like(xz)
-    kernels.expand_gate_backward(v, pooled, y, dxz)
-    kernels.conv_pool_backward(v, argmax, pooled, y, dxz)
+    run_add_norm(hidden, hidden, one, one, backend)
+    run_add_norm_backward(hidden.bfloat16(), hidden, hidden, one, one, backend)
+    arguments = (xz, *weights_of(w), *pack(grid), w.pool, False, backend)
+    y, *saved = run_ssm(*arguments)
+    run_ssm_backward(y, *saved, *arguments)
 
 
 @torch.no_grad()
-def test_the_fields_of_scan_h_are_those_that_python_gives():
-    """Each operation gives every field of its structure, refuses to go without one, and gives none
-    of its own that the structure has not."""
-    structures = fastvim_kernels.read_structures(fastvim_build.find_source("scan.h"))
+def test_the_fields_of_scan_h_are_those_that_python_gives(monkeypatch):
+    """Each operation gives every input of its structure, refuses to go without one, and gives none
+    of its own that the structure has not; the outputs are made as declared, also those that it is
+    given."""
+    structures = fastvim_kernels.structures()
     spy = Spy(KERNELS["cpu"])
-    call_all(spy)
+    monkeypatch.setitem(KERNELS, "spy", spy)
+    call_all("spy")
     assert spy.calls.keys() == structures.keys()
     assert len(structures) == 8
-    for operation, (device, v, own) in spy.calls.items():
+    for operation, (v, own) in spy.calls.items():
         fields = structures[operation]
         names = {name for name, *_ in fields}
         assert len(names) == len(fields)
         assert own.keys() <= names, operation
         values = {**v, **own}
-        numbers = fastvim_kernels.to_c(operation, fields, device, values)
+        numbers, outputs = fastvim_kernels.to_c(operation, values)
         assert len(numbers) == len(fields)
         assert all(type(number) is int for number in numbers)
-        for name in names:
+        given = {field.name: number for field, number in zip(fields, numbers)}
+        written = [field.name for field in fields if not field.is_input and field.axes]
+        for name, output in zip(written, outputs, strict=True):
+            if output is None:                                  # here the skip is not the scan's
+                assert (operation, name) == ("selective_scan_backward", "dD")
+            else:
+                assert output is values.get(name, output)
+                assert given[name] == output.data_ptr() > 0
+        for name in names - set(written):
             others = {field: value for field, value in values.items() if field != name}
             with pytest.raises((TypeError, KeyError), match=name):
-                fastvim_kernels.to_c(operation, fields, device, others)
+                fastvim_kernels.to_c(operation, others)
 
 
 class Sub(torch.Tensor):
@@ -1014,7 +1027,7 @@ def test_c_is_given_nothing_but_contiguous_real_tensors(backend, what):
     value = NOT_FOR_C[what]()
     with pytest.raises(TypeError) as error:
         values = scan_values(*scan_inputs())
-        backend.kernels.selective_scan({**values, "dt": value})
+        backend.kernels.run("selective_scan", {**values, "dt": value})
     sentence = str(error.value)
     device = torch.zeros(0).device
     assert sentence.startswith(
