@@ -304,15 +304,11 @@ def pack(grid) -> tuple:
     if full is not grid and slot is None:
         return (*walk_with_holes(grid), "", "", "", [grid.steps], None, 1.0)
     lengths = [length for _, length in full.sizes]
-    return (*NO_TABLES, full.storage, full.order, full.pooled, lengths, slot, full.scale)
+    return (*[None] * 5, full.storage, full.order, full.pooled, lengths, slot, full.scale)
 
 
-NO_TABLES = (None,) * len(Walk._fields)
-
-
-def unpack(device, token, group, weight, member, start, storage, order, pooled, lengths, slot,
-           scale) -> Walk:
-    tables = Walk(token, group, weight, member, start)
+def unpack(device, *grid) -> Walk:
+    *tables, storage, order, pooled, lengths, slot, scale = grid
     if storage:
         walk = full_walk(storage, order, pooled, tuple(lengths), slot, scale, device)
         if is_captured(device):
@@ -320,7 +316,7 @@ def unpack(device, token, group, weight, member, start, storage, order, pooled, 
         return walk
     if slot is not None or any(table is None for table in tables):
         raise ValueError("a walk needs either the storage of a full grid or all five tables")
-    return tables
+    return Walk(*tables)
 
 
 # ---- 3. ssm and add_norm -------------------------------------------------------------------------
@@ -372,39 +368,6 @@ def norm_values(residual, weight, bias, dtype) -> dict:
             "bias": float32(bias)}
 
 
-def ssm_values(xz, w: Weights, walk: Walk, pool: str, skip: bool) -> dict:
-    """What conv_pool, expand_gate and their backward passes share: xz (b l 2e), weights, walk and
-    sizes. skip: the scan has D. Raises ValueError where the shapes do not fit together."""
-    if (xz.ndim, w.dt_proj.ndim, w.A_log.ndim, walk.start.ndim) != (3, 3, 3, 2):
-        found = tuple(tuple(t.shape) for t in (xz, w.dt_proj, w.A_log, walk.start))
-        raise ValueError(f"expected xz (b l 2e), dt_proj (k e r), A_log (k e n), start (rows p+1), "
-                         f"not {', '.join(map(str, found))}")
-    b, l, width = xz.shape
-    e = width // 2
-    r = w.dt_proj.shape[-1]
-    n = w.A_log.shape[-1]
-    rows, edges = walk.start.shape
-    # of these two C sees only products; to_c checks the others
-    if w.x_proj.shape != (2, r + 2 * n, e) or w.dt_proj.shape != (2, e, r):
-        found = {name: tuple(t.shape) for name, t in w._asdict().items() if t is not None}
-        raise ValueError(f"activations {tuple(xz.shape)} do not fit weights of shapes {found}")
-    fits = l >= 1 and edges >= 2 and rows in (1, b) and walk.token.shape == (rows, l)
-    if not fits or not 1 <= n <= MAX_STATES:
-        raise ValueError(
-            f"activations {tuple(xz.shape)} do not fit a walk of {tuple(walk.token.shape)} tokens, "
-            f"or {n} states are not 1 to {MAX_STATES}"
-        )
-    values = {"device": xz.device, "dtype": number_of(xz.dtype), "b": b, "l": l, "p": edges - 1,
-              "e": e, "rows": rows, "max": int(pool == "max"), "xz": xz}
-    values.update(walk._asdict())
-    values.update(w._asdict())
-    if skip:
-        values["D"] = None
-    if pool != "max":
-        values["argmax"] = None
-    return values
-
-
 def scan_values(x, dt, A, B, C, D=None, dt_bias=None, stride=None) -> dict:
     """What selective_scan takes. stride: B and C are columns of a table that is so wide; else
     contiguous. Raises ValueError where C has no such sizes; to_c checks the shapes."""
@@ -436,10 +399,10 @@ def scan_of(pooled, w: Weights, skip: bool):
 
 def run_ssm(xz, *rest):
     """fastvim.ssm by kernels -> y (b l e) and, for the way back, pooled, argmax or None, s."""
-    kernels, w, skip, v = read_arguments(xz, *rest)
+    kernels, w, v = read_ssm(xz, *rest)
     with no_autocast(xz.device):
         pooled, argmax = kernels.run("conv_pool", v)        # (k b p e)
-        [s] = kernels.run("selective_scan", scan_of(pooled, w, skip)[0])
+        [s] = kernels.run("selective_scan", scan_of(pooled, w, v["skip"])[0])
         [y] = kernels.run("expand_gate", v, s=s)
     return y, pooled, argmax, s
 
@@ -447,11 +410,11 @@ def run_ssm(xz, *rest):
 def run_ssm_backward(dy, pooled, argmax, s, xz, *rest):
     """dy (b l e) -> the gradients of xz and of the nine Weights, None where there is none. It
     computes the convolutions again; two kernels fill the halves of dxz."""
-    kernels, w, skip, v = read_arguments(xz, *rest)
+    kernels, w, v = read_ssm(xz, *rest)
     argmax = argmax if v["max"] else None                   # programs have an empty one
     with no_autocast(xz.device):
         dxz, g, ds, *dnorm = kernels.run("expand_gate_backward", v, s=s, dy=dy)
-        scan, low = scan_of(pooled, w, skip)
+        scan, low = scan_of(pooled, w, v["skip"])
         dp, ddt, dA, dB, dC, dD, ddt_bias = kernels.run(
             "selective_scan_backward", scan, shared=1, ds=ds)
         ddt = ddt.flatten(1, 2)                             # (k bp e)
@@ -462,12 +425,13 @@ def run_ssm_backward(dy, pooled, argmax, s, xz, *rest):
         _, dconv_weight, dconv_bias, dskip = kernels.run(
             "conv_pool_backward", v, argmax=argmax, dpooled=dp, g=g, dxz=dxz)
     dA_log = dA * scan["A"]                                 # of A = -exp(A_log)
-    dD = dD if skip else dskip
+    dD = dD if v["skip"] else dskip
     return dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA_log, dD, *dnorm
 
 
-def read_arguments(xz, *rest):
-    """The arguments of SSM -> Kernels, Weights, skip, ssm_values."""
+def read_ssm(xz, *rest) -> tuple[Kernels, Weights, dict]:
+    """The arguments of SSM -> the kernels, the weights, and the values that conv_pool, expand_gate
+    and their backward passes share. Raises ValueError where the shapes do not fit together."""
     w = Weights(*rest[:len(Weights._fields)])
     *grid, pool, skip, backend = rest[len(Weights._fields):]
     *_, storage, _, _, lengths, slot, scale = grid
@@ -478,7 +442,34 @@ def read_arguments(xz, *rest):
     tokens = math.prod(lengths) + (slot is not None)
     if storage and xz.shape[1:2] != (tokens,):  # before tables of any size are made
         raise ValueError(f"activations {tuple(xz.shape)} do not fit a walk of {(1, tokens)} tokens")
-    return kernels_of(backend), w, skip, ssm_values(xz, w, unpack(xz.device, *grid), pool, skip)
+    walk = unpack(xz.device, *grid)
+    if (xz.ndim, w.dt_proj.ndim, w.A_log.ndim, walk.start.ndim) != (3, 3, 3, 2):
+        found = tuple(tuple(t.shape) for t in (xz, w.dt_proj, w.A_log, walk.start))
+        raise ValueError(f"expected xz (b l 2e), dt_proj (k e r), A_log (k e n), start (rows p+1), "
+                         f"not {', '.join(map(str, found))}")
+    b, l, width = xz.shape
+    e = width // 2
+    r = w.dt_proj.shape[-1]
+    n = w.A_log.shape[-1]
+    rows, edges = walk.start.shape
+    # of these two C sees only products; to_c checks the others
+    if w.x_proj.shape != (2, r + 2 * n, e) or w.dt_proj.shape != (2, e, r):
+        found = {name: tuple(t.shape) for name, t in w._asdict().items() if t is not None}
+        raise ValueError(f"activations {tuple(xz.shape)} do not fit weights of shapes {found}")
+    fits = l >= 1 and edges >= 2 and rows in (1, b) and walk.token.shape == (rows, l)
+    if not fits or not 1 <= n <= MAX_STATES:
+        raise ValueError(
+            f"activations {tuple(xz.shape)} do not fit a walk of {tuple(walk.token.shape)} tokens, "
+            f"or {n} states are not 1 to {MAX_STATES}"
+        )
+    v = {"device": xz.device, "dtype": number_of(xz.dtype), "b": b, "l": l, "p": edges - 1, "e": e,
+         "rows": rows, "max": int(pool == "max"), "xz": xz, **walk._asdict(), **w._asdict()}
+    v["skip"] = skip
+    if skip:
+        v["D"] = None                       # the scan has it
+    if pool == "mean":
+        v["argmax"] = None
+    return kernels_of(backend), w, v
 
 
 def kernels_of(backend: str) -> Kernels:
@@ -516,79 +507,105 @@ def run_add_norm_backward(du, dout, out, weight, bias, backend):
 # past them: the dispatcher's bookkeeping costs as much as the kernels do on small images.
 
 
-class Operation(NamedTuple):
-    run: object                             # the function
-    save: object                            # what autograd asks of it, see differentiate_ssm
-    differentiate: object
-    differentiate_again: object
+SSM = (
+    "Tensor xz, Tensor conv_weight, Tensor conv_bias, Tensor x_proj, Tensor dt_proj, "
+    "Tensor dt_bias, Tensor A_log, Tensor D, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor? token, Tensor? group, Tensor? weight, Tensor? member, Tensor? start, "
+    "str storage, str order, str pooled_axes, SymInt[] lengths, SymInt? slot, float scale, "
+    "str pool, bool skip, str backend"
+)
+TENSORS = SSM.count("Tensor")               # they come first
+WEIGHTS = 1 + len(Weights._fields)          # of these the first have gradients
+OPERATIONS = {}                             # name -> what runs it, and what autograd asks of it
 
 
-OPERATIONS = {}
+def register(name, arguments, outputs, run, like, *autograd):
+    """An operation of torch.library. It returns so many tensors, an empty one for None. like: its
+    arguments, which may have no memory -> tensors such as it returns. autograd: what to save, how
+    to differentiate, and how to do that twice."""
+    def tensors_only(function):
+        def checked(*arguments):
+            # PyTorch takes a call that mixes tensors with and without memory to the latter
+            devices = {str(t.device) for t in arguments if isinstance(t, Tensor)}
+            if len(devices) > 1:
+                raise ValueError(
+                    f"tensors must be on one device, not on {' and '.join(sorted(devices))}")
+            empty = arguments[0].new_empty
+            return tuple(empty(0) if t is None else t for t in function(*arguments))
+        return checked
+
+    def shapes(*arguments):
+        form = torch.contiguous_format
+        return [t if t is None else torch.empty_like(t, memory_format=form)
+                for t in like(*arguments)]
+
+    OPERATIONS[name] = (run, *autograd)
+    schema = f"({arguments}) -> ({', '.join(['Tensor'] * outputs)})"
+    operation = torch.library.custom_op(
+        f"fastvim::{name}", tensors_only(run), mutates_args=(), schema=schema)
+    operation.register_fake(tensors_only(shapes))
+    if autograd:
+        save, differentiate, _ = autograd
+        operation.register_autograd(differentiate, setup_context=save)
 
 
 def call(name: str, context, *arguments):
-    """-> the outputs of an operation. context: what differentiate_again needs besides them."""
+    """-> the outputs of an operation. context: what it takes to differentiate it twice."""
     first = arguments[0]
-    seen = torch.compiler.is_compiling() or type(first) not in PLAIN
-    if seen or torch._C._len_torch_dispatch_stack() > 0:
+    noted = torch.compiler.is_compiling() or type(first) not in PLAIN
+    if noted or torch._C._len_torch_dispatch_stack() > 0:
         return getattr(torch.ops.fastvim, name)(*arguments)
     if torch.is_grad_enabled():
         return Direct.apply(name, context, *arguments)
-    return OPERATIONS[name].run(*arguments)
+    run, *_ = OPERATIONS[name]
+    return run(*arguments)
 
 
 class Direct(torch.autograd.Function):
-    """An operation that only autograd sees."""
+    """An operation that nobody but autograd notes."""
 
     @staticmethod
     def forward(ctx, name, context, *arguments):
-        ctx.operation = OPERATIONS[name]
+        run, save, *ctx.differentiate = OPERATIONS[name]
         ctx.context = context
-        outputs = ctx.operation.run(*arguments)
-        ctx.operation.save(ctx, arguments, outputs)
+        outputs = run(*arguments)
+        save(ctx, arguments, outputs)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *grads):
-        differentiate = ctx.operation.differentiate
-        if is_differentiated_again(grads):
-            differentiate = ctx.operation.differentiate_again
-        return None, None, *differentiate(ctx, *grads)
-
-
-def is_differentiated_again(grads) -> bool:
-    """Are gradients of gradients wanted, or batches of gradients (is_grads_batched, jacobian)?"""
-    batched = [torch._C._functorch.is_legacy_batchedtensor(g) for g in grads if g is not None]
-    return any(batched) or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        once, twice = ctx.differentiate
+        batches = [torch._C._functorch.is_legacy_batchedtensor(g) for g in grads if g is not None]
+        if torch._C._are_functorch_transforms_active() or any(batches) or torch.is_grad_enabled():
+            return None, None, *twice(ctx, *grads)
+        return None, None, *once(ctx, *grads)
 
 
 def save_ssm(ctx, inputs, output):
     """Of what has the tokens' length only xz is kept."""
-    kept = [t for t in output[1:] if t is not None]
-    ctx.mark_non_differentiable(*kept)
+    ctx.mark_non_differentiable(*[t for t in output[1:] if t is not None])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], *inputs[:TENSORS])
     ctx.rest = inputs[TENSORS:]
 
 
 def differentiate_ssm(ctx, dy, *_):
-    pooled, argmax, s, *tensors = ctx.saved_tensors
+    pooled, argmax, s, *inputs = ctx.saved_tensors
     saved = (dy.contiguous(), pooled, argmax, s)
-    grads = call("ssm_backward", None, *saved, *tensors, *ctx.rest)
-    grads = [None if t is None else grad for t, grad in zip(tensors, grads)]
-    return (*grads, *[None] * (TENSORS + len(ctx.rest) - len(grads)))
+    grads = call("ssm_backward", None, *saved, *inputs, *ctx.rest)
+    grads = [None if t is None else grad for t, grad in zip(inputs, grads)]
+    return *grads, *[None] * (TENSORS - WEIGHTS + len(ctx.rest))
 
 
-def differentiate_ssm_again(ctx, dy, *_):
+def differentiate_ssm_twice(ctx, dy, *_):
     """The same in plain PyTorch, which knows its own derivatives."""
     plain, w, grid = ctx.context
-    *_, norm_weight, norm_bias = inputs = ctx.saved_tensors[3:4 + len(Weights._fields)]
-    w = w._replace(**dict(zip(Weights._fields[:-2], inputs[1:])),
-                   layernorm=norm_of(norm_weight, norm_bias))
+    inputs = ctx.saved_tensors[3:3 + WEIGHTS]
+    xz, *weights, norm_weight, norm_bias = inputs
+    w = w._replace(**dict(zip(Weights._fields, weights)), layernorm=norm_of(norm_weight, norm_bias))
     with torch.enable_grad():
-        y = plain.ssm(inputs[0], w, grid)
-    grads = gradients(y, inputs, dy)
-    return (*grads, *[None] * (TENSORS + len(ctx.rest) - len(grads)))
+        y = plain.ssm(xz, w, grid)
+    return *gradients(y, inputs, dy), *[None] * (TENSORS - WEIGHTS + len(ctx.rest))
 
 
 def save_add_norm(ctx, inputs, output):
@@ -610,7 +627,7 @@ def differentiate_add_norm(ctx, du, dout):
     return dhidden, dresidual, dweight, None if bias is None else dbias, None
 
 
-def differentiate_add_norm_again(ctx, du, dout):
+def differentiate_add_norm_twice(ctx, du, dout):
     if du is None:
         return dout, dout, None, None, None
     out, weight, bias = ctx.saved_tensors
@@ -636,10 +653,11 @@ def gradients(y, inputs, dy) -> list:
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     again = torch.is_grad_enabled()
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=again))
-    return [None if t is None or not t.requires_grad else next(found) for t in inputs]
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
-def shapes_of_ssm(xz, *rest):
+def like_ssm(xz, *rest):
+    """-> tensors such as y, pooled, argmax, s."""
     *tables, storage, _, pooled, lengths, slot, _, pool, _, _ = rest[len(Weights._fields):]
     if storage:
         axes = zip(storage.split(), lengths)
@@ -649,71 +667,23 @@ def shapes_of_ssm(xz, *rest):
         p = Walk(*tables).start.shape[1] - 1
     b, l, width = xz.shape
     p = xz.new_empty(2, b, p, width // 2, dtype=torch.float32)
-    argmax = torch.empty_like(p, dtype=torch.int32) if pool == "max" else None
-    return xz.new_empty(b, l, width // 2), p, argmax, torch.empty_like(p)
+    return xz.new_empty(b, l, width // 2), p, p.int() if pool == "max" else None, p
 
 
-def shapes_of_ssm_backward(dy, pooled, argmax, s, xz, *rest):
-    return map(like, (xz, *rest[:len(Weights._fields)]))
+def like_add_norm_backward(du, dout, out, weight, bias, backend):
+    return out, None if du.dtype == torch.float32 else du, weight.float(), float32(bias)
 
 
-def shapes_of_add_norm(hidden, residual, weight, bias, backend):
-    return like(hidden), like(residual)
-
-
-def shapes_of_add_norm_backward(du, dout, out, weight, bias, backend):
-    dhidden = None if du.dtype == torch.float32 else like(du)
-    return like(out), dhidden, like(weight.float()), like(float32(bias))
-
-
-def like(t):
-    """Contiguous memory."""
-    return None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
-SSM = (
-    "Tensor xz, Tensor conv_weight, Tensor conv_bias, Tensor x_proj, Tensor dt_proj, "
-    "Tensor dt_bias, Tensor A_log, Tensor D, Tensor? norm_weight, Tensor? norm_bias, "
-    "Tensor? token, Tensor? group, Tensor? weight, Tensor? member, Tensor? start, "
-    "str storage, str order, str pooled_axes, SymInt[] lengths, SymInt? slot, float scale, "
-    "str pool, bool skip, str backend"
-)
-TENSORS = SSM.count("Tensor")               # they come first
-
-
-def register(name, arguments, outputs, run, shapes, save=None, differentiate=None, again=None):
-    """An operation of torch.library: its arguments; how many tensors it returns, an empty one for
-    None; what runs it; the same for tensors without memory."""
-    def tensors_only(function):
-        def only(*arguments):
-            # PyTorch takes a call that mixes tensors with and without memory to the latter
-            devices = {str(t.device) for t in arguments if isinstance(t, Tensor)}
-            if len(devices) > 1:
-                raise ValueError(
-                    f"tensors must be on one device, not on {' and '.join(sorted(devices))}")
-            empty = arguments[0].new_empty
-            return tuple(empty(0) if t is None else t for t in function(*arguments))
-        return only
-
-    schema = f"({arguments}) -> ({', '.join(['Tensor'] * outputs)})"
-    operation = torch.library.custom_op(
-        f"fastvim::{name}", tensors_only(run), mutates_args=(), schema=schema)
-    operation.register_fake(tensors_only(shapes))
-    if differentiate is not None:
-        operation.register_autograd(differentiate, setup_context=save)
-    OPERATIONS[name] = Operation(run, save, differentiate, again)
-
-
-register("ssm", SSM, 4, run_ssm, shapes_of_ssm,
-         save_ssm, differentiate_ssm, differentiate_ssm_again)
-register("ssm_backward", f"Tensor dy, Tensor pooled, Tensor argmax, Tensor s, {SSM}",
-         1 + len(Weights._fields), run_ssm_backward, shapes_of_ssm_backward)
-register("add_norm", "Tensor hidden, Tensor residual, Tensor weight, Tensor? bias, str backend",
-         2, run_add_norm, shapes_of_add_norm,
-         save_add_norm, differentiate_add_norm, differentiate_add_norm_again)
+register("ssm", SSM, 4, run_ssm, like_ssm,
+         save_ssm, differentiate_ssm, differentiate_ssm_twice)
+register("ssm_backward", f"Tensor dy, Tensor pooled, Tensor argmax, Tensor s, {SSM}", WEIGHTS,
+         run_ssm_backward, lambda dy, pooled, argmax, s, *inputs: inputs[:WEIGHTS])
+register("add_norm", "Tensor hidden, Tensor residual, Tensor weight, Tensor? bias, str backend", 2,
+         run_add_norm, lambda hidden, residual, *_: (hidden, residual),
+         save_add_norm, differentiate_add_norm, differentiate_add_norm_twice)
 register("add_norm_backward",
-         "Tensor du, Tensor? dout, Tensor out, Tensor weight, Tensor? bias, str backend",
-         4, run_add_norm_backward, shapes_of_add_norm_backward)
+         "Tensor du, Tensor? dout, Tensor out, Tensor weight, Tensor? bias, str backend", 4,
+         run_add_norm_backward, like_add_norm_backward)
 
 # ---- 5. The backends -----------------------------------------------------------------------------
 
@@ -746,29 +716,29 @@ class CompiledBackend:
     def ssm(self, xz, w, grid):
         if not self.serves(xz.dtype, lacks_weights(w, self.plain.norms)):
             return self.plain.ssm(xz, w, grid)
+        return call("ssm", (self.plain, w, grid), *self.arguments(xz, w, grid))[0]
+
+    def arguments(self, xz, w, grid) -> tuple:
+        """Those of SSM."""
         tensors = (xz.contiguous(), *weights_of(w))
-        rest = (*pack(grid), w.pool, w.skip_before_expand, self.name)
-        return call("ssm", (self.plain, w, grid), *tensors, *rest)[0]
+        return *tensors, *pack(grid), w.pool, w.skip_before_expand, self.name
 
     # One operation at a time, for tests and measurements: no gradients
 
     def conv_pool(self, xz, w, grid):
         """-> None, where plain PyTorch returns c, which kernels do not store; pooled (k b p e)."""
-        return None, self.kernels.run("conv_pool", self._values(xz, w, grid))[0]
+        kernels, _, v = read_ssm(*self.arguments(xz, w, grid))
+        return None, kernels.run("conv_pool", v)[0]
 
     def selective_scan(self, x, dt, A, B, C, D=None, dt_bias=None):
         tensors = (None if t is None else t.contiguous() for t in (x, dt, A, B, C, D, dt_bias))
         return self.kernels.run("selective_scan", scan_values(*tensors))[0]
 
     def expand_gate(self, xz, c, s, w, grid):
-        v = self._values(xz, w, grid)
+        kernels, _, v = read_ssm(*self.arguments(xz, w, grid))
         if s.shape != (2, v["b"], v["p"], v["e"]):
             raise ValueError(f"s {tuple(s.shape)} does not fit {v['p']} steps of {tuple(xz.shape)}")
-        return self.kernels.run("expand_gate", v, s=s.contiguous())[0]
-
-    def _values(self, xz, w, grid):
-        walk = unpack(xz.device, *pack(grid))
-        return ssm_values(xz.contiguous(), weights_of(w), walk, w.pool, w.skip_before_expand)
+        return kernels.run("expand_gate", v, s=s.contiguous())[0]
 
     def serves(self, dtype: torch.dtype, lacks: str) -> bool:
         """Can the kernels run this call? What they lack is logged, once."""

@@ -27,12 +27,12 @@ from fastvim import CLASS, HOLE, Grid, GridWithHoles
 from fastvim_kernels import (
     KERNELS,
     pack,
+    read_ssm,
     run_add_norm,
     run_add_norm_backward,
     run_ssm,
     run_ssm_backward,
     scan_values,
-    ssm_values,
     weights_of,
 )
 from helpers import images, outputs_and_gradients, random_keep, tiny, walk_of
@@ -371,7 +371,7 @@ def test_the_same_bits_twice_and_by_any_number_of_threads(backend, name):
     for run in runs[2:]:
         assert run[0].equal(runs[0][0])
     scan = scan_values(*scan_inputs(p=40, e=24, n=16))
-    v = ssm_values(xz, weights_of(w), walk_of(grid), "mean", False)
+    v = read_ssm(*ssm_arguments(backend, grid, xz, w))[2]
     results = []
     for n in (1, 2, 3):
         with threads(n), torch.no_grad():
@@ -409,14 +409,14 @@ def test_what_is_not_finite_spreads_as_in_pytorch(backend, name, pool, value):
 def test_argmax_of_ties_and_nan(backend):
     """Of equal maxima the first position wins; a NaN wins over everything."""
     grid, xz, w = make_float32("columns", 4, pool="max")
-    walk = walk_of(grid)
-    w = weights_of(w)._replace(conv_weight=torch.zeros(2, 4, 4))    # c = silu(bias)
-    _, argmax = backend.kernels.run("conv_pool", ssm_values(xz, w, walk, "max", False))
-    first = walk.start[0, :-1]
+    def pool(weight):
+        v = read_ssm(*ssm_arguments(backend, grid, xz, w._replace(conv_weight=weight)))[2]
+        return backend.kernels.run("conv_pool", v)
+    _, argmax = pool(torch.zeros(2, 4, 4))                      # c = silu(bias)
+    first = walk_of(grid).start[0, :-1]
     assert argmax.equal(first[None, None, :, None].expand(argmax.shape))
-    w = w._replace(conv_weight=torch.ones(2, 4, 4))
     xz[0, 5, 0] = math.nan                                      # row 1, column 0: position 1
-    p, argmax = backend.kernels.run("conv_pool", ssm_values(xz, w, walk, "max", False))
+    p, argmax = pool(torch.ones(2, 4, 4))
     assert p[0, 0, 0, 0].isnan()
     assert argmax[0, 0, 0, 0] == 1
 
@@ -900,7 +900,7 @@ def test_memory_that_is_short(backend, monkeypatch):
     monkeypatch.setattr(backend.kernels, "_library", note)
     *inputs, w, dy = make_inputs(torch.float32, "wide rows", 512, batch=64)
     with torch.no_grad():
-        v = ssm_values(inputs[1], weights_of(w), walk_of(inputs[0]), "mean", False)
+        v = read_ssm(*ssm_arguments(backend, *inputs, w))[2]
         dp = torch.ones(2, 64, 2, 512)
         dxz = torch.empty_like(inputs[1])
         _, *grads = backend.kernels.run("conv_pool_backward", v, dpooled=dp, g=dy, dxz=dxz)
