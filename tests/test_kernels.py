@@ -587,6 +587,21 @@ def test_derivatives_of_derivatives_and_batches_of_them(backend, kind, masked):
 
 
 @pytest.mark.parametrize("backend", REAL, indirect=True)
+def test_derivatives_of_derivatives_of_shared_weights(backend):
+    """What a weight does in an earlier layer is the earlier layer's to say."""
+    def run(dtype, name):
+        model = tiny(dtype, depth=2)
+        first, second = model.layers
+        second.norm = first.norm
+        for weight in ("A_log", "conv_weight", "layernorm"):
+            setattr(second.mixer, weight, getattr(first.mixer, weight))
+        with fastvim.use_backend(name):
+            return derivatives(model, images(model))
+    for values, references in zip(run(torch.float32, backend.name), run(torch.float64, "python")):
+        assert relative_error(values, references) < 1e-4
+
+
+@pytest.mark.parametrize("backend", REAL, indirect=True)
 def test_transforms(backend, caplog):
     """torch.func and forward-mode derivatives, with and without autograd's own recording: plain
     PyTorch serves, and says so once."""
