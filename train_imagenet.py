@@ -20,9 +20,12 @@ What the paper and its released logs report, top-1 of the EMA model, after epoch
 
 RESULTS.md has its ablations, and the flags that repeat them.
 """
+import functools
+
 import torch
 from torch import nn
 
+import ablations
 import classification
 import embed
 import fastvim
@@ -57,6 +60,7 @@ def make_parser() -> runs.Parser:
     looks = parser.groups["instead of training"]
     looks.add_argument("--eval", metavar="CKPT",
                        help="evaluate this checkpoint, ours or a released one")
+    ablations.add_arguments(looks.add_argument)
     add = looks.add_mutually_exclusive_group().add_argument
     add("--predict", metavar="IMAGE", nargs="+", help="the five likeliest classes of each image, "
         "by --eval CKPT (default: OUT/best.pt)")
@@ -84,6 +88,7 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     on_digits = not typed.keys() & {"data", *LOOKS}
     if on_digits:
         recipe |= DIGITS
+    recipe |= ablations.options(typed, parser)
     start = find_start({**recipe, **typed}, parser)
     known = {}
     if start.content:
@@ -131,7 +136,8 @@ def train(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
 
 def main() -> None:
     runs.run(get_args, {"predict": classification.predict, "embed": embed.embed_images,
-                        "eval": classification.evaluate}, train)
+                        "eval": classification.evaluate,
+                        "ablations": functools.partial(ablations.main, "pairs")}, train)
 
 
 if __name__ == "__main__":

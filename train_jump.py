@@ -45,6 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import ablations
 import baselines
 import channels
 import checkpoints
@@ -117,6 +118,7 @@ def make_parser() -> runs.Parser:
     add("--init", metavar="CKPT", help="start from this encoder, ours or a released one; channel "
         "embeddings go by name")
     group = parser.groups["instead of training"]
+    ablations.add_arguments(group.add_argument)
     add = group.add_argument
     add("--eval", metavar="CKPT", help="accuracy by number of channels and for --subsets, of a "
         "checkpoint of ours or a released one, into OUT (default: its folder)")
@@ -172,7 +174,7 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
         typed = {"out": os.path.dirname(path) or ".", **reading, **typed}
     toy = {}
     if not looks and not typed.keys() & {"data", "index"}:
-        toy = CELLS
+        toy = {**CELLS, **ablations.options(typed, parser)}
     chosen = {**runs.defaults(parser), **RECIPE, **toy, **typed}
     if not looks and not chosen["stats"]:
         start = runs.starting_point(chosen, chosen["init"])
@@ -380,7 +382,8 @@ def print_statistics(args, ctx, saved: runs.Saved) -> None:
 
 def main() -> None:
     runs.run(get_args, {"predict": predict, "embed": embed_images, "stats": print_statistics,
-                        "eval": evaluate}, train)
+                        "eval": evaluate,
+                        "ablations": functools.partial(ablations.main, "cells")}, train)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ loading.py has the loader, and how a run goes on with a bad file; survey.py a lo
 before training; images.py ImageNet, also as it is kept by shards.py and huggingface.py, which
 layouts.py tells apart; cells.py and tiff.py microscopy, in folders by sites.py, of JUMP-CP by
 plates.py; listing.py what is to be embedded; dense.py transforms and ADE20K; coco.py COCO;
-builtin.py digits, drawn cells and drawn scenes.
+builtin.py digits, drawn cells, scenes and pairs.
 
 A data set that cannot be meant is refused in one line, by ValueError or FileNotFoundError; what may
 be meant is counted in a warning. A file raises anything; Files skips, names and counts it.
 """
 
-from .builtin import DIGITS_MEAN, DIGITS_STD, Cells, Digits, Scenes, digit_transform
+from .builtin import DIGITS_MEAN, DIGITS_STD, Cells, Digits, Pairs, Scenes, digit_transform
 from .cells import (
     CELL_EXTENSIONS,
     CellTransform,

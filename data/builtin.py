@@ -1,4 +1,4 @@
-"""Data that needs no download, for every experiment: scanned digits, drawn cells, drawn scenes."""
+"""Data that needs no download, for every experiment: scanned digits; drawn cells, scenes, pairs."""
 
 import math
 from collections.abc import Callable
@@ -232,3 +232,53 @@ class Scenes(DenseFiles):
         images = [dict(id=i, height=self.img_size, width=self.img_size) for i in range(len(self))]
         categories = [dict(id=k, name=name) for k, name in enumerate(self.classes)]
         return dict(annotations=items, categories=categories, images=images)
+
+
+# ---- Drawn pairs ---------------------------------------------------------------------------------
+
+class Pairs:
+    """Two reddish shapes of Scenes among four bluish ones that mean nothing, 32 x 32 pixels.
+
+    The 8 classes: which shape the left one of the two is, and whether it lies above or below the
+    other. Each of the six stands somewhere in a field of 3 x 3 of its own, the two never in the
+    same row or column of fields, so that both questions have an answer; which fields, sizes, tilts
+    and colours are drawn. No patch tells the class, nor do all patches without their places.
+
+    draw(i) -> (image (3 32 32) float32, label), a function of (split, i) alone; any i >= 0.
+    """
+
+    size = 32                                                   # pixels
+    fields = 3                                                  # in a row, and in a column
+    count = 6                                                   # shapes, of which two matter
+    classes = [f"{shape} {side}" for shape in Scenes.shapes for side in ("below", "above")]
+
+    def __init__(self, split: str):
+        self.split = ("train", "val").index(split)
+
+    def draw(self, i: int) -> tuple[np.ndarray, int]:
+        rng = np.random.default_rng([self.split, i])
+        rows, columns = rng.permuted(np.tile(np.arange(self.fields), (2, 1)), axis=1)[:, :2]
+        pair = rows * self.fields + columns                     # the two's fields, by number
+        others = np.setdiff1d(np.arange(self.fields ** 2), pair)
+        field = np.concatenate([pair, rng.permutation(others)[:self.count - 2]])
+        place = np.stack([field // self.fields, field % self.fields])
+        place = place + 0.5 + rng.uniform(-0.2, 0.2, place.shape)
+        cy, cx = place[..., None, None] * self.size / self.fields       # (count 1 1) each
+        radius = self.size * rng.uniform(0.12, 0.16, (self.count, 1, 1))
+        angle = rng.uniform(-0.3, 0.3, (self.count, 1, 1))
+        colour = rng.uniform(0.3, 1, (self.count, 3))
+        colour[:2, 2] *= 0.3                                    # the two have little blue
+        colour[2:, 0] *= 0.3                                    # the others little red
+        kinds = rng.integers(0, len(Scenes.shapes), self.count)
+        axis = np.arange(self.size) + 0.5                       # of the pixels' centers
+        dy = (axis[:, None] - cy) / radius
+        dx = (axis - cx) / radius
+        u = np.cos(angle) * dx + np.sin(angle) * dy             # (count S S)
+        v = np.cos(angle) * dy - np.sin(angle) * dx
+        image = 0.1 * rng.standard_normal((3, self.size, self.size))
+        for n, kind in enumerate(kinds):
+            inside = list(Scenes.shapes.values())[kind](u[n], v[n])
+            image[:, inside] += colour[n][:, None]
+        left, right = np.argsort(columns)
+        label = 2 * kinds[left] + (rows[left] < rows[right])
+        return image.astype(np.float32), int(label)
