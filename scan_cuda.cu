@@ -8,20 +8,31 @@
 // arithmetic and every other tensor is float32.
 //
 // What makes each kernel fast. dev/cuda builds conv_pool's and the scan's tricks one at a time, for
-// timing. No GPU has timed them yet: gains are counted, in bytes moved and in instructions.
+// timing. No GPU has timed them yet: gains are counted, in bytes moved and in instructions a number
+// in bfloat16 (dev/cuda/sass.py; the special functions of silu alone are 2, 3 with the gate).
+//     all that walk   how they meet their positions: conv_pool 38 -> 21, its backward 101 -> 63
+//         slots in shared memory                   a position's tables are read by one thread
+//         eight places for x, unrolled by eight    no moves: they were 1.5 a number
+//         rows in words, zeroed before the load    4 -> 1 to unpack one; no selects: 1
+//         taps halved beforehand                   silu is 2 instead of 4
 //     conv_pool       a warp walks the positions of a step, its neighbours stay in registers
 //         both directions in one launch            x is read once instead of twice: memory time / 2
-//         four channels a thread                   16-byte loads; table look-ups and addresses / 4
-//         four positions a turn                    four loads in flight instead of one
+//         four channels a thread                   16-byte loads; look-ups and addresses / 4
+//         loads four positions early               four in flight instead of one
 //         several warps a step, two stages         2-D pooling and small batches fill the chip
 //     selective_scan  a thread owns a channel, its states are registers
 //         B and C in shared memory                 read once for 64 channels: their bytes / 64
 //         chunks side by side, three phases        chunks times the threads, for twice the exps
 //         h again from every eighth step           the backward stores an eighth of the states
-//     expand_gate     a block walks rows: expand, skip, convolution, norm and gate in one pass
+//     expand_gate     a block walks rows: expand, skip, convolution, norm and gate in one pass;
+//                     57 -> 39, backward 96 -> 66, and no more loops over warps for the sums
 //         the row in registers                     s, x and z are read once, y is written once
+//         all sums of a row at once, transposed    one barrier where two were; backward three
 //         two rows a barrier (forward)             half the barriers, twice the loads in flight
-//     add_norm        a warp takes a row           a row comes from DRAM once, then from L1
+//     add_norm        a warp takes a row           it is read once, and stays in registers
+// Tried, and worse: two rows a barrier backward (44 bytes of registers spilled), and reading the
+// norm's bias again for each row there (20); z and dy a row early, too (52 in float32). conv_pool
+// in 128 registers, for 16 warps an SM and not 12 (32 spilled, 22 instructions).
 // Backward kernels recompute what they need from x and sum the parameters' gradients on the way.
 //
 // No atomics: sums over blocks go through partial sums in scratch memory and a second kernel, in an
@@ -30,7 +41,7 @@
 //
 // The tests compile this file with g++ as well (tests/cuda_emulator.h). That asks for: launch()
 // instead of <<< >>>, DYNAMIC_SHARED, shuffles with all lanes present, no return of a part of a
-// block before a barrier, no inline PTX.
+// block before a barrier, no inline PTX but in functions that the emulator has too.
 #include <algorithm>
 #include <climits>
 #include <cstring>
@@ -46,6 +57,18 @@
 #define DYNAMIC_SHARED(name) extern __shared__ float name[]
 
 constexpr int64_t SMS = 132;                // an H100's: no query, so the same bits on every chip
+
+__device__ inline float hardware_tanh(float x) {            // __tanhf is CUDA 13's
+    asm("tanh.approx.f32 %0, %0;" : "+f"(x));
+    return x;
+}
+
+// The compiler would move the second factor's extension out of the loop, and multiply 64 bits.
+__device__ inline int64_t wide_product(int a, int b) {
+    int64_t result;
+    asm("mul.wide.s32 %0, %1, %2;" : "=l"(result) : "r"(a), "r"(b));
+    return result;
+}
 
 template <class X> struct Same { using type = X; };
 
@@ -96,37 +119,65 @@ VECTOR operator+(Vec<V> a, const Vec<V>& b) { EACH_LANE a[i] += b[i]; return a; 
 VECTOR operator*(Vec<V> a, const Vec<V>& b) { EACH_LANE a[i] *= b[i]; return a; }
 VECTOR operator*(float a, Vec<V> b) { EACH_LANE b[i] *= a; return b; }
 VECTOR operator-(Vec<V> a, float b) { EACH_LANE a[i] -= b; return a; }
-VECTOR where(bool condition, Vec<V> a) { EACH_LANE a[i] = condition ? a[i] : 0; return a; }
 VECTOR fma(const Vec<V>& a, const Vec<V>& b, Vec<V> c) {
     EACH_LANE c[i] = fmaf(a[i], b[i], c[i]);
     return c;
 }
+VECTOR fma(float a, const Vec<V>& b, Vec<V> c) { return fma(fill<V>(a), b, c); }
 template <int V> __device__ float total(const Vec<V>& a) {
-    float sum = 0;
-    EACH_LANE sum += a[i];
+    float sum = a[V - 1];
+    EACH(i, V - 1) sum += a[i];
+    return sum;
+}
+template <int V> __device__ float dot(const Vec<V>& a, const Vec<V>& b) {
+    float sum = a[V - 1] * b[V - 1];
+    EACH(i, V - 1) sum = fmaf(a[i], b[i], sum);
     return sum;
 }
 
-// Row `row` of `width` elements: a 32 x 32 -> 64 bit multiplication, one instruction.
+// Row `row` of `width` elements: one instruction, 32 x 32 + 64 bits, as the width is in bytes.
 template <class X> __device__ X* row_of(X* p, int row, int width) {
-    return p + int64_t(row) * width;
+    const char* bytes = reinterpret_cast<const char*>(p);
+    return (X*)(bytes + wide_product(row, width * int(sizeof(X))));
 }
 
+// V channels as they lie in memory. In words: numbers of 16 bits would be moved one by one.
 template <int V, class T> struct alignas(V * sizeof(T)) Pack {
-    T v[V];
+    uint32_t words[V * sizeof(T) / 4];
 };
 
-template <int V, class T> __device__ Vec<V> load(const T* p) {
-    const Pack<V, T> pack = *reinterpret_cast<const Pack<V, T>*>(p);
+template <int V> __device__ Vec<V> unpack(const Vec<V>& x) { return x; }
+template <int V, class T> __device__ Vec<V> unpack(const Pack<V, T>& pack) {
     Vec<V> r;
-    EACH_LANE r[i] = to_float(pack.v[i]);
+    T v[V];
+    memcpy(v, pack.words, sizeof v);
+    EACH_LANE r[i] = to_float(v[i]);
+    return r;
+}
+template <int V> __device__ Vec<V> unpack(const Pack<V, __nv_bfloat16>& pack) {
+    Vec<V> r;                               // a shift or a mask, not three instructions a number
+    EACH_LANE {
+        const uint32_t word = pack.words[i / 2];
+        r[i] = __uint_as_float(i % 2 ? word & 0xffff0000u : word << 16);
+    }
     return r;
 }
 
+template <int V, class T> __device__ Vec<V> load(const T* p) {
+    if constexpr (V == 1) return {{to_float(*p)}};
+    else return unpack(*reinterpret_cast<const Pack<V, T>*>(p));
+}
+
 template <int V, class T> __device__ void store(T* p, const Vec<V>& x) {
-    Pack<V, T> pack;
-    EACH_LANE pack.v[i] = from_float<T>(x[i]);
-    *reinterpret_cast<Pack<V, T>*>(p) = pack;
+    T v[V];
+    EACH_LANE v[i] = from_float<T>(x[i]);
+    if constexpr (V == 1) {
+        *p = v[0];
+    } else {
+        Pack<V, T> pack;
+        memcpy(pack.words, v, sizeof v);
+        *reinterpret_cast<Pack<V, T>*>(p) = pack;
+    }
 }
 
 // The V channels of a thread. WIDE: neighbours, one load of up to 16 bytes. Else, where e or a
@@ -142,45 +193,51 @@ template <int V, bool WIDE> struct Lanes {
     __device__ int offset(int i) const { return WIDE ? i : channel(i); }
 
     __device__ Vec<V> only(Vec<V> x) const { EACH_LANE x[i] = live(i) ? x[i] : 0; return x; }
-    template <class T> __device__ Vec<V> load(const T* p) const {
-        Vec<V> r;
-        if (WIDE) return ::load<V>(p);
-        EACH_LANE r[i] = to_float(p[channel(i)]);
-        return r;
+    template <class T> using Row = std::conditional_t<WIDE, Pack<V, T>, Vec<V>>;
+    template <class T> __device__ Row<T> read(const T* p) const {
+        if constexpr (WIDE) return *reinterpret_cast<const Row<T>*>(p);
+        else {
+            Vec<V> r;
+            EACH_LANE r[i] = to_float(p[channel(i)]);
+            return r;
+        }
     }
+    template <class T> __device__ Vec<V> load(const T* p) const { return unpack(read(p)); }
     template <class T> __device__ void store(T* p, const Vec<V>& x) const {
         if (WIDE && live(0)) ::store(p, x);
         EACH_LANE if (!WIDE && live(i)) p[channel(i)] = from_float<T>(x[i]);
     }
-    // A row, or zero. No branch: where there is nothing to load, row 0 is loaded and dropped.
-    // Branches would keep the loads of several positions from being in flight together.
-    template <class T>
-    __device__ Vec<V> load_if(bool here, const T* p, int row, int width) const {
-        return where(here, load(row_of(p, here ? row : 0, width)));
+    // A row, or zeros for row -1. In the type of memory: zeroing four numbers of 16 bits is one
+    // instruction, and the load is predicated, where four selects followed it.
+    template <class T> __device__ Row<T> read_row(const T* p, int row, int width) const {
+        Row<T> r{};
+        if (row >= 0) r = read(row_of(p, row, width));
+        return r;
     }
 };
 
-// silu(x) = x sigmoid(x). The special-function unit does 16 values a clock and SM. float32 pays for
-// an exp and a reciprocal; 16-bit activations take the hardware's tanh (2^-11 accurate):
-// sigmoid(x) = (1 + tanh(x / 2)) / 2.
-template <class T> __device__ float sigmoid(float x) {
-#if !defined(CUDART_VERSION) || CUDART_VERSION >= 13000
-    if (!std::is_same<T, float>::value) return fmaf(0.5f, __tanhf(0.5f * x), 0.5f);
-#endif
-    return __fdividef(1.0f, 1.0f + __expf(-x));
+// silu(a) = a sigmoid(a) = h + h tanh(h), h = a / 2. 16-bit activations take the hardware's tanh
+// (2^-11 accurate): two instructions a value. float32 pays five, with an exp and a reciprocal. The
+// argument is IN times a: taps and biases are multiplied by it once, and not each value.
+template <class T> constexpr bool COARSE = !std::is_same<T, float>::value;
+template <class T> constexpr float IN = COARSE<T> ? 0.5f : 1;
+
+template <class T> __device__ float sigmoid(float h) {
+    if (COARSE<T>) return fmaf(0.5f, hardware_tanh(h), 0.5f);
+    return __fdividef(1.0f, 1.0f + __expf(-h));
 }
 
-template <class T, int V> __device__ Vec<V> silu(Vec<V> a) {
-    EACH_LANE a[i] *= sigmoid<T>(a[i]);
-    return a;
+template <class T, int V> __device__ Vec<V> silu(Vec<V> h) {
+    EACH_LANE h[i] = COARSE<T> ? fmaf(h[i], hardware_tanh(h[i]), h[i]) : h[i] * sigmoid<T>(h[i]);
+    return h;
 }
 
 // silu and its derivative sigmoid(a) (1 + a (1 - sigmoid(a)))
 template <class T, int V>
-__device__ void silu_and_slope(const Vec<V>& a, Vec<V>& value, Vec<V>& slope) {
+__device__ void silu_and_slope(const Vec<V>& h, Vec<V>& value, Vec<V>& slope) {
+    value = silu<T>(h);
     EACH_LANE {
-        const float s = sigmoid<T>(a[i]);
-        value[i] = a[i] * s;
+        const float s = sigmoid<T>(h[i]);
         slope[i] = fmaf(value[i], 1 - s, s);
     }
 }
@@ -188,32 +245,49 @@ __device__ void silu_and_slope(const Vec<V>& a, Vec<V>& value, Vec<V>& slope) {
 // -------------------------------------------------------------------------------------------------
 // Reductions
 
-__device__ inline float warp_sum(float x) {
-    for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(ALL, x, lanes);
-    return x;
+// v[i], i < N, in each of 32 lanes -> in lanes i * 32/N and following, as v[0], the sum of v[i]
+// over the lanes. An exchange halves the number of values: for N = 4, 6 shuffles where 4 sums in
+// turn take 20, and for N = 32, 31 where they take 160.
+template <int HALF, int LANES = 16, int N> __device__ void transpose_sum(float (&v)[N]) {
+    const bool upper = threadIdx.x & LANES;
+    EACH(i, HALF) {
+        const float give = upper ? v[i] : v[i + HALF], keep = upper ? v[i + HALF] : v[i];
+        v[i] = keep + __shfl_xor_sync(ALL, give, LANES);
+    }
+    if (HALF == 0) v[0] += __shfl_xor_sync(ALL, v[0], LANES);
+    if constexpr (LANES > 1) transpose_sum<HALF / 2, LANES / 2>(v);
 }
 
-// Sums over the block, received by all its threads. Two buffers in turn: whoever writes one again
-// has passed the barrier of the other, and by then everybody has read the first.
-struct BlockSum {
-    static constexpr int MOST = 2;          // values summed at once
-    static constexpr int64_t BYTES = 2 * MOST * 32 * sizeof(float);
+__device__ inline float warp_sum(float x) {
+    float v[1] = {x};
+    transpose_sum<0>(v);
+    return v[0];
+}
+
+// Sums of N values over the block, received by all its threads: transposed sums over warps, a
+// barrier, and their sum by all lanes together, which takes the same time for 3 warps as for 12.
+// Two buffers in turn: whoever writes one again has passed the barrier of the other, and by then
+// everybody has read the first. They begin as zeros, for warps that are not there.
+template <int N, int WARPS> struct BlockSum {
+    static constexpr int LANES = 32 / N, SIZE = (WARPS * N + 31) / 32 * 32;
+    static constexpr int64_t BYTES = 2 * SIZE * sizeof(float);
     float* buffer;                          // shared memory
     int turn = 0;
 
-    template <int n> __device__ void operator()(float (&x)[n]) {
-        const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
-        float* row = buffer + turn * MOST * 32;
-        turn ^= 1;
-        EACH(i, n) {
-            x[i] = warp_sum(x[i]);
-            if (threadIdx.x % 32 == 0) row[i * 32 + warp] = x[i];
-        }
+    __device__ explicit BlockSum(float* buffer) : buffer(buffer) {      // a barrier must follow
+        for (int i = threadIdx.x; i < 2 * SIZE; i += blockDim.x) buffer[i] = 0;
+    }
+    __device__ void operator()(float (&x)[N]) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, value = lane / LANES;
+        const int other = lane % LANES;
+        float *row = buffer + turn, sum = 0;
+        turn ^= SIZE;
+        transpose_sum<N / 2>(x);
+        if (other == 0) row[warp * N + value] = x[0];
         __syncthreads();
-        EACH(i, n) {
-            x[i] = 0;
-            for (int j = 0; j < warps; ++j) x[i] += row[i * 32 + j];
-        }
+        EACH(i, SIZE / 32) sum += row[i * 32 + other * N + value];
+        for (int lanes = LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(ALL, sum, lanes);
+        EACH(i, N) x[i] = __shfl_sync(ALL, sum, i * LANES);
     }
 };
 
@@ -246,6 +320,18 @@ __global__ void sum_parts_kernel(Outputs to, const float* parts, int64_t rows, i
 // -------------------------------------------------------------------------------------------------
 // Walks
 
+// What a kernel needs to know of a position t: its weight and step, -1 for a hole; the token three
+// positions ahead, -1 where there is none or a hole; its own token, -1 outside the image.
+struct alignas(16) Slot {
+    float weight = 0;
+    int step = -1, ahead = -1, token = -1, t = INT_MIN;
+};
+
+// Slots are looked up in the tables by one thread each, SLOTS at a time, into shared memory, and
+// read there by all: an instruction a position, where four positions took 20 look-ups.
+constexpr int SLOTS = 32;                   // a multiple of eight
+constexpr int64_t SLOT_BYTES = (SLOTS + 4) * sizeof(Slot);          // four are read early
+
 // The walk of one image
 struct ImageWalk : Walk {
     int64_t image;
@@ -260,27 +346,21 @@ struct ImageWalk : Walk {
         member += row * l;
         start += row * (p + 1);
     }
-    // Of U members from m on, none of them from `end` on: how many are neighbouring positions?
-    template <int U> __device__ int neighbours(int m, int end) const {
-        const int t = __ldg(member + m);
-        int n = 1;
-#pragma unroll
-        for (int i = 1; i < U; ++i) n += n == i && __ldg(member + min(m + i, end - 1)) == t + i;
-        return n;
+    __device__ Slot slot(int t) const {
+        Slot s;
+        s.t = t;
+        if (unsigned(t) < unsigned(l)) s.weight = weight[t], s.step = group[t], s.token = token[t];
+        if (unsigned(t + 3) < unsigned(l) && group[t + 3] >= 0) s.ahead = token[t + 3];
+        return s;
     }
-};
-
-// What the tables say about position t: its token and group; group -1 outside the image as for
-// holes
-struct Spot {
-    int token, group;
-    __device__ Spot(const ImageWalk& w, int t) {
-        const int inside = unsigned(t) < unsigned(w.l) ? t : 0;
-        token = __ldg(w.token + inside);
-        group = __ldg(w.group + inside);
-        if (t != inside) group = -1;
+    // Slots of members, or of positions if there are none, from `first` on, before `end`
+    __device__ void look_up(Slot* slots, const int32_t* members, int first, int end, int thread,
+                            int threads) const {
+        for (int i = thread; i < SLOTS + 4; i += threads) {
+            const int at = first + i;
+            slots[i] = at < end ? slot(members ? members[at] : at) : Slot();
+        }
     }
-    __device__ bool real() const { return group >= 0; }
 };
 
 // How steps are dealt out: `steps` of an image make a unit, whose members are cut into `slices`.
@@ -305,28 +385,33 @@ struct Work : ImageWalk {
     }
 };
 
-// U positions t .. t+U-1 of x with three neighbours on either side: x[i] is position t - 3 + i.
-// Outside the image and in holes x is zero.
-template <int V, int U> struct Window {
-    Vec<V> x[U + 6] = {};
-    int first = INT_MIN / 2;
+// The x of eight positions. Walks go on by eight, unrolled: position i of them finds its own x in
+// x[i + 3] and its neighbours in x[i] .. x[i + 6], modulo eight. Nothing is ever moved (ten places,
+// moved on by four, were 24 moves for 16 numbers). Outside the image and in holes x is zero.
+template <class T, int V, bool WIDE> struct Window {
+    const ImageWalk& w;
+    const Lanes<V, WIDE> lanes;
+    const T* xz;                            // of the image
+    Vec<V> x[8] = {};
+    int next = INT_MIN;                     // the position that is expected
 
-    template <class L, class T>
-    __device__ void move_to(int t, const ImageWalk& w, const L& lanes, const T* xz) {
-        auto x_at = [&](int position) {
-            const Spot spot(w, position);
-            return lanes.load_if(spot.real(), xz, spot.token, 2 * w.e);
-        };
-        const bool next = t == first + U;   // six values are here already; else they are loaded
-        first = t;
-        EACH(i, 6) x[i] = x[i + U];
-        if (!next) EACH(i, 6) x[i] = x_at(t - 3 + i);
-        EACH(i, U) x[i + 6] = x_at(t + 3 + i);
+    __device__ Window(const ImageWalk& w, const Lanes<V, WIDE>& lanes, const void* xz)
+        : w(w), lanes(lanes),
+          xz(static_cast<const T*>(xz) + w.image * w.l * 2 * w.e + lanes.origin()) {}
+
+    using Row = typename Lanes<V, WIDE>::template Row<T>;
+    __device__ Row read(int token) const { return lanes.read_row(xz, token, 2 * w.e); }
+    // Before position i of the eight, t: six neighbours, if it does not follow the one before.
+    __device__ void enter(int i, int t) {
+        if (t != next) EACH(j, 6) x[(i + j) % 8] = unpack(read(w.slot(t - 6 + j).ahead));
+        next = t + 1;
     }
+    __device__ void add(int i, const Row& ahead) { x[(i + 6) % 8] = unpack(ahead); }
 };
 
-// Both directions' convolutions. taps[k][j] multiplies the neighbour j steps back (k = 0) or ahead.
-template <int V> struct Conv {
+// Both directions' convolutions, times IN. taps[k][j] multiplies the neighbour j steps back (k = 0)
+// or ahead.
+template <class T, int V> struct Conv {
     Vec<V> taps[2][4], bias[2];
 
     template <bool WIDE>
@@ -336,13 +421,13 @@ template <int V> struct Conv {
             Vec<4> four;
             if (WIDE) four = load<4>(weights + row * 4);
             else EACH(j, 4) four[j] = weights[row * 4 + j];
-            EACH(j, 4) taps[k][j][i] = four[3 - j];
-            bias[k][i] = biases[row];
+            EACH(j, 4) taps[k][j][i] = IN<T> * four[3 - j];
+            bias[k][i] = IN<T> * biases[row];
         }
     }
-    __device__ Vec<V> operator()(int k, const Vec<V>* x) const {    // x points at the position
+    __device__ Vec<V> operator()(int k, const Vec<V> (&x)[8], int i) const {
         Vec<V> c = bias[k];
-        EACH(j, 4) c = fma(taps[k][j], x[k ? j : -j], c);
+        EACH(j, 4) c = fma(taps[k][j], x[(i + 3 + (k ? j : -j)) % 8], c);
         return c;
     }
 };
@@ -371,21 +456,22 @@ template <int V, bool MAX> struct Pool {
     }
 };
 
-// A warp is a walker: it visits the members of its steps, U at a time, for 32 V channels. Where
-// steps are cut into slices, each slice writes its own part, and pool_parts_kernel merges them.
+// A warp is a walker: it visits the members of its steps, for 32 V channels. Where steps are cut
+// into slices, each slice writes its own part, and pool_parts_kernel merges them.
 template <class T, bool WIDE, bool MAX>
 __global__ void __launch_bounds__(32 * WALKERS) conv_pool_kernel(ConvPool a, Cut cut) {
-    constexpr int V = 4, U = 4;
+    constexpr int V = 4;
+    DYNAMIC_SHARED(shared);                                 // [walker] slots
+    Slot* slots = reinterpret_cast<Slot*>(shared) + threadIdx.y * (SLOTS + 4);
     const int64_t tiles = (a.n.e + 32 * V - 1) / (32 * V);
     const int64_t item = blockIdx.x / tiles * WALKERS + threadIdx.y;
     const Work w(a.walk, a.n, cut, item);
     const Lanes<V, WIDE> lanes{int(blockIdx.x % tiles * 32 * V), int(threadIdx.x), 32, w.e};
-    const T* xz = static_cast<const T*>(a.xz) + w.image * w.l * 2 * w.e + lanes.origin();
     const int64_t direction = a.n.b * w.p * w.e, part = w.share % cut.slices * 2 * direction;
     const int64_t first = part + w.image * w.p * w.e + lanes.origin();
 
-    const Conv<V> conv(a.conv_weight, a.conv_bias, lanes);
-    Window<V, U> window;
+    const Conv<T, V> conv(a.conv_weight, a.conv_bias, lanes);
+    Window<T, V, WIDE> window(w, lanes, a.xz);
     Pool<V, MAX> pool[2];
     EACH(k, 2) pool[k].clear();
     int g = w.g0;
@@ -398,22 +484,21 @@ __global__ void __launch_bounds__(32 * WALKERS) conv_pool_kernel(ConvPool a, Cut
         }
         ++g;
     };
-    for (int m = w.m0, n; m < w.m1; m += n) {
-        const int t = __ldg(w.member + m);
-        n = w.template neighbours<U>(m, w.m1);
-        int group[U];
-        float weight[U];
-        EACH(i, U) {
-            const int at = i < n ? t + i : t;
-            group[i] = __ldg(w.group + at);
-            weight[i] = __ldg(w.weight + at);
-        }
-        window.move_to(t, w, lanes, xz);
-        EACH(i, U) {
-            if (i >= n) break;
+    for (int m = w.m0; m < w.m1; m += SLOTS) {
+        __syncwarp();
+        w.look_up(slots, w.member, m, w.m1, threadIdx.x, 32);
+        __syncwarp();
+        typename Window<T, V, WIDE>::Row ahead[4];          // four loads in flight
+        EACH(i, 4) ahead[i] = window.read(slots[i].ahead);
+        for (int at = 0; at < min(SLOTS, w.m1 - m); at += 8) EACH(i, 8) {
+            const Slot slot = slots[at + i];
+            if (slot.token < 0) break;                      // the last member is done
+            window.enter(i, slot.t);
+            window.add(i, ahead[i % 4]);
+            ahead[i % 4] = window.read(slots[at + i + 4].ahead);
 #pragma unroll 1
-            while (g < group[i]) write();                   // empty steps are written as zero
-            EACH(k, 2) pool[k].add(silu<T>(conv(k, window.x + i + 3)), weight[i], t + i);
+            while (g < slot.step) write();                  // empty steps are written as zero
+            EACH(k, 2) pool[k].add(silu<T>(conv(k, window.x, i)), slot.weight, slot.t);
         }
     }
 #pragma unroll 1
@@ -433,9 +518,9 @@ __global__ void pool_parts_kernel(float* pooled, int32_t* argmax, const float* p
     if (MAX) argmax[at] = pool.arg[0];
 }
 
-// The backward walks positions, not steps. At position u both da[u] become known; da0[u] belongs to
-// dx[u-3 .. u] and da1[u] to dx[u .. u+3], so unfinished dx slide along with the window of x: after
-// U positions the first U are complete. A run of positions starts three early and ends three late.
+// The backward walks positions, not steps. At position t both da[t] become known; da0[t] belongs to
+// dx[t-3 .. t] and da1[t] to dx[t .. t+3], so unfinished dx go round in eight places as x does, and
+// dx[t-3] is complete. A run of positions starts three early and ends three late.
 // Two channels a thread: four would need over 220 registers, and leave too few warps on an SM to
 // hide the loads. Sums for the parameters stay in registers until the end of the run; a block adds
 // them up into its row of parts, [dconv_weight 2 e 4 | dconv_bias 2 e | dD 2 e].
@@ -443,6 +528,8 @@ template <class T, bool WIDE, bool MAX>
 __global__ void __launch_bounds__(32 * WALKERS, 3)
 conv_pool_backward_kernel(ConvPoolBackward a, float* parts, int run) {
     constexpr int V = 2, U = 4;
+    DYNAMIC_SHARED(shared);                 // [walker] slots, then [walker][12][32 V] sums
+    Slot* slots = reinterpret_cast<Slot*>(shared) + threadIdx.y * (SLOTS + 4);
     const int64_t tiles = (a.n.e + 32 * V - 1) / (32 * V), tile = blockIdx.x % tiles;
     const int64_t item = blockIdx.x / tiles * WALKERS + threadIdx.y;
     const int64_t runs = (a.n.l + run - 1) / run;
@@ -451,86 +538,83 @@ conv_pool_backward_kernel(ConvPoolBackward a, float* parts, int run) {
     const int t0 = idle ? 0 : int(item % runs * run), t1 = idle ? 0 : min(w.l, t0 + run);
     const Lanes<V, WIDE> lanes{int(tile * 32 * V), int(threadIdx.x), 32, w.e};
     const int64_t row0 = w.image * w.l, origin = lanes.origin();
-    const T* xz = static_cast<const T*>(a.xz) + row0 * 2 * w.e + origin;
     const T* g = static_cast<const T*>(a.g) + row0 * w.e + origin;
     T* dxz = static_cast<T*>(a.dxz) + row0 * 2 * w.e + origin;
     const int64_t direction = a.n.b * w.p * w.e, first = w.image * w.p * w.e + origin;
 
-    const Conv<V> conv(a.conv_weight, a.conv_bias, lanes);
-    Vec<V> skip[2], dpooled[2], dtaps[2][4], dbias[2], dD[2], dx[U + 6];
+    // Taps are multiplied by IN, so all gradients of c are divided by it, and its sums multiplied.
+    const Conv<T, V> conv(a.conv_weight, a.conv_bias, lanes);
+    Vec<V> skip[2], dpooled[2], dtaps[2][4], dbias[2], dD[2], dx[8] = {};
     int arg[2][V], step = -1;                               // the step that dpooled belongs to
     EACH(k, 2) {
-        skip[k] = a.D ? lanes.load(a.D + k * w.e + origin) : fill<V>(0);
+        skip[k] = a.D ? 1 / IN<T> * lanes.load(a.D + k * w.e + origin) : fill<V>(0);
         dpooled[k] = dbias[k] = dD[k] = fill<V>(0);
         EACH(j, 4) dtaps[k][j] = fill<V>(0);
         EACH_LANE arg[k][i] = -1;
     }
-    EACH(i, U + 6) dx[i] = fill<V>(0);
 
-    Window<V, U> x;
-    for (int u = t0 - 3; u < t1 + 3 && t0 < t1; u += U) {
-        x.move_to(u, w, lanes, xz);                         // x.x[i], dx[i]: of position u - 3 + i
-        Vec<V> gu[U];
-        int group[U];
-        float weight[U];
-        EACH(i, 6) dx[i] = dx[i + U];
-        EACH(i, U) {
-            const Spot spot(w, u + i);
-            dx[i + 6] = fill<V>(0);
-            gu[i] = lanes.load_if(a.D && spot.real(), g, spot.token, w.e);
-            group[i] = spot.group;
-            weight[i] = __ldg(w.weight + (spot.real() ? u + i : 0));
-        }
-        EACH(here, U) {
-            const int t = u + here;
-            if (group[here] < 0) continue;
-            const bool own = t >= t0 && t < t1;             // else the neighbouring run counts it
-            if (group[here] != step) {
-                step = group[here];
-                EACH(k, 2) {
-                    const int64_t at = first + k * direction + int64_t(step) * w.e;
-                    dpooled[k] = lanes.load(a.dpooled + at);
-                    EACH_LANE if (MAX) arg[k][i] = a.argmax[at + lanes.offset(i)];
+    Window<T, V, WIDE> window(w, lanes, a.xz);
+    const int end = idle ? t0 - 3 : t1 + 3;
+    if (!idle) window.enter(0, t0 - 3);
+    for (int u = t0 - 3; u < end; u += SLOTS) {
+        __syncwarp();
+        w.look_up(slots, nullptr, u - 3, end, threadIdx.x, 32);     // slots[0]: of u - 3
+        __syncwarp();
+        for (int at = 0; at < min(SLOTS, end - u); at += 8) EACH(half, 2) {
+            Slot slot[U];
+            typename Window<T, V, WIDE>::Row ahead[U], gs[U];
+            EACH(i, U) slot[i] = slots[at + half * U + i + 3];
+            EACH(i, U) ahead[i] = window.read(slot[i].ahead);
+            EACH(i, U) gs[i] = lanes.read_row(g, slot[i].step < 0 ? -1 : slot[i].token, w.e);
+            EACH(i, U) {
+                const int place = half * U + i, t = u + at + place;
+                const bool own = t >= t0 && t < t1;         // else the neighbouring run counts it
+                window.add(place, ahead[i]);
+                dx[(place + 6) % 8] = fill<V>(0);
+                if (slot[i].step >= 0 && slot[i].step != step) {
+                    step = slot[i].step;
+                    EACH(k, 2) {
+                        const int64_t row = first + k * direction + int64_t(step) * w.e;
+                        dpooled[k] = 1 / IN<T> * lanes.load(a.dpooled + row);
+                        EACH_LANE if (MAX) arg[k][i] = a.argmax[row + lanes.offset(i)];
+                    }
                 }
+                if (slot[i].step >= 0) EACH(k, 2) {
+                    const Vec<V> gt = unpack(gs[i]);
+                    Vec<V> c, slope, dc = skip[k] * gt;
+                    silu_and_slope<T>(conv(k, window.x, place), c, slope);
+                    if (!MAX) dc = fma(slot[i].weight, dpooled[k], dc);
+                    else EACH_LANE if (arg[k][i] == t) dc[i] += dpooled[k][i];
+                    const Vec<V> da = dc * slope;
+                    EACH(j, 4) {
+                        const int near = (place + 3 + (k ? j : -j)) % 8;
+                        dx[near] = fma(conv.taps[k][j], da, dx[near]);
+                        if (own) dtaps[k][j] = fma(da, window.x[near], dtaps[k][j]);
+                    }
+                    if (own) dbias[k] = dbias[k] + da;
+                    if (own) dD[k] = fma(gt, c, dD[k]);
+                }
+                const Slot& done = slots[at + place];
+                if (t - 3 >= t0 && t - 3 < t1)
+                    lanes.store(row_of(dxz, done.token, 2 * w.e),
+                                done.step < 0 ? fill<V>(0) : dx[place]);
             }
-            EACH(k, 2) {
-                Vec<V> c, slope, dc = skip[k] * gu[here];
-                silu_and_slope<T>(conv(k, x.x + here + 3), c, slope);
-                EACH_LANE {
-                    if (!MAX) dc[i] += weight[here] * dpooled[k][i];
-                    else if (arg[k][i] == t) dc[i] += dpooled[k][i];
-                }
-                const Vec<V> da = dc * slope, counted = where(own, da);
-                EACH(j, 4) {
-                    const int at = here + 3 + (k ? j : -j);
-                    dx[at] = fma(conv.taps[k][j], da, dx[at]);
-                    dtaps[k][j] = fma(counted, x.x[at], dtaps[k][j]);
-                }
-                dbias[k] = dbias[k] + counted;
-                if (own) dD[k] = fma(gu[here], c, dD[k]);
-            }
-        }
-        EACH(i, U) {
-            const int t = u - 3 + i;
-            const Spot spot(w, t);
-            if (t >= t0 && t < t1)
-                lanes.store(row_of(dxz, spot.token, 2 * w.e), where(spot.real(), dx[i]));
         }
     }
 
-    DYNAMIC_SHARED(shared);                                 // [walker][12][32 V]
-    float* mine = shared + threadIdx.y * 12 * 32 * V;
+    float* sums = shared + WALKERS * SLOT_BYTES / sizeof(float);
+    float* mine = sums + threadIdx.y * 12 * 32 * V;
     EACH(k, 2) EACH_LANE {
         const int place = lanes.place(i);
-        EACH(j, 4) mine[(k * 4 + 3 - j) * 32 * V + place] = dtaps[k][j][i];
-        mine[(8 + k) * 32 * V + place] = dbias[k][i];
+        EACH(j, 4) mine[(k * 4 + 3 - j) * 32 * V + place] = IN<T> * dtaps[k][j][i];
+        mine[(8 + k) * 32 * V + place] = IN<T> * dbias[k][i];
         mine[(10 + k) * 32 * V + place] = dD[k][i];
     }
     __syncthreads();
     parts += blockIdx.x / tiles * 12 * w.e;
     for (int i = threadIdx.y * 32 + threadIdx.x; i < 12 * 32 * V; i += 32 * WALKERS) {
         float sum = 0;
-        for (int walker = 0; walker < WALKERS; ++walker) sum += shared[walker * 12 * 32 * V + i];
+        for (int walker = 0; walker < WALKERS; ++walker) sum += sums[walker * 12 * 32 * V + i];
         const int what = i / (32 * V), channel = lanes.base + i % (32 * V);
         const int tap = (what / 4 * w.e + channel) * 4 + what % 4;
         if (channel < w.e) parts[what < 8 ? tap : what * w.e + channel] = sum;
@@ -540,63 +624,91 @@ conv_pool_backward_kernel(ConvPoolBackward a, float* parts, int run) {
 // -------------------------------------------------------------------------------------------------
 // expand_gate: y = norm((s_0 + s_1 + D_0 c_0 + D_1 c_1) / 2) silu(z)
 
-// A block walks rows, U at a time; a thread has V channels of them in registers. The norm is two
-// sums over the block, of U rows at once. This is what forward and backward share, A their
-// arguments.
-template <class T, int V, int U, bool WIDE, class A> struct Rows {
+// A block walks rows, U at a time; a thread has V channels of them in registers. All sums over the
+// channels of U rows are taken at once: N of them, 2 U forward and 4 U backward. This is what both
+// directions share, A their arguments. What is missing costs nothing to leave in: D is zero then,
+// and a norm without mean has `centre` zero.
+template <class T, int V, int U, int N, bool WIDE, int THREADS, class A> struct Rows {
     const A& a;
     const ImageWalk& w;
     const Lanes<V, WIDE> lanes;
-    BlockSum sum;
-    const float inverse;                    // 1 / e
-    const T* xz;                            // of the image
+    Slot* slots;
+    BlockSum<N, THREADS / 32> sum;
+    Window<T, V, WIDE> window;
     const float *s0, *s1;
-    const Conv<V> conv;
+    const Conv<T, V> conv;
     Vec<V> skip[2], norm_weight, norm_bias;
-    Vec<V> expanded;                        // s_0 + s_1 of `step`
+    Vec<V> expanded;                        // (s_0 + s_1) / 2 of `step`
     int step = -1;
-    Window<V, U> window;
+    const float inverse, centre;            // 1 / e, or 0 without a norm; the same, without a mean
+    float pivot = 0;                        // near the mean of the next row
+    int begun = 0;
 
     __device__ Rows(const A& a, const ImageWalk& w, float* shared)
-        : a(a), w(w), lanes{0, int(threadIdx.x), int(blockDim.x), w.e}, sum{shared},
-          inverse(1.0f / w.e), conv(a.conv_weight, a.conv_bias, lanes) {
+        : a(a), w(w), lanes{0, int(threadIdx.x), int(blockDim.x), w.e},
+          slots(reinterpret_cast<Slot*>(shared)), sum(shared + SLOT_BYTES / sizeof(float)),
+          window(w, lanes, a.xz), conv(a.conv_weight, a.conv_bias, lanes),
+          inverse(a.norm_weight ? 1.0f / w.e : 0), centre(a.norm_bias ? inverse : 0) {
         const int origin = lanes.origin();
-        xz = static_cast<const T*>(a.xz) + w.image * w.l * 2 * w.e + origin;
         s0 = a.s + w.image * w.p * w.e + origin;
         s1 = s0 + a.n.b * w.p * w.e;
-        EACH(k, 2) skip[k] = a.D ? lanes.load(a.D + k * w.e + origin) : fill<V>(0);
-        norm_weight = a.norm_weight ? lanes.load(a.norm_weight + origin) : fill<V>(1);
-        norm_bias = a.norm_bias ? lanes.load(a.norm_bias + origin) : fill<V>(0);
+        auto parameter = [&](const float* p, float other) {     // zero for idle lanes
+            return lanes.only(p ? lanes.load(p + origin) : fill<V>(other));
+        };
+        EACH(k, 2) skip[k] = 0.5f * parameter(a.D ? a.D + k * w.e : nullptr, 0);
+        norm_weight = parameter(a.norm_weight, 1);
+        norm_bias = parameter(a.norm_bias, 0);
         expanded = fill<V>(0);
     }
 
-    // v of U positions from t on, those of the given steps; zero for step -1 and idle lanes
-    __device__ void mix(Vec<V> (&v)[U], int t, const int (&group)[U]) {
-        if (a.D) window.move_to(t, w, lanes, xz);
-        EACH(i, U) {
-            if (group[i] >= 0 && group[i] != step) {
-                step = group[i];
-                expanded = lanes.load(row_of(s0, step, w.e)) + lanes.load(row_of(s1, step, w.e));
-            }
-            v[i] = expanded;
-            if (a.D) EACH(k, 2) v[i] = fma(skip[k], silu<T>(conv(k, window.x + i + 3)), v[i]);
-            v[i] = where(group[i] >= 0, lanes.only(0.5f * v[i]));
-        }
+    __device__ typename Window<T, V, WIDE>::Row read_z(int token) const {
+        return lanes.read_row(window.xz, 2 * token + 1, w.e);
     }
-    // v -> (v - mean) scale. Mean first, then the squares of what is left: no cancellation.
-    __device__ void normalise(Vec<V> (&v)[U], float (&scale)[U]) {
-        float x[U];
-        if (a.norm_bias) {
-            EACH(i, U) x[i] = total(v[i]);
-            sum(x);
-            EACH(i, U) v[i] = lanes.only(v[i] - x[i] * inverse);
+    // Position `place` of eight, a position of the step `at`: what is normalised of it
+    __device__ Vec<V> mix(int place, const typename Window<T, V, WIDE>::Row& ahead, int at) {
+        window.add(place, ahead);
+        if (at >= 0 && at != step) {
+            step = at;
+            const Vec<V> both = lanes.load(row_of(s0, at, w.e)) + lanes.load(row_of(s1, at, w.e));
+            expanded = 0.5f * lanes.only(both);
         }
-        EACH(i, U) x[i] = total(v[i] * v[i]);
-        EACH(i, U) scale[i] = 1;
-        if (!a.norm_weight) return;
-        sum(x);
-        EACH(i, U) scale[i] = rsqrtf(x[i] * inverse + EPS);
-        EACH(i, U) v[i] = scale[i] * v[i];
+        Vec<V> v = expanded;
+        EACH(k, 2) v = fma(skip[k], silu<T>(conv(k, window.x, place)), v);
+        return v;
+    }
+    // v -> (v - mean) scale, from the sums of v and its squares in one pass: nothing cancels where
+    // a number near the mean is taken from v first, that of the row before. The first row has none
+    // and is summed twice. Backward, of dhat, the gradient of the result, also the mean and that
+    // of dhat times the result, as x[0 ..] and x[U ..].
+    __device__ void normalise(Vec<V> (&v)[U], const Vec<V>* dhat, float (&scale)[U],
+                              float (&x)[N]) {
+        float shift = pivot;
+        for (;;) {
+            EACH(i, U) {
+                v[i] = v[i] + lanes.only(fill<V>(-shift));
+                x[i] = total(v[i]);
+                x[U + i] = dot(v[i], v[i]);
+                if (N > 2 * U) x[2 * U + i] = total(dhat[i]);
+                if (N > 2 * U) x[3 * U + i] = dot(dhat[i], v[i]);
+            }
+            sum(x);
+            shift = x[U - 1] * centre;
+            if (!(fabsf(shift) < 1e30f)) shift = 0;         // a NaN stays in its row
+            pivot += shift;
+            if (begun) break;
+            begun = 1;
+        }
+        EACH(i, U) {
+            const float mean = centre > 0 ? x[i] * centre : 0;      // of infinite sums, too
+            const float variance = x[U + i] * inverse - mean * mean;
+            scale[i] = inverse > 0 ? rsqrtf(fabsf(variance) + EPS) : 1;
+            v[i] = fma(scale[i], v[i], fill<V>(-mean * scale[i]));
+            if (N > 2 * U) {
+                const float along = scale[i] * (x[3 * U + i] - mean * x[2 * U + i]);
+                x[i] = x[2 * U + i] * centre;
+                x[U + i] = along * inverse;
+            }
+        }
     }
 };
 
@@ -606,24 +718,33 @@ __global__ void __launch_bounds__(THREADS, 1) expand_gate_kernel(ExpandGate a, i
     const int64_t runs = (a.n.l + run - 1) / run;
     const ImageWalk w(a.walk, a.n, blockIdx.x / runs);
     const int t0 = int(blockIdx.x % runs * run), t1 = min(w.l, t0 + run);
-    Rows<T, V, U, WIDE, ExpandGate> rows(a, w, shared);
+    Rows<T, V, U, 2 * U, WIDE, THREADS, ExpandGate> rows(a, w, shared);
     T* y = static_cast<T*>(a.y) + w.image * w.l * w.e + rows.lanes.origin();
-    for (int t = t0; t < t1; t += U) {
-        Vec<V> v[U], z[U];
-        int token[U], group[U];
-        float scale[U];
-        EACH(i, U) {                                        // z sets out before the barriers
-            const Spot spot(w, t + i);
-            token[i] = spot.token;
-            group[i] = t + i < t1 ? spot.group : -1;
-            z[i] = rows.lanes.load(row_of(rows.xz + w.e, token[i], 2 * w.e));
-        }
-        rows.mix(v, t, group);
-        rows.normalise(v, scale);
-        EACH(i, U) {
-            const Vec<V> normed = fma(v[i], rows.norm_weight, rows.norm_bias);
-            const Vec<V> gated = where(group[i] >= 0, normed * silu<T>(z[i]));
-            if (t + i < t1) rows.lanes.store(row_of(y, token[i], w.e), gated);
+    rows.window.enter(0, t0);
+    for (int t = t0; t < t1; t += SLOTS) {
+        __syncthreads();
+        w.look_up(rows.slots, nullptr, t, t1, threadIdx.x, blockDim.x);
+        __syncthreads();
+        for (int at = 0; at < min(SLOTS, t1 - t); at += 8)
+#pragma unroll(WIDE ? 8 / U : 1)
+        for (int turn = 0; turn < 8 / U; ++turn) {
+            if (t + at + turn * U >= t1) break;
+            Slot slot[U];
+            typename Window<T, V, WIDE>::Row ahead[U], z[U];
+            Vec<V> v[U];
+            float scale[U], sums[2 * U];
+            EACH(i, U) slot[i] = rows.slots[at + turn * U + i];
+            EACH(i, U) ahead[i] = rows.window.read(slot[i].ahead);
+            EACH(i, U) {                                    // a hole's z is zero, and so is its y
+                z[i] = rows.read_z(slot[i].step < 0 ? -1 : slot[i].token);
+            }
+            EACH(i, U) v[i] = rows.mix(turn * U + i, ahead[i], slot[i].step);
+            rows.normalise(v, nullptr, scale, sums);
+            EACH(i, U) {
+                const Vec<V> normed = fma(v[i], rows.norm_weight, rows.norm_bias);
+                const Vec<V> gated = normed * silu<T>(IN<T> * unpack(z[i]));
+                if (slot[i].token >= 0) rows.lanes.store(row_of(y, slot[i].token, w.e), gated);
+            }
         }
     }
 }
@@ -636,7 +757,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 expand_gate_backward_kernel(ExpandGateBackward a, Cut cut, float* parts) {
     DYNAMIC_SHARED(shared);
     const Work w(a.walk, a.n, cut, blockIdx.x);
-    Rows<T, V, 1, WIDE, ExpandGateBackward> rows(a, w, shared);
+    Rows<T, V, 1, 4, WIDE, THREADS, ExpandGateBackward> rows(a, w, shared);
     const Lanes<V, WIDE>& lanes = rows.lanes;
     const int64_t row0 = w.image * w.l, origin = lanes.origin();
     const T* dy = static_cast<const T*>(a.dy) + row0 * w.e + origin;
@@ -660,32 +781,39 @@ expand_gate_backward_kernel(ExpandGateBackward a, Cut cut, float* parts) {
         sum = fill<V>(0);
         ++step;
     };
-    for (int m = w.m0; m < w.m1; ++m) {
-        const int t = __ldg(w.member + m);
-        const Spot spot(w, t);
-        const int group[1] = {spot.group};
-        const Vec<V> z = lanes.only(lanes.load(row_of(rows.xz + w.e, spot.token, 2 * w.e)));
-        Vec<V> dout = lanes.only(lanes.load(row_of(dy, spot.token, w.e)));
-        Vec<V> v[1], gate, slope;
-        float scale[1];
-        rows.mix(v, t, group);
-        rows.normalise(v, scale);
-        const Vec<V> hat = v[0], normed = fma(hat, rows.norm_weight, rows.norm_bias);
-        silu_and_slope<T>(z, gate, slope);                  // all but dv is known before the sums
-        lanes.store(row_of(dz, spot.token, 2 * w.e), dout * normed * slope);
-        dout = dout * gate;
-        dnorm_weight = fma(dout, hat, dnorm_weight);
-        dnorm_bias = dnorm_bias + dout;
-        const Vec<V> dhat = dout * rows.norm_weight;
-        float means[2] = {total(dhat), total(dhat * hat)};
-        if (a.norm_weight) rows.sum(means);
-        const float dmean = a.norm_bias ? means[0] * rows.inverse : 0;
-        const float dscale = a.norm_weight ? means[1] * rows.inverse : 0;
-        const Vec<V> dv = scale[0] * fma(fill<V>(-dscale), hat, dhat - dmean), half = 0.5f * dv;
-        lanes.store(row_of(g, spot.token, w.e), half);
+    for (int m = w.m0; m < w.m1; m += SLOTS) {
+        __syncthreads();
+        w.look_up(rows.slots, w.member, m, w.m1, threadIdx.x, blockDim.x);
+        __syncthreads();
+        auto ahead = rows.window.read(rows.slots[0].ahead);
+        for (int at = 0; at < min(SLOTS, w.m1 - m); at += 8)
+#pragma unroll(WIDE ? 8 : 1)
+        for (int turn = 0; turn < 8; ++turn) {
+            const Slot slot = rows.slots[at + turn];
+            if (slot.token < 0) break;                      // the last member is done
+            const auto z_row = rows.read_z(slot.token);
+            const auto dy_row = lanes.read_row(dy, slot.token, w.e);
+            rows.window.enter(turn, slot.t);
+            Vec<V> v[1] = {rows.mix(turn, ahead, slot.step)}, gate, slope;
+            ahead = rows.window.read(rows.slots[at + turn + 1].ahead);      // a position early
+            float scale[1], means[4];
+            silu_and_slope<T>(IN<T> * unpack(z_row), gate, slope);
+            const Vec<V> through_norm = unpack(dy_row) * gate;
+            const Vec<V> through_gate = unpack(dy_row) * slope;
+            const Vec<V> dhat = through_norm * rows.norm_weight;
+            rows.normalise(v, &dhat, scale, means);
+            const Vec<V> hat = v[0], normed = fma(hat, rows.norm_weight, rows.norm_bias);
+            const float half = 0.5f * scale[0];
+            const Vec<V> rest = fma(-means[1], hat, dhat);
+            const Vec<V> dv = fma(half, rest, fill<V>(-half * means[0]));
+            lanes.store(row_of(dz, slot.token, 2 * w.e), through_gate * normed);
+            lanes.store(row_of(g, slot.token, w.e), dv);
+            dnorm_weight = fma(through_norm, hat, dnorm_weight);
+            dnorm_bias = dnorm_bias + through_norm;
 #pragma unroll 1
-        while (step < spot.group) write();                  // empty steps are written as zero
-        sum = sum + half;
+            while (step < slot.step) write();               // empty steps are written as zero
+            sum = sum + dv;
+        }
     }
     while (step < w.g1) write();
     if (!a.norm_weight) return;
@@ -695,84 +823,92 @@ expand_gate_backward_kernel(ExpandGateBackward a, Cut cut, float* parts) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// add_norm: a warp takes a row. Only the first pass reads DRAM; the others find the row in L1.
+// add_norm: a warp takes a row, and keeps it in registers
 
-template <class F> __device__ float sum_of_row(int d, int V, F f) {     // f(i): channels i .. i+V-1
-    float sum = 0;
-    for (int i = threadIdx.x * V; i < d; i += 32 * V) sum += f(i);
-    return warp_sum(sum);
-}
-
-template <int V> struct RowNorm {
-    const float* r;
-    float mean = 0, scale;
-
-    __device__ RowNorm(const float* r, int d, bool centred) : r(r) {
-        if (centred) mean = sum_of_row(d, V, [&](int i) { return total(load<V>(r + i)); }) / d;
-        auto squares = [&](int i) {
-            const Vec<V> rest = load<V>(r + i) - mean;
-            return total(rest * rest);
-        };
-        scale = rsqrtf(sum_of_row(d, V, squares) / d + EPS);
+// Channels (32 j + lane) V and following are part j of a lane, one of N. Rows of more than eight
+// parts stay in local memory.
+template <int V, int N> struct Parts {
+    int d;
+    template <class F> __device__ void each(F f) const {
+#pragma unroll(N <= 8 ? N : 1)
+        for (int j = 0; j < N; ++j) {
+            const int at = (j * 32 + int(threadIdx.x)) * V;
+            if (at < d) f(j, at);
+        }
     }
-    __device__ Vec<V> hat(int i) const { return scale * (load<V>(r + i) - mean); }
+    template <class F> __device__ float mean(F f) const {
+        float sum = 0;
+        each([&](int j, int) { sum += f(j); });
+        return warp_sum(sum) / d;
+    }
+    // x -> (x - mean) scale. Two passes over registers: nothing cancels.
+    __device__ float normalise(Vec<V> (&x)[N], bool centred) const {
+        const float m = centred ? mean([&](int j) { return total(x[j]); }) : 0;
+        each([&](int j, int) { x[j] = x[j] - m; });
+        const float scale = rsqrtf(mean([&](int j) { return dot(x[j], x[j]); }) + EPS);
+        each([&](int j, int) { x[j] = scale * x[j]; });
+        return scale;
+    }
 };
 
-template <class T, int V> __global__ void add_norm_kernel(AddNorm a) {
+template <class T, int V, int N> __global__ void add_norm_kernel(AddNorm a) {
     const int64_t row = int64_t(blockIdx.x) * WALKERS + threadIdx.y;
     if (row >= a.rows) return;                              // a whole warp, and no barrier follows
-    const int d = int(a.d), first = threadIdx.x * V;
-    const float* r = a.residual + row * d;
-    if (a.hidden) {
-        const T* hidden = static_cast<const T*>(a.hidden) + row * d;
-        float* out = a.out + row * d;
-        for (int i = first; i < d; i += 32 * V)
-            store(out + i, load<V>(r + i) + load<V>(hidden + i));
-        r = out;                                            // each thread reads what it has written
-    }
-    const RowNorm<V> norm(r, d, a.bias);
-    T* u = static_cast<T*>(a.u) + row * d;
-    for (int i = first; i < d; i += 32 * V) {
-        const Vec<V> bias = a.bias ? load<V>(a.bias + i) : fill<V>(0);
-        store(u + i, fma(norm.hat(i), load<V>(a.weight + i), bias));
-    }
+    const Parts<V, N> parts{int(a.d)};
+    const T* hidden = static_cast<const T*>(a.hidden) + row * a.d;
+    T* u = static_cast<T*>(a.u) + row * a.d;
+    Vec<V> x[N];
+    parts.each([&](int j, int at) {
+        x[j] = load<V>(a.residual + row * a.d + at);
+        if (!a.hidden) return;
+        x[j] = x[j] + load<V>(hidden + at);
+        store(a.out + row * a.d + at, x[j]);
+    });
+    parts.normalise(x, a.bias);
+    parts.each([&](int j, int at) {
+        const Vec<V> bias = a.bias ? load<V>(a.bias + at) : fill<V>(0);
+        store(u + at, fma(x[j], load<V>(a.weight + at), bias));
+    });
 }
 
 // The parameters' gradients are summed in shared memory, one copy per warp, and written as the
-// block's row of parts, [dweight d | dbias d].
-template <class T, int V>
-__global__ void add_norm_backward_kernel(AddNormBackward a, float* parts, int run) {
+// block's row of sums, [dweight d | dbias d].
+template <class T, int V, int N>
+__global__ void add_norm_backward_kernel(AddNormBackward a, float* sums, int run) {
     DYNAMIC_SHARED(shared);                                 // [warp][2][d]
     const int lane = threadIdx.x, d = int(a.d);
+    const Parts<V, N> parts{d};
     float *dweight = shared + threadIdx.y * 2 * d, *dbias = dweight + d;
     for (int i = lane; i < 2 * d; i += 32) dweight[i] = 0;
     __syncwarp();
     const int64_t end = min(a.rows, int64_t(blockIdx.x + 1) * run);
     for (int64_t row = int64_t(blockIdx.x) * run + threadIdx.y; row < end; row += blockDim.y) {
         const T* du = static_cast<const T*>(a.du) + row * d;
-        const RowNorm<V> norm(a.residual + row * d, d, a.centred);
-        auto dhat = [&](int i) { return load<V>(du + i) * load<V>(a.weight + i); };
-        auto along = [&](int i) { return total(dhat(i) * norm.hat(i)); };
-        float dmean = 0;
-        if (a.centred) dmean = sum_of_row(d, V, [&](int i) { return total(dhat(i)); }) / d;
-        const float dscale = sum_of_row(d, V, along) / d;
-        for (int i = lane * V; i < d; i += 32 * V) {
-            const Vec<V> hat = norm.hat(i), up = load<V>(du + i);
-            Vec<V> dr = norm.scale * fma(fill<V>(-dscale), hat, dhat(i) - dmean);
-            if (a.dout) dr = dr + load<V>(a.dout + row * d + i);
-            store(a.dresidual + row * d + i, dr);
-            if (a.dhidden) store(static_cast<T*>(a.dhidden) + row * d + i, dr);
-            EACH(j, V) {
-                dweight[i + j] += up[j] * hat[j];
-                dbias[i + j] += up[j];
+        Vec<V> hat[N], dhat[N];
+        parts.each([&](int j, int at) {
+            hat[j] = load<V>(a.residual + row * d + at);
+            dhat[j] = load<V>(du + at) * load<V>(a.weight + at);
+        });
+        const float scale = parts.normalise(hat, a.centred);
+        const float dmean = a.centred ? parts.mean([&](int j) { return total(dhat[j]); }) : 0;
+        const float dscale = parts.mean([&](int j) { return dot(dhat[j], hat[j]); });
+        parts.each([&](int j, int at) {
+            const Vec<V> up = load<V>(du + at);
+            Vec<V> dr = scale * fma(-dscale, hat[j], dhat[j] - dmean);
+            if (a.dout) dr = dr + load<V>(a.dout + row * d + at);
+            store(a.dresidual + row * d + at, dr);
+            if (a.dhidden) store(static_cast<T*>(a.dhidden) + row * d + at, dr);
+            EACH_LANE {
+                dweight[at + i] += up[i] * hat[j][i];
+                dbias[at + i] += up[i];
             }
-        }
+        });
     }
     __syncthreads();
     for (int i = threadIdx.y * 32 + lane; i < 2 * d; i += 32 * blockDim.y) {
         float sum = 0;
         for (unsigned warp = 0; warp < blockDim.y; ++warp) sum += shared[warp * 2 * d + i];
-        parts[int64_t(blockIdx.x) * 2 * d + i] = sum;
+        sums[int64_t(blockIdx.x) * 2 * d + i] = sum;
     }
 }
 
@@ -825,10 +961,13 @@ struct Channel {
     __device__ int64_t slot(const Scan& q, int n) const {
         return ((chunk * q.k * q.b + kb) * STATES + n) * q.e + ch;
     }
-    // x, dt or ds [k][b][p][e] of step i, or zero; a shared ds is that of direction 0 for both
+    // p [k][b][p][e] at step i, one instruction from a pointer that stays
+    template <class X> __device__ X* step(const Scan& q, X* p, int64_t i) const {
+        return row_of(p + row(q, 0) * q.e + ch, int(i), int(k ? -q.e : q.e));
+    }
+    // x, dt or ds of step i, or zero; a shared ds is that of direction 0 for both
     __device__ float at(const Scan& q, const float* p, int64_t i, int64_t shared = 0) const {
-        const int64_t from = row(q, i) - shared * k * q.b * q.p;
-        return live && i < last ? p[from * q.e + ch] : 0;
+        return live && i < last ? *step(q, p - shared * k * q.b * q.p * q.e, i) : 0;
     }
 };
 
@@ -851,8 +990,10 @@ __device__ inline void stage(const Scan& q, const Channel& my, int64_t i, float*
 //     ADJOINT  also what the backward needs of phase 1: the gradient that the chunk sends to the h
 //              before it, R = sum_t (prod_{t' <= t} exp(delta_t' A)) C_t ds_t.
 //     neither  phase 3: begins with the h that phase 2 carried here (or 0) and writes s.
+// Twelve blocks an SM: the 1,536 blocks of 224 px at batch 128 are one round, with eight they were
+// 1.45.
 template <bool LOCAL, bool ADJOINT>
-__global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(Scan q) {
+__global__ void __launch_bounds__(SCAN_THREADS, LOCAL ? 8 : 12) scan_kernel(Scan q) {
     DYNAMIC_SHARED(bc);
     const Channel my(q);
     const float D = my.live && q.D && !LOCAL ? q.D[my.k * q.e + my.ch] : 0;
@@ -883,7 +1024,7 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(Scan q) {
                 if (ADJOINT) R[n] = fmaf(product[n], C[n] * up[j], R[n]);
             }
             sum += delta;
-            float* to = q.s + my.row(q, i + j) * q.e + my.ch;
+            float* to = my.step(q, q.s, i + j);
             if (!LOCAL) *to = s + (q.first ? *to : D * x[j]);
         }
     }
@@ -910,17 +1051,6 @@ __global__ void carry_kernel(Scan q, float* state, bool reversed) {
         *at = carry;
         carry = fmaf(exp2f(q.decay[slot * q.e + ch] * A), carry, own);
     }
-}
-
-// v[i], i < 32, in each of 32 lanes -> in lane i, as v[0], the sum of v[i] over the lanes. Each
-// exchange halves the number of values: 31 shuffles, where 32 separate sums would take 160.
-template <int HALF = 16> __device__ void transpose_sum(float (&v)[32]) {
-    const bool upper = threadIdx.x & HALF;
-    EACH(i, HALF) {
-        const float give = upper ? v[i] : v[i + HALF], keep = upper ? v[i + HALF] : v[i];
-        v[i] = keep + __shfl_xor_sync(ALL, give, HALF);
-    }
-    if constexpr (HALF > 1) transpose_sum<HALF / 2>(v);
 }
 
 // The backward of a chunk: once through it, leaving h at the start of every segment in scratch;
@@ -1005,7 +1135,7 @@ scan_backward_kernel(Scan q, float* dx, float* ddt, float* checkpoint, float* pa
                 dD = fmaf(up, x, dD);
                 ddt_bias += gradient;
             }
-            transpose_sum(v);                               // lane n: dB of state n; 16 + n: dC
+            transpose_sum<16>(v);                           // lane n: dB of state n; 16 + n: dC
             const int64_t lane = me % 32, warp = (my.ch - lane) / 32, n = q.first + lane % STATES;
             if (warp * 32 < q.e && n < q.n)
                 bc_parts[((warp * 2 + lane / STATES) * kb * q.p + row) * q.n + n] = v[0];
@@ -1091,9 +1221,21 @@ Cut cut_steps(int64_t walkers, const Sizes& n, int64_t wanted, int64_t shortest)
 // Calls f(V, U, WIDE, THREADS): what Rows need for e channels, and the bound of the block. The last
 // is for odd d and for more channels than registers: slow, up to 8192 channels.
 template <class F> int choose_rows(int64_t e, bool wide, F f) {
+    if (wide && e <= 4 * 384) return f(Int<4>(), Int<2>(), std::true_type(), Int<384>());
     if (wide && e <= 4 * 512) return f(Int<4>(), Int<2>(), std::true_type(), Int<512>());
     if (wide && e <= 4 * 768) return f(Int<4>(), Int<1>(), std::true_type(), Int<768>());
     return f(Int<8>(), Int<1>(), std::false_type(), Int<1024>());
+}
+
+// Calls f(type, V, N): how add_norm's Parts hold d channels.
+template <class F> int choose_parts(int64_t dtype, int64_t d, bool wide, F f) {
+    if (d > 4096) return cudaErrorInvalidConfiguration;
+    return with_type(dtype, [&](auto t) {
+        if (wide && d <= 256) return f(t, Int<4>(), Int<2>());
+        if (wide && d <= 512) return f(t, Int<4>(), Int<4>());
+        if (wide && d <= 1024) return f(t, Int<4>(), Int<8>());
+        return wide ? f(t, Int<4>(), Int<32>()) : f(t, Int<1>(), Int<128>());
+    });
 }
 
 // Enough threads for the chip, chunks of whole segments and not below 16 steps.
@@ -1133,10 +1275,9 @@ extern "C" void set_allocator(void* (*allocate)(size_t, void*), void (*release)(
 int add_norm(const AddNorm* a, void* stream) {
     const bool wide =
         a->d % 4 == 0 && aligned(a->hidden, a->residual, a->weight, a->bias, a->u, a->out);
-    return with_type(a->dtype, [&](auto t) {
-        using T = decltype(t);
-        const auto kernel = wide ? add_norm_kernel<T, 4> : add_norm_kernel<T, 1>;
-        return launch(kernel, ceil_div(a->rows, WALKERS), dim3(32, WALKERS), 0, stream, *a);
+    return choose_parts(a->dtype, a->d, wide, [&](auto t, auto V, auto N) {
+        return launch(add_norm_kernel<decltype(t), V(), N()>, ceil_div(a->rows, WALKERS),
+                      dim3(32, WALKERS), 0, stream, *a);
     });
 }
 
@@ -1144,17 +1285,15 @@ int add_norm_backward(const AddNormBackward* a, void* stream) {
     const int64_t d = a->d, warps = clamp(6144 / d, 1, 8);          // 48 KB of shared memory
     const int64_t run = std::max(warps, ceil_div(a->rows, SMS * 4));
     const int64_t blocks = ceil_div(a->rows, run), shared = warps * 2 * d * sizeof(float);
-    const Scratch parts(blocks * 2 * d, stream);
-    if (parts.failed) return cudaErrorMemoryAllocation;
+    const Scratch sums(blocks * 2 * d, stream);
+    if (sums.failed) return cudaErrorMemoryAllocation;
     const bool wide = d % 4 == 0 && aligned(a->residual, a->weight, a->du, a->dout, a->dresidual,
                                             a->dhidden);
-    TRY(with_type(a->dtype, [&](auto t) {
-        using T = decltype(t);
-        const auto kernel = wide ? add_norm_backward_kernel<T, 4> : add_norm_backward_kernel<T, 1>;
-        return launch(kernel, blocks, dim3(32, unsigned(warps)), shared, stream, *a, parts.data,
-                      int(run));
+    TRY(choose_parts(a->dtype, d, wide, [&](auto t, auto V, auto N) {
+        return launch(add_norm_backward_kernel<decltype(t), V(), N()>, blocks,
+                      dim3(32, unsigned(warps)), shared, stream, *a, sums.data, int(run));
     }));
-    return sum_parts(parts.data, blocks, {{a->dweight, a->dbias}, {d, d}}, stream);
+    return sum_parts(sums.data, blocks, {{a->dweight, a->dbias}, {d, d}}, stream);
 }
 
 int conv_pool(const ConvPool* a, void* stream) {
@@ -1176,7 +1315,7 @@ int conv_pool(const ConvPool* a, void* stream) {
         using T = decltype(t);
         const auto kernel =
             wide ? conv_pool_kernel<T, true, MAX()> : conv_pool_kernel<T, false, MAX()>;
-        return launch(kernel, blocks, dim3(32, WALKERS), 0, stream, to, cut);
+        return launch(kernel, blocks, dim3(32, WALKERS), WALKERS * SLOT_BYTES, stream, to, cut);
     }));
     if (!rows) return cudaSuccess;
     const auto merge = a->max ? pool_parts_kernel<true> : pool_parts_kernel<false>;
@@ -1189,7 +1328,10 @@ int conv_pool_backward(const ConvPoolBackward* a, void* stream) {
     const bool wide =
         e % 2 == 0 && aligned(a->xz, a->conv_weight, a->D, a->argmax, a->dpooled, a->g, a->dxz);
     const int64_t tiles = ceil_div(e, 64);
-    const int64_t run = clamp(ceil_div(b * l * tiles, SMS * 16), 16, l);
+    // Eight rounds of the 12 warps that an SM holds (1.45 rounds took the time of two), where runs
+    // stay at 64 positions: each visits six of its neighbours. Below that the chip is filled first.
+    const int64_t places = SMS * 12, all = b * l * tiles, shortest = ceil_div(all, places);
+    const int64_t run = clamp(ceil_div(all, places * 8), clamp(shortest, 16, 64), l);
     const int64_t rows = ceil_div(b * ceil_div(l, run), WALKERS);
     const Scratch parts(rows * 12 * e, stream);
     if (parts.failed) return cudaErrorMemoryAllocation;
@@ -1197,8 +1339,9 @@ int conv_pool_backward(const ConvPoolBackward* a, void* stream) {
         using T = decltype(t);
         const auto kernel = wide ? conv_pool_backward_kernel<T, true, MAX()>
                                  : conv_pool_backward_kernel<T, false, MAX()>;
-        return launch(kernel, tiles * rows, dim3(32, WALKERS), WALKERS * 12 * 64 * sizeof(float),
-                      stream, *a, parts.data, int(run));
+        const int64_t shared = WALKERS * (SLOT_BYTES + 12 * 64 * sizeof(float));
+        return launch(kernel, tiles * rows, dim3(32, WALKERS), shared, stream, *a, parts.data,
+                      int(run));
     }));
     const Outputs to{{a->dconv_weight, a->dconv_bias, a->dD}, {8 * e, 2 * e, 2 * e}};
     return sum_parts(parts.data, rows, to, stream);
@@ -1255,7 +1398,8 @@ int expand_gate(const ExpandGate* a, void* stream) {
         return choose_rows(a->n.e, wide, [&](auto V, auto U, auto WIDE, auto THREADS) {
             const dim3 threads(unsigned(ceil_div(a->n.e, V * 32) * 32));
             return launch(expand_gate_kernel<decltype(t), V(), U(), WIDE(), THREADS()>, blocks,
-                          threads, BlockSum::BYTES, stream, *a, int(run));
+                          threads, SLOT_BYTES + BlockSum<2 * U(), THREADS() / 32>::BYTES, stream,
+                          *a, int(run));
         });
     });
 }
@@ -1276,7 +1420,8 @@ int expand_gate_backward(const ExpandGateBackward* a, void* stream) {
         return choose_rows(a->n.e, wide, [&](auto V, auto, auto WIDE, auto THREADS) {
             const dim3 threads(unsigned(ceil_div(a->n.e, V * 32) * 32));
             return launch(expand_gate_backward_kernel<decltype(t), V(), WIDE(), THREADS()>, blocks,
-                          threads, BlockSum::BYTES, stream, to, cut, parts.data);
+                          threads, SLOT_BYTES + BlockSum<4, THREADS() / 32>::BYTES, stream, to,
+                          cut, parts.data);
         });
     }));
     if (slices.data) TRY(sum_parts(slices.data, cut.slices, {{a->ds}, {b * p * e}}, stream));

@@ -99,6 +99,9 @@ inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) {
 inline uint32_t bits_of(float x) { uint32_t b; return memcpy(&b, &x, 4), b; }
 inline float float_of(uint32_t b) { float x; return memcpy(&x, &b, 4), x; }
 
+inline float __uint_as_float(uint32_t b) { return float_of(b); }
+inline int64_t wide_product(int a, int b) { return int64_t(a) * b; }
+
 // Rounds to the nearest, ties to even, where `drop` low bits of the mantissa go. NaN stays NaN.
 inline uint32_t round_bits(float x, int drop) {
     const uint32_t b = bits_of(x);
@@ -135,7 +138,7 @@ inline float __fdividef(float a, float b) {
     const bool too_large = std::fabs(b) > 8.507059e37f && !std::isinf(b);
     return too_large ? 0 * a : a / b;
 }
-inline float __tanhf(float x) {             // as coarse as a GPU's
+inline float hardware_tanh(float x) {       // as coarse as a GPU's
     return float_of(round_bits(std::tanh(x), 13) << 13);
 }
 
@@ -277,13 +280,21 @@ inline void run_block(size_t n) {
 
 inline void barrier(int line) { leave(AT_BARRIER, line); }
 
-inline float shuffle_xor(float x, int lanes, int line) {
+inline unsigned index_of_thread() {
+    const dim3 size = machine.threads, at = machine.now->thread;
+    return at.x + size.x * (at.y + size.y * at.z);
+}
+
+inline float shuffle(float x, unsigned lane, int line) {    // -> the x of that lane of the warp
     Fiber* me = machine.now;
-    const dim3 size = machine.threads, at = me->thread;
-    const unsigned turn = me->shuffles++ % 2, index = at.x + size.x * (at.y + size.y * at.z);
+    const unsigned turn = me->shuffles++ % 2, first = index_of_thread() / 32 * 32;
     me->given[turn] = x;
     leave(AT_SHUFFLE, line);
-    return machine.fibers[index ^ lanes]->given[turn];
+    return machine.fibers[first + lane % 32]->given[turn];
+}
+
+inline float shuffle_xor(float x, int lanes, int line) {
+    return shuffle(x, index_of_thread() ^ lanes, line);
 }
 
 }  // namespace emulator
@@ -294,6 +305,7 @@ inline float shuffle_xor(float x, int lanes, int line) {
 #define gridDim (emulator::machine.grid)
 #define __syncthreads() emulator::barrier(__LINE__)
 #define __syncwarp() emulator::shuffle_xor(0, 0, __LINE__)
+#define __shfl_sync(mask, x, lane) emulator::shuffle(x, lane, __LINE__)
 #define __shfl_xor_sync(mask, x, lanes) emulator::shuffle_xor(x, lanes, __LINE__)
 #define DYNAMIC_SHARED(name) float* name = emulator::machine.shared
 

@@ -506,6 +506,38 @@ def check_ties_and_nan(ops, e):
     assert y[0, token[:12], 2].isnan().all(), "inf / inf"
 
 
+def check_far_means(ops, norm):
+    """Rows far from zero: the variance is not what rounding leaves of two large numbers. And a NaN
+    stays in the rows of its step, although the mean of a row serves the next one."""
+    block = Block("fastvim", 1, 12, norm=norm, skip=False)
+    l = block.l
+    e = block.e
+    s = random(2, 1, block.p, e)
+    if norm == "layer":
+        s += 1000
+    dy = random(1, l, e)
+    shared = dict(block.sizes, **block.walk, **block.conv, **block.norm, D=None, xz=block.xz, s=s)
+    outputs = {"dxz": torch.full_like(block.xz, 7), "g": out(1, l, e), "ds": out(1, block.p, e)}
+    for name, t in block.norm.items():
+        outputs[f"d{name}"] = out_if(t is not None, e)
+    index = block.group[..., None].expand(1, l, e)
+    v = (s.double().sum(0).gather(1, index) / 2).requires_grad_()
+    weights = (None if t is None else t.double() for t in block.norm.values())
+    normed = block.by_token(norm_reference(v, *weights)) * F.silu(block.z)
+    g = torch.autograd.grad((normed * dy.double()).sum(), v)[0] / 2
+    y = call(ops, "expand_gate", {"y": out(1, l, e)}, **shared)["y"]
+    results = call(ops, "expand_gate_backward", outputs, **shared, dy=dy)
+    assert_near(y, normed.detach(), 5e-4, "y")
+    assert_near(results["g"], block.by_token(g), 5e-4, "g")
+
+    bad = block.by_token(block.group[..., None] == 1)[0, :, 0]
+    s[0, 0, 1, 3] = torch.nan
+    y = call(ops, "expand_gate", {"y": out(1, l, e)}, **shared)["y"]
+    results = call(ops, "expand_gate_backward", outputs, **shared, dy=dy)
+    for name, t in (("y", y), ("g", results["g"])):
+        assert torch.equal(t[0].isnan().all(1), bad) and t[0, ~bad].isfinite().all(), name
+
+
 def check_nothing(ops):
     """An empty batch: empty outputs, zero gradients of the parameters."""
     e = 8
@@ -583,6 +615,8 @@ def make_cases():
     add("norm-wide", check_norm, 2, 4096, f32, bias=True)   # the widest that all kernels take
     add("ties-and-nan-8", check_ties_and_nan, 8)
     add("ties-and-nan-7", check_ties_and_nan, 7)
+    for norm in ("layer", "rms"):
+        add(f"far-means-{norm}", check_far_means, norm)
     add("nothing", check_nothing)
     return cases
 

@@ -76,8 +76,14 @@ ptxas info    : Used 32 registers, used 1 barriers, 39936 bytes smem
         /*0010*/                   FADD R2, R2, R1 ;           /* 0x0000000102027221 */
         /*0020*/              @!P0 BRA 0x50 ;                  /* 0x0000000000088947 */
         /*0030*/                   FADD R2, R2, R1 ;           /* 0x0000000102027221 */
-        /*0040*/              @P1  BRA 0x10 ;                  /* 0xfffffffc00f01947 */
-        /*0050*/                   EXIT ;                      /* 0x000000000000794d */
+        /*0040*/                   FADD R2, R2, R1 ;           /* 0x0000000102027221 */
+        /*0050*/              @!P2 BRA 0x70 ;                  /* 0x0000000000088947 */
+        /*0060*/                   MUFU.TANH R2, R2 ;          /* 0x0000000200027308 */
+        /*0070*/              @P1  BRA 0x10 ;                  /* 0xfffffffc00f01947 */
+        /*0080*/                   EXIT ;                      /* 0x000000000000794d */
 """
-    assert sass["longest_loop"](loop) == 4
-    assert sass["longest_loop"](loop.replace("0x10", "0x50")) == 0
+    # the work of MUFU is done, the two additions of another way are not
+    assert sass["main_turn"](loop) == 5
+    assert sass["main_turn"](loop.replace("@!P0 BRA", "NOP")) == 7
+    assert sass["main_turn"](loop.replace("@!P2 BRA", "BRA")) == 4
+    assert sass["main_turn"](loop.replace("BRA 0x10", "BRA 0x80")) == 0
