@@ -376,7 +376,7 @@ class PatchEmbed(nn.Module):
             self.proj = nn.Conv2d(cfg.in_chans, d, self.patch, self.patch)
 
     def forward(self, x: Tensor, channels: Tensor | None = None) -> Tensor:
-        missing = [-n % size for n, size in zip(x.shape[:1:-1], self.patch[::-1])]
+        missing = [(n + p - 1) // p * p - n for n, p in zip(x.shape[:1:-1], self.patch[::-1])]
         x = F.pad(x, [n for after in missing for n in (0, after)])          # the last axis first
         if channels is not None:
             return self.proj(x[:, None]) + self.channel_embed(channels).mT[..., None, None]
