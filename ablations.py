@@ -168,8 +168,6 @@ def add_arguments(add) -> None:
 
 def options(typed: dict, parser) -> dict:
     """What --ablations changes of a recipe. It takes no option of training: they stand above."""
-    if not typed.keys() & {"ablations", "quick"}:
-        return {}
     if "ablations" not in typed or typed.keys() - {"ablations", "quick", "out"}:
         parser.error("--ablations goes with --quick and --out alone")
     return {"out": "runs/ablations"}

@@ -19,11 +19,6 @@ AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "crop_sc
                 "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
 
 
-def add_data_argument(add: Callable) -> None:
-    add("--data", metavar="DIR", help="DIR/{train,val}/CLASS/*.jpg, or ILSVRC's flat DIR/val; "
-        "wds/DIR: tar shards; hfds/NAME or hfds/DIR: Hugging Face's (docs/data.md)")
-
-
 def size_name(letter: str) -> str:
     """An argparse type: s -> fastvim_small."""
     if letter not in runs.SIZES:
@@ -31,8 +26,11 @@ def size_name(letter: str) -> str:
     return f"fastvim_{runs.SIZES[letter]}"
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, others: str = "") -> Callable:
-    """The options that make an encoder. others: which are not ours, for the help."""
+def add_arguments(parser: runs.Parser, recipe: dict, others: str = "") -> None:
+    """What an encoder is, which images it sees and how. others: models that are not ours."""
+    add = parser.groups["data and weights"].add_argument
+    add("--data", metavar="DIR", help="DIR/{train,val}/CLASS/*.jpg, or ILSVRC's flat DIR/val; "
+        "wds/DIR: tar shards; hfds/NAME or hfds/DIR: Hugging Face's (docs/data.md)")
     add = parser.groups["model"].add_argument
     add("--size", dest="model", type=size_name, metavar="{t,s,b,l,h}",
         help="FastVim-T, S, B, L or H (default t)")
@@ -43,21 +41,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, others: str = "") -> Ca
     add("--schedule", choices=["fastvim", "pool_col", "pool_row", "vim"],
         help="which axis is pooled in which layer")
     add("--pool", choices=fastvim.POOLS, help="how a row becomes one token (default mean)")
-    add("--pool-scale", type=float,
-        help="factor of mean pooling (default 1; 0.25 after masked pretraining)")
-    add("--class-token", action=argparse.BooleanOptionalAction,
-        help="read out a class token instead of the mean")
+    add("--pool-scale", type=float, help="factor of the means (default 1; after pretraining 0.25)")
+    add("--class-token", action=argparse.BooleanOptionalAction, help="read it out, not the mean")
     add("--block-norm", choices=fastvim.NORMS, help="norm before the mixer (default rmsnorm)")
     add("--ssm-norm", choices=[*fastvim.NORMS, "none"],
         help="norm after the scan (default layernorm)")
     add("--no-conv", dest="d_conv", action="store_const", const=0, help="leave out the convolution")
-    add("--skip-before-expand", action="store_const", const=True,
-        help="decompress after the D skip instead of before it")
-    return add
-
-
-def add_image_arguments(parser: argparse.ArgumentParser) -> Callable:
-    """The options of open_images."""
+    add("--skip-before-expand", action="store_const", const=True, help="decompress after D")
     add = parser.groups["augmentation"].add_argument
     add("--auto-augment", metavar="POLICY", help="timm's policy string, or none")
     add("--reprob", type=runs.SHARE, help="probability of random erasing")
@@ -65,13 +55,10 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> Callable:
         help="smallest share of an image that a crop keeps")
     add("--crop-pct", type=runs.number(float, 0.1),
         help=f"evaluation: centre crop's share of the resized image (default {CROP_PCT})")
-    return add
-
-
-def add_label_arguments(add: Callable) -> None:
-    add("--mixup", type=runs.POSITIVE, help="alpha of mixup, 0 for none")
-    add("--cutmix", type=runs.POSITIVE, help="alpha of cutmix, 0 for none")
-    add("--smoothing", type=runs.SHARE, help="label smoothing")
+    if "mixup" in recipe:
+        add("--mixup", type=runs.POSITIVE, help="alpha of mixup, 0 for none")
+        add("--cutmix", type=runs.POSITIVE, help="alpha of cutmix, 0 for none")
+        add("--smoothing", type=runs.SHARE, help="label smoothing")
 
 
 def check_pairs(options: dict, parser: argparse.ArgumentParser) -> None:
@@ -116,6 +103,10 @@ def build_timm(args: runs.Options, num_classes: int) -> nn.Module:
                          f"family, {', '.join(fastvim.FAMILIES)}, and a size, "
                          f"{', '.join(fastvim.SIZES)}, such as fastvim_tiny")
     fields = runs.model_fields(args)
+    for option in ("init", "shard"):
+        if vars(args).get(option):
+            raise ValueError(f"--{option} is for training our models, "
+                             f"{', '.join(fastvim.list_models())}: {args.model} is none")
     known = ("img_size", "patch_size", "depth", "drop_path_rate")
     wrong = fields.keys() - {*known, "vit_pool", "vit_conv"}
     if wrong:

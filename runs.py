@@ -350,9 +350,8 @@ def run(get_args: Callable, uses: dict[str, Callable], train: Callable) -> None:
     functions take (args, ctx, start)."""
     with plain_errors(os.path.basename(sys.argv[0])):
         args, start = get_args()
-        chosen = [use for option, use in uses.items() if vars(args).get(option)]
-        ctx = training.setup(args, training=not chosen)
-        todo = chosen[0] if chosen else train
+        todo = next((use for option, use in uses.items() if vars(args).get(option)), train)
+        ctx = training.setup(args, training=todo is train)
         todo(args, ctx, start)
         ctx.close()
 

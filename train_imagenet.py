@@ -28,7 +28,6 @@ from torch import nn
 import ablations
 import classification
 import embed
-import fastvim
 import runs
 import training
 
@@ -54,8 +53,8 @@ def make_parser() -> runs.Parser:
     parser = runs.Parser(usage="%(prog)s [options]", description="Train, evaluate or use an image "
                          "classifier. Without --data: on the handwritten digits that come with "
                          "scikit-learn, by a recipe scaled to them.")
+    classification.add_arguments(parser, RECIPE, ", or any of timm's")
     add = parser.groups["data and weights"].add_argument
-    classification.add_data_argument(add)
     add("--init", metavar="CKPT", help="start from this encoder, ours or a released one")
     looks = parser.groups["instead of training"]
     looks.add_argument("--eval", metavar="CKPT",
@@ -66,11 +65,9 @@ def make_parser() -> runs.Parser:
         "by --eval CKPT (default: OUT/best.pt)")
     add("--embed", metavar="FILE", type=embed.new_file, help="the features of all images, by "
         "--eval CKPT, as Parquet; goes on after a kill")
-    add = classification.add_model_arguments(parser, ", or any of timm's")
+    add = parser.groups["the paper's ablations"].add_argument
     add("--vit-pool", action="store_const", const=True, help="alternate pooling in a ViT of timm")
     add("--vit-conv", action="store_const", const=True, help="a convolution before it, too")
-    add = classification.add_image_arguments(parser)
-    classification.add_label_arguments(add)
     add = parser.groups["the run"].add_argument
     add("--shard", action="store_true", help="split weights, moving average and optimizer over "
         "torchrun's processes (FSDP2): for --size l and h")
@@ -88,7 +85,8 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     on_digits = not typed.keys() & {"data", *LOOKS}
     if on_digits:
         recipe |= DIGITS
-    recipe |= ablations.options(typed, parser)
+    if typed.keys() & {"ablations", "quick"}:
+        recipe |= ablations.options(typed, parser)
     start = find_start({**recipe, **typed}, parser)
     known = {}
     if start.content:
@@ -98,10 +96,6 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     options = {**recipe, **known, **typed}
     if options["drop_path_rate"] is None:
         options["drop_path_rate"] = drop_path_of(options["model"])
-    for option in ("init", "shard"):
-        if option in typed and not classification.is_ours(options["model"]):
-            raise ValueError(f"--{option} is for training our models, "
-                             f"{', '.join(fastvim.list_models())}: {options['model']} is none")
     return runs.Options(options), start
 
 

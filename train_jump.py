@@ -174,6 +174,8 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
         typed = {"out": os.path.dirname(path) or ".", **reading, **typed}
     toy = {}
     if not looks and not typed.keys() & {"data", "index"}:
+        toy = CELLS
+    if typed.keys() & {"ablations", "quick"}:
         toy = {**CELLS, **ablations.options(typed, parser)}
     chosen = {**runs.defaults(parser), **RECIPE, **toy, **typed}
     if not looks and not chosen["stats"]:

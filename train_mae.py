@@ -91,8 +91,8 @@ def make_parsers() -> tuple[runs.Parser, dict[str, runs.Parser]]:
     for stage, text in TEXTS.items():
         parser = stages.add_parser(stage, help=text.partition(".")[0], description=text,
                                    usage="%(prog)s [options]")
+        classification.add_arguments(parser, RECIPES[stage])
         group = parser.groups["data and weights"]
-        classification.add_data_argument(group.add_argument)
         start = group.add_mutually_exclusive_group().add_argument
         start("--init", metavar="CKPT", help="start from these weights, ours or released ones "
               "(default: the last pretraining; pretrain: none)")
@@ -104,10 +104,6 @@ def make_parsers() -> tuple[runs.Parser, dict[str, runs.Parser]]:
                   help="start from random weights (default: as --init says)")
             add("--released-pos-rows", action="store_true", help="hand over Vim's position rows in "
                 "the released code's order, which gives half of the patches a neighbour's")
-        classification.add_model_arguments(parser)
-        add = classification.add_image_arguments(parser)
-        if stage != "pretrain":
-            classification.add_label_arguments(add)
         if stage == "finetune":
             add = parser.groups["recipe"].add_argument
             add("--layer-decay", type=runs.number(float, 0.01, 1.01), help="factor of the learning "

@@ -132,8 +132,7 @@ def parameter_groups(model, weight_decay: float, no_decay: Callable = bias_or_1d
 
     no_decay(name, param) -> bool: exempt from weight decay.
     lr_scale(name, param) -> float: its share of the learning rate (layer-wise decay).
-    fit() sets lr = schedule * lr_scale and weight_decay = schedule * wd_scale.
-    ValueError: everything is frozen."""
+    fit() sets lr = schedule * lr_scale and weight_decay = schedule * wd_scale."""
     groups = {}
     for name, param in model.named_parameters():  # names a shared parameter once
         if param.requires_grad:

@@ -122,21 +122,18 @@ class Seeded(Dataset):
         samples = getattr(self.dataset, "samples", None)
         return text if samples is None else f"{text}, list {hash_samples(samples)}"
 
-    def __getitem__(self, key: tuple[int, int]):
+    def __getitem__(self, key: tuple[int, int]):            # (epoch, index)
         states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        bits = stable_hash(self.seed, *key)
+        random.seed(bits)
+        np.random.seed(bits & 0xFFFFFFFF)   # not torch's bits: one algorithm, so the same numbers
+        torch.default_generator.manual_seed(bits >> 64)     # torch.manual_seed: the GPU's too, slow
         try:
-            return self.draw(*key)
+            return self.dataset[key[1]]
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
             torch.set_rng_state(states[2])
-
-    def draw(self, epoch: int, index: int):
-        bits = stable_hash(self.seed, epoch, index)
-        random.seed(bits)
-        np.random.seed(bits & 0xFFFFFFFF)   # not torch's bits: one algorithm, so the same numbers
-        torch.default_generator.manual_seed(bits >> 64)     # torch.manual_seed: the GPU's too, slow
-        return self.dataset[index]
 
 
 def stable_hash(*key: int) -> int:
@@ -152,10 +149,10 @@ def collate(samples: Sequence, refill: bool, merge: Callable = default_collate):
     an even one). If none is good: BadDataError with refill, else None.
     """
     good = [sample for sample in samples if sample is not None]
-    if refill and not good:
-        raise BadDataError(f"all {len(samples)} samples of a batch are unreadable; the warnings "
-                           "above name the files")
     if refill:
+        if not good:
+            raise BadDataError(f"all {len(samples)} samples of a batch are unreadable; the "
+                               "warnings above name the files")
         good = [good[i % len(good)] for i in range(len(samples))]
     return merge(good) if good else None
 
