@@ -702,7 +702,7 @@ template <class T, int V, int U, int N, bool WIDE, int THREADS, class A> struct 
             const float mean = centre > 0 ? x[i] * centre : 0;      // of infinite sums, too
             const float variance = x[U + i] * inverse - mean * mean;
             scale[i] = inverse > 0 ? rsqrtf(fabsf(variance) + EPS) : 1;
-            v[i] = fma(scale[i], v[i], fill<V>(-mean * scale[i]));
+            v[i] = scale[i] * (v[i] - mean);                // zero where a row is constant
             if (N > 2 * U) {
                 const float along = scale[i] * (x[3 * U + i] - mean * x[2 * U + i]);
                 x[i] = x[2 * U + i] * centre;
@@ -805,7 +805,7 @@ expand_gate_backward_kernel(ExpandGateBackward a, Cut cut, float* parts) {
             const Vec<V> hat = v[0], normed = fma(hat, rows.norm_weight, rows.norm_bias);
             const float half = 0.5f * scale[0];
             const Vec<V> rest = fma(-means[1], hat, dhat);
-            const Vec<V> dv = fma(half, rest, fill<V>(-half * means[0]));
+            const Vec<V> dv = half * (rest - means[0]);
             lanes.store(row_of(dz, slot.token, 2 * w.e), through_gate * normed);
             lanes.store(row_of(g, slot.token, w.e), dv);
             dnorm_weight = fma(through_norm, hat, dnorm_weight);
