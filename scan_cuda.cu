@@ -25,7 +25,7 @@
 //         chunks side by side, three phases        chunks times the threads, for twice the exps
 //         h again from every eighth step           the backward stores an eighth of the states
 //     expand_gate     a block walks rows: expand, skip, convolution, norm and gate in one pass;
-//                     57 -> 39, backward 96 -> 66, and no more loops over warps for the sums
+//                     57 -> 39, backward 96 -> 68, and no more loops over warps for the sums
 //         the row in registers                     s, x and z are read once, y is written once
 //         all sums of a row at once, transposed    one barrier where two were; backward three
 //         two rows a barrier (forward)             half the barriers, twice the loads in flight
