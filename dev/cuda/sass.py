@@ -11,11 +11,13 @@ counted, and a loop within counts once. Needs nvcc and cuobjdump; both come by p
 pip install -e ".[cuda]" nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 """
 import datetime
+import glob
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -84,6 +86,7 @@ def best_way(lines: list, targets: dict, head: int, end: int) -> tuple[int, int]
 def find_cuobjdump(nvcc: str) -> str:
     places = [os.path.dirname(nvcc)]
     places += [os.path.dirname(path) for path, _ in fastvim_build.list_nvcc()]
+    places += glob.glob(os.path.join(sysconfig.get_path("purelib"), "nvidia", "cu*", "bin"))
     found = shutil.which("cuobjdump", path=os.pathsep.join([*places, os.environ["PATH"]]))
     if found is None:
         sys.exit("no cuobjdump found: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
