@@ -254,7 +254,7 @@ def load(model: nn.Module, content: str | os.PathLike | dict, encoder_only: bool
         own = to_released(own)                          # differences bear the names of the file
     note = f"loaded {where}"
     is_autoencoder = hasattr(model, "mask_token")
-    is_encoder = hasattr(model, "resize_positions") and not is_autoencoder
+    is_encoder = hasattr(model, "resize_pos_embed") and not is_autoencoder
     if pos_grid is not None and not is_encoder:
         raise ValueError(f"pos_grid={pos_grid} is for a FastVim, not a {type(model).__name__}")
     if is_encoder:
@@ -330,7 +330,7 @@ def _fit_positions(model, weights, released_pos_rows, pos_grid, content):
             note += f", position row of the class token moved from 0 to {row}"
     if old != new:
         note += f", position embeddings resized from {old[0]} x {old[1]} to {new[0]} x {new[1]}"
-    pos, class_pos = model.resize_positions(pos, old, new, old_row)
+    pos, class_pos = model.resize_pos_embed(pos, old, new, old_row)
     if has_class:
         pos = torch.cat([pos[:, :row], class_pos, pos[:, row:]], 1)
     weights["pos_embed"] = pos

@@ -2,9 +2,9 @@
 
 The idea. Vision Mamba (Vim) walks over all h x w patches of an image with a selective scan, both
 forwards and backwards. FastVim first averages the tokens of each row, scans the h averages, and
-hands every token of a row the result; the next layer does the same with columns. One layer cannot
-tell the tokens of a row apart, two can; and the recurrence, the one part that cannot run in
-parallel, takes h steps instead of h x w. Everything else in the block stays as it was.
+hands every token of a row the result; the next layer does the same with columns. One scan cannot
+tell the tokens of a row apart, two can; and the recurrence, the one part that goes step by step,
+takes h or w steps instead of h x w. The rest is Vim's block, and a norm after the scan.
 
     3 x 4 tokens           pool         scan, both ways          expand
     a  b  c  d             abcd            s1  |  ^           s1 s1 s1 s1
@@ -32,15 +32,14 @@ grid is flattened, and which of its axes are pooled away before the scan (the ta
    Zhu et al. Vision Mamba: Efficient Visual Representation Learning with Bidirectional SSM (Vim)
    Gu, Dao. Mamba: Linear-Time Sequence Modeling with Selective State Spaces
 
-Lower-case letters are lengths of axes, upper-case letters the paper's matrices:
+In shapes, letters are lengths (H, W, T in pixels and frames); A, B, C, D are the paper's matrices:
 
     b  images           l  tokens of a grid     d  embed_dim, width of the residual stream
     k  directions, 2    p  scan steps           e  inner width, expand * d
-    n  d_state          r  dt_rank              h, w, c, t  rows, columns, channels, time
-    A, B, C, D  decay, input and output of the scan's state, and the skip around it
+    n  d_state          s  tokens kept          h, w, c, t  rows, columns, channels, time
+    r  dt_rank          m  tokens of a step     A, B, C, D  decay, input, output of a state; skip
 
-    python fastvim.py             every model: parameters, multiply-adds, milliseconds per image
-    python fastvim.py doctor      what this machine has: torch, devices, compilers, backends
+    python fastvim.py [doctor | trace IMAGE]    every model; this machine; an image on its way
 """
 import contextlib
 import dataclasses
@@ -59,7 +58,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-try:                                        # the rest of the project: none of it imports this file
+try:                                        # none of these imports this file
     import checks
     import fastvim_export
     import fastvim_hub
@@ -83,8 +82,8 @@ __version__ = "0.2.0"
 def selective_scan(x, dt, A, B, C, D=None, dt_bias=None) -> Tensor:
     """x, dt (k b p e), A (k e n), B, C (k b p n), D, dt_bias (k e) -> s (k b p e). Equations 2, 3.
 
-    Direction 0 runs from the first step to the last, direction 1 from the last to the first.
-    As in Mamba, B is discretised by Euler's rule, dt B; only A by equation 2's zero-order hold."""
+    Direction 0 runs from the first step to the last, direction 1 from the last to the first. dt is
+    yet without softplus. As in Mamba, A has equation 2's zero-order hold, B Euler's rule, dt B."""
     if dt_bias is not None:
         dt = dt + dt_bias[:, None, None]
     dt = F.softplus(dt)
@@ -96,7 +95,7 @@ def selective_scan(x, dt, A, B, C, D=None, dt_bias=None) -> Tensor:
     s = []
     for x_t, dt_t, B_t, C_t in steps:                       # (k b e) (k b e) (k b n) (k b n)
         decay = torch.exp(dt_t[:, :, None] * A)             # (k b n e)  equation 2: exp(dt A)
-        drive = B_t[..., None] * (dt_t * x_t)[:, :, None]   # (k b n e)  equation 2: dt B x
+        drive = B_t[..., None] * (dt_t * x_t)[:, :, None]   # (k b n e)  Euler's rule: dt B x
         h = torch.addcmul(drive, decay, h)                  # (k b n e)  equation 3: decay h + drive
         s.append((C_t[:, :, None] @ h)[:, :, 0])            # (k b e)    equation 3: y = C h
     s = reverse_second(torch.stack(s, 2))                   # (k b p e)
@@ -127,7 +126,7 @@ class SSMWeights(NamedTuple):
 
 
 def select(p: Tensor, w: SSMWeights) -> tuple[Tensor, Tensor, Tensor]:
-    """Equation 4: the pooled tokens p (k b p e) choose dt (k b p e), B and C (k b p n)."""
+    """Equation 4: pooled tokens p (k b p e) choose dt (k b p e) of rank r, and B, C (k b p n)."""
     n = w.A_log.shape[2]
     low, B, C = torch.einsum("kbpe,kre->kbpr", p, w.x_proj).split([w.dt_proj.shape[2], n, n], -1)
     dt = torch.einsum("kbpr,ker->kbpe", low, w.dt_proj)
@@ -165,9 +164,9 @@ POOLS = {
 class Grid:
     """How one layer walks a grid of tokens, in the axis names of einops, outermost axis first."""
     storage: str = "l"                      # the order in which the tokens lie in memory
-    order: str = "l"                        # the order in which the layer walks them
-    pooled: str = ""                        # the axes that are pooled away before the scan
-    sizes: tuple = ()                       # ((axis, length), ...) in storage order
+    order: str = "l"                        # in which the layer walks them: "w h" down the columns
+    pooled: str = ""                        # the axes that are pooled away before the scan: "h"
+    sizes: tuple = ()                       # in storage order: (("h", 14), ("w", 14))
     scale: float = 1.0                      # factor of the means (Table 14); 1 for other kinds
 
     @property
@@ -238,270 +237,12 @@ def ssm(xz: Tensor, w: SSMWeights, grid: Grid) -> Tensor:
 
 
 def at_least_float32(v):
-    """States, sums and norms are kept in float32 when activations are 16-bit."""
+    """States, sums and norms are float32 when activations are 16-bit. Others pass as they are."""
     is_16_bit = isinstance(v, Tensor) and v.dtype in (torch.bfloat16, torch.float16)
     return v.float() if is_16_bit else v
 
 
-# ---- 3. Mixer and block --------------------------------------------------------------------------
-
-# Norms compute in float32 at least, also where their weights are 16-bit.
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        weight = at_least_float32(self.weight)
-        return F.rms_norm(at_least_float32(x), self.normalized_shape, weight, self.eps)
-
-
-class LayerNorm(nn.LayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        weights = (at_least_float32(self.weight), at_least_float32(self.bias))
-        return F.layer_norm(at_least_float32(x), self.normalized_shape, *weights, self.eps)
-
-
-NORMS = {"rmsnorm": functools.partial(RMSNorm, eps=1e-5), "layernorm": LayerNorm}
-
-
-def type_of(norm: nn.Module, x: Tensor) -> torch.dtype:
-    """The norm's type; x's where it has no weight, or FSDP's, which is yet to be gathered."""
-    weight = getattr(norm, "weight", None)
-    return x.dtype if weight is None or hasattr(weight, "full_tensor") else weight.dtype
-
-
-def run_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(x). A norm of another class, put in the place of ours, gets x in its own type."""
-    if not isinstance(norm, (RMSNorm, LayerNorm)):
-        x = x.to(type_of(norm, x))
-    return norm(x)
-
-
-def add_norm(hidden: Tensor, residual: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """hidden, residual (b l d), None before block 0 -> norm(residual + hidden) in the norm's type,
-    and the sum. The residual stream is kept in float32 at least."""
-    dtype = type_of(norm, hidden)
-    hidden = at_least_float32(hidden)
-    residual = hidden if residual is None else residual + hidden
-    return run_norm(norm, residual).to(dtype), residual
-
-
-class Mixer(nn.Module):
-    """Figure 2. Every parameter of the scan has the two directions as its first axis."""
-
-    def __init__(self, cfg: "Config"):
-        super().__init__()
-        d = cfg.embed_dim
-        e = cfg.expand * d
-        n = cfg.d_state
-        r = cfg.dt_rank or math.ceil(d / 16)
-
-        def parameter(*shape, wanted=True):
-            return nn.Parameter(torch.empty(2, *shape)) if wanted else None
-
-        self.pool = cfg.pool
-        self.skip_before_expand = cfg.skip_before_expand
-        self.in_proj = nn.Linear(d, 2 * e, bias=False)
-        self.conv_weight = parameter(e, cfg.d_conv, wanted=cfg.d_conv > 0)
-        self.conv_bias = parameter(e, wanted=cfg.d_conv > 0)
-        self.x_proj = parameter(r + 2 * n, e)
-        self.dt_proj = parameter(e, r)
-        self.dt_bias = parameter(e)
-        self.A_log = parameter(e, n)
-        self.D = parameter(e)
-        self.score_weight = parameter(e, wanted=cfg.pool == "attention")
-        self.score_bias = parameter(wanted=cfg.pool == "attention")
-        init_ssm(self)
-        self.layernorm = NORMS[cfg.ssm_norm](e) if cfg.ssm_norm else None
-        self.out_proj = nn.Linear(e, d, bias=False)
-
-    def weights(self) -> SSMWeights:
-        return SSMWeights(*(at_least_float32(getattr(self, name)) for name in SSMWeights._fields))
-
-    def forward(self, u: Tensor, grid: Grid, backend: "Backend") -> Tensor:
-        """u (b l d), normed -> (b l d)."""
-        y = backend.ssm(self.in_proj(u), self.weights(), grid)              # (b l e) of xz (b l 2e)
-        return self.out_proj(y)                             # (b l d)
-
-
-class Block(nn.Module):
-    """residual += drop_path(hidden);  hidden = mixer(norm(residual))."""
-
-    def __init__(self, cfg: "Config"):
-        super().__init__()
-        self.norm = NORMS[cfg.block_norm](cfg.embed_dim)
-        self.mixer = Mixer(cfg)
-
-    def forward(self, hidden, residual, grid, backend, drop_path=0.0) -> tuple[Tensor, Tensor]:
-        """hidden, residual (b l d) -> the same. drop_path: the rate at which hidden is dropped."""
-        check("residual", residual)
-        hidden = stochastic_depth(hidden, drop_path, self.training)
-        u, residual = backend.add_norm(hidden, residual, self.norm)
-        return self.mixer(u, grid, backend), residual
-
-
-def stochastic_depth(x: Tensor, rate: float, training: bool) -> Tensor:
-    """In training, drops whole samples of a residual branch, scales the others up. x (b ...)."""
-    if rate == 0 or not training:
-        return x
-    keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - rate)
-    return x * keep / (1 - rate)
-
-
-def run_blocks(blocks, x, grids, backend, drop_path_rates, recompute=False) -> Iterator[tuple]:
-    """x (b l d) through blocks, of which the i-th walks grids[i % len(grids)]; yields each one's
-    output and the residual that it has yet to be added to. recompute: gradient checkpointing."""
-    state = (x, None)
-    for i, block in enumerate(blocks):
-        if recompute:
-            block = functools.partial(checkpoint, block, use_reentrant=False)
-        state = block(*state, grids[i % len(grids)], backend, drop_path_rates[i])
-        yield state
-
-
-# ---- 4. Encoder: patches, blocks, head. Who stops after this section has read FastVim. -----------
-
-class PatchEmbed(nn.Module):
-    """Pixels, padded with zeros to whole patches -> a token for each. Image (b c H W) -> (b d h w),
-    or per patch and channel (b d c h w); video (b c T H W) -> (b d t h w)."""
-
-    def __init__(self, cfg: "Config"):
-        super().__init__()
-        d = cfg.embed_dim
-        self.patch = [size for _, size in cfg.extents.values()]
-        if cfg.per_channel:                 # section 3.3: one filter, and an embedding per channel
-            self.proj = nn.Conv3d(1, d, self.patch, self.patch)
-            self.channel_embed = nn.Embedding(cfg.in_chans, d)
-        elif "t" in cfg.extents:            # beyond the paper: tubelets, an embedding per time
-            self.proj = nn.Conv3d(cfg.in_chans, d, self.patch, self.patch)
-            self.time_embed = nn.Parameter(torch.empty(1, d, math.ceil(cfg.frames / cfg.tubelet)))
-        else:
-            self.proj = nn.Conv2d(cfg.in_chans, d, self.patch, self.patch)
-
-    def forward(self, x: Tensor, channels: Tensor | None = None) -> Tensor:
-        missing = [(n + p - 1) // p * p - n for n, p in zip(x.shape[:1:-1], self.patch[::-1])]
-        x = F.pad(x, [n for after in missing for n in (0, after)])          # the last axis first
-        if channels is not None:
-            return self.proj(x[:, None]) + self.channel_embed(channels).mT[..., None, None]
-        x = self.proj(x)
-        if x.ndim == 5:                     # a clip of another length: time_embed is resized
-            x = x + F.interpolate(self.time_embed, x.shape[2], mode="linear")[..., None, None]
-        return x
-
-
-def resize_pos_embed(pos: Tensor, old, new, class_row=None) -> tuple[Tensor, Tensor | float]:
-    """pos (1 rows d) of a grid old (h, w) -> of new, bicubic; and apart the class token's, or 0."""
-    own = 0.0
-    if class_row is not None:
-        own = pos[:, class_row:class_row + 1]
-        pos = torch.cat([pos[:, :class_row], pos[:, class_row + 1:]], 1)
-    if torch.compiler.is_exporting() or tuple(old) != tuple(new):           # sizes may be open
-        grid = rearrange(at_least_float32(pos), "1 (h w) d -> 1 d h w", h=old[0])
-        grid = F.interpolate(grid, new, mode="bicubic", align_corners=False).to(pos.dtype)
-        pos = rearrange(grid, "1 d h w -> 1 (h w) d")
-    return pos, own
-
-
-class FastVim(Backbone):
-    """The encoder, one class for every model: FastVim(schedule="vim", ...), with fields of Config.
-
-    x (b in_chans H W), a video (b in_chans T H W): floats of any size; positions are resized.
-    keep (b s): integer ids of the tokens to encode, -1 pads images that keep fewer (section 3.2,
-        FastMaskVim). Tokens are numbered as they lie: h w, t h w, in channel-first models h w c.
-    channels (c): ids of the given channels, for per-channel models; default all in order."""
-
-    def __init__(self, **fields):
-        super().__init__()
-        check("fields", fields, Config)
-        cfg = Config(**fields)
-        d = cfg.embed_dim
-        self.cfg = cfg
-        self.patch_embed = PatchEmbed(cfg)
-        self.grid_size = tuple(math.ceil(s / cfg.patch_size) for s in cfg.img_size)     # (h, w)
-        self.class_row = None               # the row of pos_embed that belongs to the class token
-        if cfg.class_token and not cfg.per_channel:
-            self.class_row = self._class_slot(*self.grid_size)
-        positions = math.prod(self.grid_size) + (self.class_row is not None)
-        self.pos_embed = nn.Parameter(torch.empty(1, positions, d))
-        self.cls_token = nn.Parameter(torch.empty(1, 1, d)) if cfg.class_token else None
-        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
-        if cfg.out_indices is None:
-            self.norm_f = NORMS[cfg.block_norm](d)
-            self.head = nn.Linear(d, cfg.num_classes) if cfg.num_classes else nn.Identity()
-        else:                               # dense tasks: a norm for each tap, no head
-            for i in range(len(cfg.out_indices)):
-                self.add_module(f"outnorm_{i}", nn.LayerNorm(d))
-        rates = torch.linspace(0, cfg.drop_path_rate, cfg.depth, device="cpu")
-        self.drop_path_rates = [0.0, *rates.tolist()]       # into each block, and into norm_f
-        self.grad_checkpointing = False     # True: keep only the blocks' inputs, recompute the rest
-        init_weights(self)
-
-    def forward(self, x: Tensor, keep=None, channels=None) -> Tensor:
-        """Images -> logits (b num_classes), of the class token or else of the mean over tokens."""
-        tokens, ids = self._encode(x, keep, channels)       # (b s d), (b s) or None
-        return self.head(read_out(tokens, ids, self.cfg.class_token))
-
-    def forward_features(self, x: Tensor, keep=None, channels=None) -> Tensor:
-        """Images -> normed tokens (b s d), as they lie; those of keep by number, padding last."""
-        return self._encode(x, keep, channels)[0]
-
-    def _encode(self, x, keep, channels, checked=False):
-        """-> normed tokens (b s d), and their grid ids (b s) or None for a full grid."""
-        check("has_head", self.cfg)
-        tokens, grids, ids, _ = self._embed(x, keep, channels, checked)
-        backend = pick_backend(tokens.device)
-        for hidden, residual in self._run(tokens, grids, backend):
-            pass                            # the last block's output stays
-        hidden = stochastic_depth(hidden, self.drop_path_rates[-1], self.training)
-        return backend.add_norm(hidden, residual, self.norm_f)[0], ids
-
-    def _run(self, tokens, grids, backend=None):
-        backend = backend or pick_backend(tokens.device)
-        again = self.grad_checkpointing and self.training
-        return run_blocks(self.layers, tokens, grids, backend, self.drop_path_rates, again)
-
-    def _embed(self, x, keep, channels, checked=False):
-        """-> tokens (b s d) as they lie, a grid for each row of the schedule, ids, axis lengths."""
-        cfg = self.cfg
-        check("images", x, channels, cfg)
-        if cfg.per_channel:
-            x, channels = choose_channels(x, channels, cfg, self.training)
-        x = self.patch_embed(x, channels)                   # (b d h w), (b d c h w) or (b d t h w)
-        axes = " ".join(cfg.extents)
-        sizes = dict(zip(cfg.extents, x.shape[2:]))
-        pos, own = resize_pos_embed(self.pos_embed, self.grid_size, x.shape[-2:], self.class_row)
-        x = x + repeat(pos, f"1 (h w) d -> 1 d {axes}", **sizes)
-        x = rearrange(x, f"b d {axes} -> b ({cfg.storage}) d")              # (b l d)
-        ids = None
-        at = slot = self._class_slot(**sizes)
-        if keep is not None:
-            slot = None
-            ids = keep if checked else sort_keep(keep, x)   # (b s)  checked: right, and sorted
-            at = ids.shape[1] // 2
-            x = take(x, ids.clamp(min=0))                   # (b s d)
-        if cfg.class_token:
-            x, ids = insert_class_token(x, ids, self.cls_token + own, at)
-        grids = [self._grid(row, sizes, ids, slot) for row in cfg.rows]
-        return x, grids, ids, sizes
-
-    def _grid(self, row, sizes, ids, slot):
-        """How a layer of this row walks the tokens. slot: the class token's, if none is missing."""
-        cfg = self.cfg
-        if slot is not None and tuple(row) == (cfg.storage, ""):    # as they lie: a plain sequence
-            return Grid(sizes=(("l", math.prod(list(sizes.values())) + cfg.class_token),))
-        stored = tuple((axis, sizes[axis]) for axis in cfg.storage.split())
-        grid = Grid(cfg.storage, *row, stored, cfg.pool_scale)
-        if ids is None:
-            return grid
-        return GridWithHoles(grid, ids, cfg.class_token, cfg.mask_divisor == "count", slot)
-
-    def _class_slot(self, h, w, c=1, t=1):
-        """The class token's place in a full grid: amid Vim's walk, else before the middle row."""
-        if self.cfg.rows[0][1] and not self.cfg.per_channel:
-            return (h // 2) * w
-        return h * w * c * t // 2
-
-    resize_positions = staticmethod(resize_pos_embed)       # for checkpoints.py
-
-
-# ---- 5. Schedules, sizes and options -------------------------------------------------------------
+# ---- 3. Schedules, sizes and options -------------------------------------------------------------
 
 # One row a layer, used in turn: (flatten order, axes pooled away). "h w" walks along the rows;
 # pooling "w" there leaves one token for each row (the paper's Pool_col, section 3.1).
@@ -586,7 +327,7 @@ class Config:
 
     @property
     def extents(self) -> dict[str, tuple]:
-        """Axes of the grid, as patch_embed leaves them -> length in pixels, and of a patch."""
+        """Axes as patch_embed leaves them -> length, and a patch's, in pixels, frames, channels."""
         lengths = (self.in_chans, self.frames, *self.img_size)
         sizes = (1, self.tubelet, self.patch_size, self.patch_size)
         return {a: (n, p) for a, n, p in zip("cthw", lengths, sizes) if a in self.storage}
@@ -598,10 +339,267 @@ def check(what: str, *arguments):
         getattr(checks, f"check_{what}")(*arguments)
 
 
+# ---- 4. Mixer and block --------------------------------------------------------------------------
+
+# Norms compute in float32 at least, also where their weights are 16-bit.
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = at_least_float32(self.weight)
+        return F.rms_norm(at_least_float32(x), self.normalized_shape, weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (at_least_float32(self.weight), at_least_float32(self.bias))
+        return F.layer_norm(at_least_float32(x), self.normalized_shape, *weights, self.eps)
+
+
+NORMS = {"rmsnorm": functools.partial(RMSNorm, eps=1e-5), "layernorm": LayerNorm}
+
+
+def norm_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
+    """Of the norm's output: its weight's; x's without a weight, or if FSDP has yet to gather it."""
+    weight = getattr(norm, "weight", None)
+    return x.dtype if weight is None or hasattr(weight, "full_tensor") else weight.dtype
+
+
+def run_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x). A norm of another class, put in the place of ours, gets x in its own type."""
+    if not isinstance(norm, (RMSNorm, LayerNorm)):
+        x = x.to(norm_dtype(norm, x))
+    return norm(x)
+
+
+def add_norm(hidden: Tensor, residual: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """hidden, residual (b l d), None before block 0 -> norm(residual + hidden) in the norm's type,
+    and the sum. The residual stream is kept in float32 at least."""
+    dtype = norm_dtype(norm, hidden)
+    hidden = at_least_float32(hidden)
+    residual = hidden if residual is None else residual + hidden
+    return run_norm(norm, residual).to(dtype), residual
+
+
+class Mixer(nn.Module):
+    """Figure 2. Every parameter of the scan has the two directions as its first axis."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        d = cfg.embed_dim
+        e = cfg.expand * d
+        n = cfg.d_state
+        r = cfg.dt_rank or math.ceil(d / 16)
+
+        def parameter(*shape, wanted=True):
+            return nn.Parameter(torch.empty(2, *shape)) if wanted else None
+
+        self.pool = cfg.pool
+        self.skip_before_expand = cfg.skip_before_expand
+        self.in_proj = nn.Linear(d, 2 * e, bias=False)
+        self.conv_weight = parameter(e, cfg.d_conv, wanted=cfg.d_conv > 0)
+        self.conv_bias = parameter(e, wanted=cfg.d_conv > 0)
+        self.x_proj = parameter(r + 2 * n, e)
+        self.dt_proj = parameter(e, r)
+        self.dt_bias = parameter(e)
+        self.A_log = parameter(e, n)
+        self.D = parameter(e)
+        self.score_weight = parameter(e, wanted=cfg.pool == "attention")
+        self.score_bias = parameter(wanted=cfg.pool == "attention")
+        init_ssm(self)
+        self.layernorm = NORMS[cfg.ssm_norm](e) if cfg.ssm_norm else None
+        self.out_proj = nn.Linear(e, d, bias=False)
+
+    def weights(self) -> SSMWeights:
+        return SSMWeights(*(at_least_float32(getattr(self, name)) for name in SSMWeights._fields))
+
+    def forward(self, u: Tensor, grid: Grid, backend: "Backend") -> Tensor:
+        """u (b l d), normed -> (b l d)."""
+        y = backend.ssm(self.in_proj(u), self.weights(), grid)              # (b l e) of xz (b l 2e)
+        return self.out_proj(y)                             # (b l d)
+
+
+class Block(nn.Module):
+    """residual += drop_path(hidden);  hidden = mixer(norm(residual))."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.norm = NORMS[cfg.block_norm](cfg.embed_dim)
+        self.mixer = Mixer(cfg)
+
+    def forward(self, hidden, residual, grid, backend, drop_path=0.0) -> tuple[Tensor, Tensor]:
+        """hidden, residual (b l d) -> the same. drop_path: the rate at which hidden is dropped."""
+        check("residual", residual)
+        hidden = stochastic_depth(hidden, drop_path, self.training)
+        u, residual = backend.add_norm(hidden, residual, self.norm)
+        return self.mixer(u, grid, backend), residual
+
+
+def stochastic_depth(x: Tensor, rate: float, training: bool) -> Tensor:
+    """In training, drops whole samples of a residual branch, scales the others up. x (b ...)."""
+    if rate == 0 or not training:
+        return x
+    keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - rate)
+    return x * keep / (1 - rate)
+
+
+def run_blocks(blocks, x, grids, backend, drop_path_rates, recompute=False) -> Iterator[tuple]:
+    """x (b l d) through blocks, of which the i-th walks grids[i % len(grids)]; yields each one's
+    output and the residual that it has yet to be added to. recompute: gradient checkpointing."""
+    state = (x, None)
+    for i, block in enumerate(blocks):
+        if recompute:
+            block = functools.partial(checkpoint, block, use_reentrant=False)
+        state = block(*state, grids[i % len(grids)], backend, drop_path_rates[i])
+        yield state
+
+
+# ---- 5. Encoder: patches, blocks, head. Who stops after this section has read FastVim. -----------
+
+class PatchEmbed(nn.Module):
+    """Pixels, padded with zeros to whole patches -> a token for each. Image (b c H W) -> (b d h w),
+    or per patch and channel (b d c h w); video (b c T H W) -> (b d t h w)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        d = cfg.embed_dim
+        self.patch = [size for _, size in cfg.extents.values()]
+        if cfg.per_channel:                 # section 3.3: one filter, and an embedding per channel
+            self.proj = nn.Conv3d(1, d, self.patch, self.patch)
+            self.channel_embed = nn.Embedding(cfg.in_chans, d)
+        elif "t" in cfg.extents:            # beyond the paper: tubelets, an embedding per time
+            self.proj = nn.Conv3d(cfg.in_chans, d, self.patch, self.patch)
+            self.time_embed = nn.Parameter(torch.empty(1, d, math.ceil(cfg.frames / cfg.tubelet)))
+        else:
+            self.proj = nn.Conv2d(cfg.in_chans, d, self.patch, self.patch)
+
+    def forward(self, x: Tensor, channels: Tensor | None = None) -> Tensor:
+        padding = []
+        for n, p in zip(x.shape[:1:-1], self.patch[::-1]):  # F.pad wants the last axis first
+            padding += [0, (n + p - 1) // p * p - n]
+        x = F.pad(x, padding)
+        if channels is not None:
+            return self.proj(x[:, None]) + self.channel_embed(channels).mT[..., None, None]
+        x = self.proj(x)
+        if x.ndim == 5:                     # a clip of another length: time_embed is resized
+            x = x + F.interpolate(self.time_embed, x.shape[2], mode="linear")[..., None, None]
+        return x
+
+
+class FastVim(Backbone):
+    """The encoder, one class for every model: FastVim(schedule="vim", ...), with fields of Config.
+
+    x (b in_chans H W), a video (b in_chans T H W): floats of any size; positions are resized.
+    keep (b s): integer ids of the tokens to encode, -1 pads images that keep fewer (section 3.2,
+        FastMaskVim). Tokens are numbered as they lie, in cfg.storage: h w, or such as h w c.
+    channels (c): ids of the given channels, for per-channel models; default all in order."""
+
+    def __init__(self, **fields):
+        super().__init__()
+        check("fields", fields, Config)
+        cfg = Config(**fields)
+        d = cfg.embed_dim
+        self.cfg = cfg
+        self.patch_embed = PatchEmbed(cfg)
+        self.grid_size = tuple(math.ceil(s / cfg.patch_size) for s in cfg.img_size)     # (h, w)
+        self.class_row = None               # the row of pos_embed that belongs to the class token
+        if cfg.class_token and not cfg.per_channel:
+            self.class_row = self._class_slot(*self.grid_size)
+        positions = math.prod(self.grid_size) + (self.class_row is not None)
+        self.pos_embed = nn.Parameter(torch.empty(1, positions, d))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, d)) if cfg.class_token else None
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        if cfg.out_indices is None:
+            self.norm_f = NORMS[cfg.block_norm](d)
+            self.head = nn.Linear(d, cfg.num_classes) if cfg.num_classes else nn.Identity()
+        else:                               # dense tasks: a norm for each tap, no head
+            for i in range(len(cfg.out_indices)):
+                self.add_module(f"outnorm_{i}", nn.LayerNorm(d))
+        rates = torch.linspace(0, cfg.drop_path_rate, cfg.depth, device="cpu")
+        self.drop_path_rates = [0.0, *rates.tolist()]       # of what a block, and norm_f, is given
+        self.grad_checkpointing = False     # True: keep only the blocks' inputs, recompute the rest
+        init_weights(self)
+
+    def forward(self, x: Tensor, keep=None, channels=None) -> Tensor:
+        """Images -> logits (b num_classes), of the class token or else of the mean over tokens."""
+        tokens, ids = self._encode(x, keep, channels)       # (b s d), (b s) or None
+        return self.head(read_out(tokens, ids, self.cfg.class_token))
+
+    def forward_features(self, x: Tensor, keep=None, channels=None) -> Tensor:
+        """Images -> normed tokens (b s d), as they lie; those of keep by number, padding last."""
+        return self._encode(x, keep, channels)[0]
+
+    def _encode(self, x, keep, channels, checked=False):
+        """-> normed tokens (b s d), and their grid ids (b s) or None for a full grid."""
+        check("has_head", self.cfg)
+        tokens, grids, ids, _ = self._embed(x, keep, channels, checked)
+        for hidden, residual in self._run(tokens, grids):
+            pass                            # the last block's output stays
+        hidden = stochastic_depth(hidden, self.drop_path_rates[-1], self.training)
+        return pick_backend(tokens.device).add_norm(hidden, residual, self.norm_f)[0], ids
+
+    def _run(self, tokens, grids):
+        backend = pick_backend(tokens.device)
+        recompute = self.grad_checkpointing and self.training
+        return run_blocks(self.layers, tokens, grids, backend, self.drop_path_rates, recompute)
+
+    def _embed(self, x, keep, channels, checked=False):
+        """-> tokens (b s d) as they lie, a grid for each row of the schedule, ids, axis lengths."""
+        cfg = self.cfg
+        check("images", x, channels, cfg)
+        if cfg.per_channel:
+            x, channels = choose_channels(x, channels, cfg, self.training)
+        x = self.patch_embed(x, channels)                   # (b d h w), (b d c h w) or (b d t h w)
+        axes = " ".join(cfg.extents)
+        sizes = dict(zip(cfg.extents, x.shape[2:]))
+        pos, class_pos = self.resize_pos_embed(
+            self.pos_embed, self.grid_size, x.shape[-2:], self.class_row)
+        x = x + repeat(pos, f"1 (h w) d -> 1 d {axes}", **sizes)
+        x = rearrange(x, f"b d {axes} -> b ({cfg.storage}) d")              # (b l d)
+        ids = None
+        at = self._class_slot(**sizes)
+        slot = at if keep is None else None                 # of the class token in a full grid
+        if keep is not None:
+            ids = keep if checked else sort_keep(keep, x)   # (b s)  checked: right, and sorted
+            at = ids.shape[1] // 2
+            x = take(x, ids.clamp(min=0))                   # (b s d)
+        if cfg.class_token:
+            x, ids = insert_class_token(x, ids, self.cls_token + class_pos, at)
+        grids = [self._grid(row, sizes, ids, slot) for row in cfg.rows]
+        return x, grids, ids, sizes
+
+    @staticmethod
+    def resize_pos_embed(pos: Tensor, old, new, class_row=None) -> tuple[Tensor, Tensor | float]:
+        """pos (1 rows d) of grid old (h, w) -> (1 h*w d) of new, bicubic; a class token's or 0."""
+        class_pos = 0.0
+        if class_row is not None:
+            class_pos = pos[:, class_row:class_row + 1]
+            pos = torch.cat([pos[:, :class_row], pos[:, class_row + 1:]], 1)
+        if torch.compiler.is_exporting() or tuple(old) != tuple(new):           # sizes may be open
+            grid = rearrange(at_least_float32(pos), "1 (h w) d -> 1 d h w", h=old[0])
+            grid = F.interpolate(grid, new, mode="bicubic", align_corners=False).to(pos.dtype)
+            pos = rearrange(grid, "1 d h w -> 1 (h w) d")
+        return pos, class_pos
+
+    def _grid(self, row, sizes, ids, slot):
+        """How this row's layers walk the tokens. slot: the class token's place, None if masked."""
+        cfg = self.cfg
+        if slot is not None and tuple(row) == (cfg.storage, ""):    # as they lie: a plain sequence
+            return Grid(sizes=(("l", math.prod(list(sizes.values())) + cfg.class_token),))
+        stored = tuple((axis, sizes[axis]) for axis in cfg.storage.split())
+        grid = Grid(cfg.storage, *row, stored, cfg.pool_scale)
+        if ids is None:
+            return grid
+        return GridWithHoles(grid, ids, cfg.class_token, cfg.mask_divisor == "count", slot)
+
+    def _class_slot(self, h, w, c=1, t=1):
+        """The class token's place in a full grid: amid it, or if layers pool, before row h // 2."""
+        if self.cfg.rows[0][1] and not self.cfg.per_channel:
+            return (h // 2) * w
+        return h * w * c * t // 2
+
 # ---- 6. Masks, class tokens, subsets of the channels ---------------------------------------------
 #
-# A masked set is a full grid with holes: to pool, the kept tokens are put back into it, and holes
-# count as nothing. A class token is a scan step of its own, the middle one.
+# A masked set is a full grid with holes: to pool, the kept tokens are put back into it. Holes are
+# zeros to a mean, and no candidates else. A class token is a scan step of its own, the middle one.
 
 CLASS, HOLE = -1, -2                        # ids of what is no token of the grid
 
@@ -610,7 +608,7 @@ class GridWithHoles:
     """A Grid, full, of which a mask left some tokens, and perhaps a class token. Its methods are
     Grid's. ids (b s) int64: each token's place in full.storage, CLASS, or HOLE for padding; b is 1
     if all images are masked alike. by_count: means divide by how many tokens a step kept, not by
-    the length of the axis. A step without tokens pools to zero, and is taken."""
+    the length of the axis. A step without tokens pools to zero, and stays."""
 
     def __init__(self, full: Grid, ids, class_token=False, by_count=False, slot=None):
         self.full = full
@@ -629,15 +627,16 @@ class GridWithHoles:
             return self._index
         ids = self.ids
         real = ids >= 0
-        place = self.full.unflatten(torch.arange(self.cells, device=ids.device)[None, :, None])
-        place = place[0, :, 0][ids.clamp(min=0)]            # (b s) grid id -> place in the walk
+        place = torch.arange(self.cells, device=ids.device)
+        place = self.full.unflatten(place[None, :, None])[0, :, 0]          # (cells) of a grid id
+        cell = place[ids.clamp(min=0)]                      # (b s)  its place in the full walk
         if self.full.pooled:                # the class token stands before the middle step
             step = torch.arange(self.full.steps, device=ids.device)[None, None, :, None]
             middle = (self.full.expand(step).flatten() == self.full.steps // 2).int().argmax()
         else:                               # every token is a step: it stands amid the kept ones
-            place = place.masked_fill(~real, self.cells).argsort(1).argsort(1)
+            cell = cell.masked_fill(~real, self.cells).argsort(1).argsort(1)
             middle = real.sum(1, keepdim=True) // 2
-        cell = torch.where(real, place, torch.where(ids == CLASS, self.cells, self.cells + 1))
+        cell = cell.masked_fill(ids == CLASS, self.cells).masked_fill(ids == HOLE, self.cells + 1)
         walk = torch.where(ids == CLASS, middle.double() - 0.5, cell).argsort(1)
         self._index = dict(walk=walk, hole=(ids == HOLE).gather(1, walk), cell=cell.gather(1, walk))
         return self._index
@@ -655,15 +654,15 @@ class GridWithHoles:
         if not self.full.pooled:
             return c.masked_fill(self.index["hole"][..., None], 0)
         cells = self._put_back(c, {"max": -math.inf}.get(kind, 0.0))        # (k b cells+2 e)
-        if score is not None:                               # the lowest number, not -inf: an empty
-            lowest = torch.finfo(score.dtype).min           # step's softmax must not be 0 / 0
+        if score is not None:
+            lowest = torch.finfo(score.dtype).min           # -inf: an empty step's softmax is 0 / 0
             score = self._put_back(score, lowest)[:, :, :-2]
         p = self.full.pool(cells[:, :, :-2], kind, score)
         if kind == "max":
             p = p.masked_fill(p == -math.inf, 0)
         if self.by_count and kind == "mean":
             kept = self._put_back(torch.ones_like(c[:1, ..., :1]), 0.0)[:, :, :-2]
-            share = self.full.pool(kept) / self.full.scale  # (1 b p 1) of the axis that is kept
+            share = self.full.pool(kept) / self.full.scale  # (1 b p 1)  of a step's cells
             p = p / share.masked_fill(share == 0, 1)
         if self.class_token:
             half = self.full.steps // 2
@@ -741,7 +740,7 @@ def sample_channels(count: int, keep_order: bool = True) -> Tensor:
 
 @torch.no_grad()
 def init_ssm(m: Mixer):
-    """PyTorch's defaults, drawn in the order in which a seed gives the weights it always gave."""
+    """PyTorch's defaults, some replaced by init_weights: drawn all, so that seeds keep meaning."""
     def layer(weight, bias=None):
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))    # U(-1, 1) / sqrt(fan_in)
         if bias is not None:
@@ -763,7 +762,7 @@ def lecun_normal_(weight: Tensor):
 
 @torch.no_grad()
 def init_weights(model: nn.Module, init_patches=lecun_normal_):
-    """Initialises a FastVim, or what has its parts, in place, from torch's global generator."""
+    """Sets, in place, what differs from PyTorch's defaults; draws from its global generator."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -779,7 +778,7 @@ def init_weights(model: nn.Module, init_patches=lecun_normal_):
             dt = torch.exp(torch.rand(e) * (math.log(0.1) - math.log(1e-3)) + math.log(1e-3))
             module.dt_bias[0] = dt + torch.log(-torch.expm1(-dt))           # softplus(dt_bias) = dt
             module.dt_bias[1] = 0
-            module.A_log.copy_(torch.arange(1.0, n + 1).log().expand(2, e, n))      # S4D, real part
+            module.A_log.copy_(torch.arange(1.0, n + 1).log().expand(2, e, n))      # S4D-Real
             module.D.fill_(1)
             if module.score_bias is not None:
                 module.score_bias.fill_(0)

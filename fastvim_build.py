@@ -229,13 +229,16 @@ def find_nvcc() -> tuple[str | None, str]:
 
 
 def gpu_targets(archs: str) -> list[str]:
-    """nvcc's options for a list such as "8.0;9.0+PTX". Raises RuntimeError if it is none."""
+    """nvcc's options for a list such as "8.0;9.0+PTX", without what is below 7.5, which has no tanh
+    in one instruction. Raises RuntimeError if it is none."""
     options = []
-    for arch in archs.replace(";", " ").split():
+    for arch in dict.fromkeys(archs.replace(";", " ").split()):
         found = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
         if found is None:
             raise RuntimeError(f"TORCH_CUDA_ARCH_LIST={archs}: {arch} is no number such as 9.0 or "
                                "9.0+PTX")
+        if (int(found[1]), found[2]) < (7, "5"):
+            continue
         number = found[1] + found[2]
         options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if found[3]:
@@ -250,9 +253,12 @@ def build_cuda() -> str:
     if torch.version.cuda is None:
         raise RuntimeError("this torch is built without CUDA")
     gpus = range(torch.cuda.device_count())
-    archs = {"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in gpus}
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(sorted(archs)) or "8.0;9.0"
-    flags = ["-O3", "-std=c++20", "-ftz=true", *gpu_targets(archs), "-shared", "-Xcompiler=-fPIC",
+    here = sorted({"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in gpus})
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or ("" if here else "8.0;9.0")
+    targets = gpu_targets(";".join([asked, *here]))         # never without the GPUs that are here
+    if not targets or here and not gpu_targets(";".join(here)):
+        raise RuntimeError(f"the kernels need a GPU of compute capability 7.5, not {here or asked}")
+    flags = ["-O3", "-std=c++20", "-ftz=true", *targets, "-shared", "-Xcompiler=-fPIC",
              "-cudart=none", "-DTORCH_EXTENSION_NAME=scan_cuda"]
     depends = [*sources, find_source("scan.h")]
     name = name_build("scan_cuda", depends, torch.__version__, sys.implementation.cache_tag, flags)

@@ -245,7 +245,8 @@ def make_walk(token, group, steps, pool_weight) -> Walk:
 def full_walk(storage, order, pooled, lengths, slot, scale, device) -> Walk:
     """The Walk of a full grid, remembered: its tables depend on the grid alone. slot: the place of
     a class token among the tokens, or None. They are copied from the CPU, which waits until they
-    are there: other streams may read them then. Raises RuntimeError within a CUDA graph."""
+    are there, and until nobody reads those that are forgotten for them: so all streams may. Raises
+    RuntimeError within a CUDA graph."""
     axes = storage.split()
     sizes = dict(zip(axes, lengths))
     named = all(axis.isidentifier() and axis.islower() for axis in axes)
@@ -273,6 +274,8 @@ def full_walk(storage, order, pooled, lengths, slot, scale, device) -> Walk:
             weight = insert(weight, half, 1.0)
             steps += 1
         tables = make_walk(token[None], group[None], steps, weight[None])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return Walk(*(table.to(device) for table in tables))
 
 

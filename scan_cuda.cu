@@ -54,7 +54,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#define DYNAMIC_SHARED(name) extern __shared__ float name[]
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) float name[]
 
 constexpr int64_t SMS = 132;                // an H100's: no query, so the same bits on every chip
 
@@ -1301,6 +1301,7 @@ int conv_pool(const ConvPool* a, void* stream) {
     const bool wide = e % 4 == 0 && aligned(a->xz, a->conv_weight, a->pooled, a->argmax);
     const int64_t tiles = ceil_div(e, 128), size = 2 * b * p * e;
     if (b == 0) return cudaSuccess;
+    if (e > 8192) return cudaErrorInvalidConfiguration;                 // as expand_gate, later
     const Cut cut = cut_steps(b * p * tiles, a->n, SMS * 16 * 2, 32);   // two rounds of 16 warps
     const int64_t blocks = tiles * ceil_div(b * cut.units * cut.slices, WALKERS);
     const int64_t rows = cut.slices > 1 ? cut.slices : 0;

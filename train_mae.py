@@ -264,8 +264,8 @@ class MaskedAutoencoder(fastvim.FastVim):
         """Tokens (b s d) of a grid (h, w) -> the image (b l p*p*c). ids (b s): which patch each
         token is of, or fastvim.CLASS."""
         length = math.prod(grid)
-        pos, class_pos = fastvim.resize_pos_embed(self.decoder_pos_embed, self.grid_size, grid,
-                                                  self.class_row)
+        pos, class_pos = self.resize_pos_embed(self.decoder_pos_embed, self.grid_size, grid,
+                                              self.class_row)
         tokens = self.decoder_embed(tokens)  # (b s d)
         x = self.mask_token.to(tokens).expand(len(ids), length, -1)
         if self.cfg.class_token:  # its place is behind all patches

@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -285,6 +286,7 @@ def test_a_wrapper_builds_wherever_cuda_home_points(toolkits, tmp_path, monkeypa
     real = toolkits("elsewhere")
     wrapper = toolkits("path", body=f'#!/bin/sh\nexec {real} "$@"\n')
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
     assert fastvim_build.find_nvcc()[0] == wrapper
     path = fastvim_build.build_cuda()
     assert pathlib.Path(path).read_text() == "library\n"
@@ -322,7 +324,8 @@ echo "scan_cuda.cu(1): error: no such kernel" >&2; exit 2
 
 @pytest.mark.parametrize("archs, targets", [
     ("9.0", "90:sm_90"), ("8.0;9.0", "80:sm_80 90:sm_90"), ("8.6+PTX", "86:sm_86 86:compute_86"),
-    ("9.0a 12.0", "90a:sm_90a 120:sm_120"), ("Hopper", None), ("9", None), ("8.0,9.0", None)])
+    ("9.0a 12.0", "90a:sm_90a 120:sm_120"), ("5.2 7.0 7.5 8.0;8.0", "75:sm_75 80:sm_80"),
+    ("6.1+PTX", ""), ("Hopper", None), ("9", None), ("8.0,9.0", None)])
 def test_which_gpus_are_built_for(archs, targets):
     if targets is None:
         with pytest.raises(RuntimeError, match=f"TORCH_CUDA_ARCH_LIST={archs}: .* is no number"):
@@ -331,6 +334,23 @@ def test_which_gpus_are_built_for(archs, targets):
     pairs = (pair.split(":") for pair in targets.split())
     expected = [f"-gencode=arch=compute_{number},code={code}" for number, code in pairs]
     assert fastvim_build.gpu_targets(archs) == expected
+
+
+@pytest.mark.parametrize("asked, here, built", [
+    ("", [], "80 90"), ("8.0", [(9, 0)], "80 90"), ("9.0", [(9, 0), (9, 0)], "90"),
+    ("8.0", [(7, 0)], None), ("7.0", [], None), ("7.0", [(7, 0), (8, 6)], "86")])
+def test_the_gpus_that_are_here_are_always_built_for(toolkits, tmp_path, monkeypatch, asked, here, built):
+    toolkits("pip")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(here))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", here.__getitem__)
+    if built is None:
+        with pytest.raises(RuntimeError, match="need a GPU of compute capability 7.5, not .*7.0"):
+            fastvim_build.build_cuda()
+        return
+    fastvim_build.build_cuda()
+    made = re.findall(r"code=sm_(\w+)", (tmp_path / "made").read_text())
+    assert made == built.split()
 
 
 def test_a_compiler_of_several_words(project, monkeypatch):

@@ -281,7 +281,7 @@ def test_transposing_grid_and_schedule_together_changes_nothing(
     state = first.state_dict()
     row = first._class_slot(4, 6) if class_token else None
     pos = first.pos_embed.detach()
-    pos, own = fastvim.resize_pos_embed(pos, (4, 6), (4, 6), row)
+    pos, own = fastvim.FastVim.resize_pos_embed(pos, (4, 6), (4, 6), row)
     pos = rearrange(pos, "1 (h w) d -> 1 (w h) d", h=4)
     if class_token:
         at = second._class_slot(6, 4)
