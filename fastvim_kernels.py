@@ -35,7 +35,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)     # kernels know them 
 MAX_STATES = 64
 MAX_SIZE = 2 ** 31 - 1                      # of any axis: tables hold 32-bit integers
 EPS = 1e-5                                                  # of all norms
-LOG2E = math.log2(math.e)
 PLAIN = (Tensor, nn.Parameter)              # not FakeTensor, DTensor and other subclasses
 for kind in PLAIN:                          # einops notes each type at its first call: if that is
     rearrange(kind(torch.empty(0)), "a -> a")   # within torch.compile, a model is compiled twice
@@ -383,13 +382,16 @@ def scan_values(x, dt, A, B, C, D=None, dt_bias=None, stride=None) -> dict:
 def scan_of(pooled, w: Weights, skip: bool):
     """fastvim.select: pooled (k b p e) -> the values of its scan, whose B and C are columns of a
     table; and of that table the columns from which dt was made, low (k bp r)."""
+    k, b, p, e = pooled.shape
     r = w.dt_proj.shape[2]
     n = w.A_log.shape[2]
-    table = torch.bmm(pooled.flatten(1, 2), w.x_proj.mT)    # (k bp r+2n)
-    low, B, C = table.view(*pooled.shape[:3], r + 2 * n).split([r, n, n], -1)
-    low = low.flatten(1, 2)                                 # (k bp r)
-    dt = torch.bmm(low, w.dt_proj.mT).view(pooled.shape)    # (k b p e)
-    A = (w.A_log * LOG2E).exp2_().neg_()                    # (k e n)  a third of exp's time
+    table = torch.bmm(pooled.view(k, b * p, e), w.x_proj.mT)            # (k bp r+2n)
+    low = table.narrow(2, 0, r)                             # (k bp r)  split() takes longer
+    dt = torch.bmm(low, w.dt_proj.mT).view(k, b, p, e)
+    table = table.view(k, b, p, r + 2 * n)
+    B = table.narrow(3, r, n)                               # (k b p n)
+    C = table.narrow(3, r + n, n)
+    A = w.A_log.exp().neg_()                                # (k e n)
     return scan_values(pooled, dt, A, B, C, w.D if skip else None, w.dt_bias, r + 2 * n), low
 
 
