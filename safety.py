@@ -139,14 +139,35 @@ class Lossy(io.FileIO):
         return len(data)
 
 
+class LossyStream:
+    """The same of a stream that somebody has put in the place of Python's."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # the second: it is closed
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def outlast_readers() -> None:
     """From here on nothing ends because what is printed cannot be written."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is getattr(sys, f"__{name}__"):  # else whoever has replaced it reads it
+        if stream is getattr(sys, f"__{name}__"):
             file = io.BufferedWriter(Lossy(stream.fileno(), "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "backslashreplace",
                                                 line_buffering=True))
+        elif not isinstance(stream, LossyStream):
+            setattr(sys, name, LossyStream(stream))
 
 
 # ---- Files ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Some tests run the toy experiment below in a process of its own: to kill it, to 
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -856,6 +857,21 @@ def test_a_full_log_disk_ends_nothing(descriptor, tmp_path, whole):
     assert run.wait() == 0, run.said()
     assert ("epoch 3/3" in run.said()) == (descriptor == 2)
     assert_same(load(tmp_path / "run" / "last.pt"), load(whole / "last.pt"))
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), BrokenPipeError(), ValueError("closed file")])
+def test_a_stream_that_others_have_put_there_and_that_is_full_ends_nothing(name, error, tmp_path, monkeypatch, whole):
+    class Full(io.StringIO):
+        def fail(self, *text):
+            raise error
+
+        write = flush = fail
+
+    monkeypatch.setattr(sys, name, Full())
+    toy("--out", tmp_path)
+    print("after", file=getattr(sys, name), flush=True)
+    assert_same(load(tmp_path / "last.pt"), load(whole / "last.pt"))
 
 
 def test_an_epoch_is_saved_before_it_is_told(tmp_path, monkeypatch):
