@@ -575,8 +575,9 @@ def get_args() -> argparse.Namespace:
     add("--no-compile", dest="without", action="store_const", const=(COMPILE,), default=(),
         help="without torch.compile, which takes minutes")
     add("--repeats", type=runs.WHOLE, default=20, help="calls of each peer, at most (20)")
-    add("--seconds", type=runs.POSITIVE, default=5, help="no more calls of a peer after these (5)")
-    add("--max-seconds", type=runs.POSITIVE, default=60, help="skip peers of which one call, or "
+    add("--seconds", type=runs.AT_LEAST_0, default=5,
+        help="no more calls of a peer after these (5)")
+    add("--max-seconds", type=runs.AT_LEAST_0, default=60, help="skip peers of which one call, or "
         "compiling, would take longer (60)")
     add("--markdown", action="store_true", help="tables in Markdown")
     add("--out", default="runs/bench", help="folder of bench.json, model.png, block.png")

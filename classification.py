@@ -56,8 +56,8 @@ def add_arguments(parser: runs.Parser, recipe: dict, others: str = "") -> None:
     add("--crop-pct", type=runs.number(float, 0.1),
         help=f"evaluation: centre crop's share of the resized image (default {CROP_PCT})")
     if "mixup" in recipe:
-        add("--mixup", type=runs.POSITIVE, help="alpha of mixup, 0 for none")
-        add("--cutmix", type=runs.POSITIVE, help="alpha of cutmix, 0 for none")
+        add("--mixup", type=runs.AT_LEAST_0, help="alpha of mixup, 0 for none")
+        add("--cutmix", type=runs.AT_LEAST_0, help="alpha of cutmix, 0 for none")
         add("--smoothing", type=runs.SHARE, help="label smoothing")
 
 
@@ -219,7 +219,7 @@ def train(args: runs.Options, ctx: training.Context, start: runs.Saved, build: C
 def classification_loss(args: runs.Options, num_classes: int) -> Callable:
     """loss(model, (images, labels)): cross-entropy with --mixup, --cutmix and --smoothing."""
     mixup = None
-    if args.mixup or args.cutmix:
+    if args.mixup or args.cutmix:       # labels are smoothed below
         mixup = data.extra("timm.data").Mixup(args.mixup, args.cutmix, label_smoothing=0.0,
                                               num_classes=num_classes)
 

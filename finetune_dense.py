@@ -40,7 +40,8 @@ import training
 from dense_results import MEASURES, average_precision, draw_prediction  # noqa: F401
 
 # The recipes of the paper, in optimizer steps, for ADE20K and COCO. Its text says that the
-# detector's learning rate falls linearly; the released configuration divides it by ten at DROPS.
+# detector's learning rate falls linearly; the released configuration divides it by ten at DROPS,
+# and its launch line gives a batch of 16, not 64.
 RECIPES = {
     "seg": {**runs.TRAINING, "steps": 160_000, "warmup": 1500, "batch_size": 16, "recipe_lr": 6e-5,
             "recipe_batch": 16, "weight_decay": 0.01, "layer_decay": 1.0, "model": "fastvim_tiny",
@@ -58,11 +59,12 @@ METRICS = {"seg": "miou", "det": "box_ap"}      # by which the best epoch is tol
 SCENES = {
     "seg": {"steps": 3000, "warmup": 50, "batch_size": 16, "recipe_lr": 2e-3, "recipe_batch": 16,
             "img_size": 64, "patch_size": 8, "depth": 4, "jitter": (0.8, 1.25), "distort": False,
-            "channels": 64, "eval_every": 2, "drop_path_rate": 0.0, "out": "runs/seg-scenes"},
+            "channels": 64, "eval_every": 2, "drop_path_rate": 0.0, "workers": 0,
+            "out": "runs/seg-scenes"},
     "det": {"steps": 1000, "warmup": 50, "batch_size": 8, "recipe_lr": 1e-3, "recipe_batch": 8,
             "img_size": 96, "depth": 4, "jitter": (0.8, 1.25), "channels": 32, "hidden": 128,
             "regions": 32, "eval_every": 1, "drop_path_rate": 0.0, "layer_decay": 1.0,
-            "out": "runs/det-scenes"},
+            "workers": 0, "out": "runs/det-scenes"},
 }
 
 # ---- Options -------------------------------------------------------------------------------------
@@ -211,8 +213,6 @@ def loader_of(args: runs.Options, ctx: training.Context, dataset, train=False):
         settings["merge"] = data.merge_detections
     elif not train:
         settings["batch_size"] = 1
-    if not args.data:
-        settings["workers"] = 0
     return runs.loader_of(args, ctx, dataset, train, **settings)
 
 
@@ -228,7 +228,8 @@ def no_weight_decay(task: str, name: str, param: Tensor) -> bool:
 
 
 def lr_scale(args: runs.Options, name: str, param: Tensor) -> float:
-    """A parameter's share of the learning rate: that of a layer is smaller the earlier it comes."""
+    """A parameter's share of the learning rate. That of the embeddings is smaller, and with
+    --decay-blocks those of the blocks, the earlier they come."""
     if not name.startswith("backbone."):
         return 1.0
     if {"patch_embed", "pos_embed", "cls_token"} & set(name.split(".")):

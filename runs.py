@@ -103,7 +103,7 @@ def number(kind: type, least: float, below: float = math.inf) -> Callable[[str],
 
 
 WHOLE = number(int, 1)
-POSITIVE = number(float, 0)
+AT_LEAST_0 = number(float, 0)
 SHARE = number(float, 0, 1)
 
 
@@ -112,14 +112,14 @@ def add_training_arguments(parser: argparse.ArgumentParser, recipe: dict) -> Non
     unit = "steps" if "steps" in recipe else "epochs"
     for group, name, kind, text in (
         ("recipe", "epochs", number(float, 1e-9), "passes over the training set, or a fraction"),
-        ("recipe", "steps", WHOLE, "the run ends after so many optimizer steps, if not before"),
+        ("recipe", "steps", WHOLE, "optimizer steps at most; the schedule ends with them"),
         ("recipe", "batch-size", WHOLE, "samples per process and micro-step"),
         ("recipe", "accum", WHOLE, "micro-steps per optimizer step"),
-        ("recipe", "lr", POSITIVE,
+        ("recipe", "lr", AT_LEAST_0,
          "peak learning rate (default {recipe_lr:g} x batch / {recipe_batch})"),
-        ("recipe", "warmup", POSITIVE, "{unit} of linear warmup"),
-        ("recipe", "weight-decay", POSITIVE, "decoupled from the gradient"),
-        ("recipe", "clip", POSITIVE, "largest gradient norm, 0 for no clipping"),
+        ("recipe", "warmup", AT_LEAST_0, "{unit} of linear warmup"),
+        ("recipe", "weight-decay", AT_LEAST_0, "decoupled from the gradient"),
+        ("recipe", "clip", AT_LEAST_0, "largest gradient norm, 0 for no clipping"),
         ("recipe", "ema", SHARE, "decay of the moving average of the weights, 0 for none"),
         ("model", "img-size", WHOLE, "pixels"),
         ("model", "depth", WHOLE, "blocks (default: the model's own)"),
@@ -127,7 +127,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, recipe: dict) -> Non
         ("the run", "device", str, "auto (a GPU if there is one), cpu, cuda or cuda:1"),
         ("the run", "seed", number(int, 0), "the whole run follows from it"),
         ("the run", "eval-every", WHOLE, "epochs between evaluations"),
-        ("the run", "save-minutes", POSITIVE, "time between checkpoints within an epoch"),
+        ("the run", "save-minutes", AT_LEAST_0, "time between checkpoints within an epoch"),
         ("the run", "workers", number(int, 0), "data-loading processes per training process"),
         ("the run", "threads", WHOLE, "CPU threads per process (default: PyTorch's choice)"),
     ):
@@ -190,6 +190,7 @@ class Saved:
 def read(path: str, resumed: bool = False) -> Saved:
     """The checkpoint at `path`. FileNotFoundError, ValueError: there is none, or it is damaged."""
     content = checkpoints.read(path)
+    content.pop("optimizer", None)  # twice the weights, which a process would keep to its end
     options = content.get("args")
     if not isinstance(options, dict):
         options = {}

@@ -85,7 +85,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def out_of_memory_advice(error: Exception, args) -> str:
     advice = "a smaller model or image"
-    if args.batch_size > 1:
+    if args.batch_size % 4 == 0:  # mixup wants pairs, BatchNorm more than one image
         advice = (f"--batch-size {args.batch_size // 2} --accum {args.accum * 2} (the same "
                   "effective batch)")
     return (f"{error}\nOut of memory with --batch-size {args.batch_size} --accum {args.accum}: try "

@@ -146,7 +146,7 @@ def make_parser() -> runs.Parser:
     add("--hcs", action=yes_no, help="show a batch some of the channels, drawn anew; models that "
         "mix channels get zeros for the others")
     add("--sort", action=yes_no, help="keep their order (default yes; ChannelViT: no)")
-    parser.groups["recipe"].add_argument("--weight-decay-end", type=runs.POSITIVE,
+    parser.groups["recipe"].add_argument("--weight-decay-end", type=runs.AT_LEAST_0,
                                          help="the weight decay rises to this")
     runs.add_training_arguments(parser, RECIPE)
     return parser

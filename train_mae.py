@@ -10,6 +10,7 @@ trained on the frozen encoder.
     torchrun ... train_mae.py pretrain --size b --data DIR --batch-size 64 --accum 8   8 GPUs: 4096
     torchrun ... train_mae.py finetune --data DIR --init runs/mae/last.pt              8 GPUs: 1024
     torchrun ... train_mae.py finetune --data DIR --init runs/mae_h/last.pt --img-size 448
+    torchrun ... train_mae.py linear --data DIR --batch-size 512                       8 GPUs: 4096
     python train_mae.py pretrain --reconstruct cat.jpg dog.png --init runs/mae/last.pt
     python train_imagenet.py --data DIR --eval runs/mae_finetune/best.pt        also --predict IMAGE
 
@@ -168,7 +169,7 @@ def find_start(options: dict) -> runs.Saved:
         return runs.read(path or next(filter(pathlib.Path.is_file, own), own[0]))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}: run `python train_mae.py pretrain` first, or name one "
-                                "with --init; --scratch starts from none") from error
+                                "with --init; to fine-tune from none, --scratch") from error
 
 
 # ---- The model -----------------------------------------------------------------------------------

@@ -58,13 +58,15 @@ def setup(args, training: bool = True) -> Context:
         return ctx
     if args.log:
         sinks.require(args.log)
-    problem = ctx.gather(ctx.is_main and safety.lock_folder(args.out))[0]
+    problem = safety.lock_folder(args.out) if ctx.is_main else ""
+    problem = ctx.gather(problem)[0]
     if problem:  # all processes raise it: none waits for one that was refused
         raise ValueError(problem)
     safety.outlast_readers()
+    rule = "scaled with the batch" if args.lr is None else "as given"
     ctx.print(f"effective batch {effective_batch(args, ctx)} = {args.batch_size} x {args.accum} "
               f"micro-steps x {ctx.world_size} processes, learning rate {peak_lr(args, ctx):g} "
-              f"(the recipe's: {args.recipe_lr:g} at {args.recipe_batch}), {ctx.device}")
+              f"{rule} (the recipe's: {args.recipe_lr:g} at {args.recipe_batch}), {ctx.device}")
     return ctx
 
 
@@ -85,8 +87,12 @@ def run_length(args, loader) -> tuple[int, int]:
 
     ValueError: the run is shorter than a step."""
     per_epoch = len(loader) // args.accum
-    limits = [args.steps, args.epochs and round(args.epochs * per_epoch)]
-    total = min(limit for limit in limits if limit is not None)
+    limits = []
+    if args.steps is not None:
+        limits.append(args.steps)
+    if args.epochs is not None:
+        limits.append(round(args.epochs * per_epoch))
+    total = min(limits)
     if not per_epoch or not total:
         raise ValueError(f"{len(loader)} batches per epoch, --accum {args.accum}, --epochs "
                          f"{args.epochs}: a run needs at least one step")
@@ -249,9 +255,13 @@ def take_up(run: Run, path: Path) -> None:
                          f"({type(error).__name__}: {error}). Try --resume {run.out / 'best.pt'}"
                          ) from error
     changed = safety.check_same_run(before, {**run.identity, **run.identity["args"]})
+    groups = [{key: value for key, value in group.items() if key != "params"}
+              for group in run.optimizer.param_groups]
     try:
         run.model.load_state_dict(checkpoint["model"])
         run.optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, options in zip(run.optimizer.param_groups, groups if changed else ()):
+            group.update(options)  # this run's, such as --weight-decay
         if run.ema:
             run.ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
     except (RuntimeError, ValueError) as error:
@@ -263,8 +273,9 @@ def take_up(run: Run, path: Path) -> None:
         run.history = run.history[:run.epoch]
     if path.resolve().parent != run.out.resolve():
         run.best = None  # the new folder gets a best.pt of its own
-    run.ctx.print(f"resuming {path} at step {run.step} of {run.total}{changed and ' with changed '}"
-                  f"{changed}")
+    if changed:
+        changed = f" with changed {changed}"
+    run.ctx.print(f"resuming {path} at step {run.step} of {run.total}{changed}")
 
 
 # ---- One step ------------------------------------------------------------------------------------
@@ -347,7 +358,7 @@ def fit(args, ctx: Context, model, loader, loss_fn: Callable, optimizer, lr: Cal
         moving average when --ema is on; `metric` decides which epoch becomes OUT/best.pt.
     about: what checkpoints say besides: {"built": how the model was made, "classes": names}.
     shard_blocks: modules of the model; if there are any, several processes share its weights,
-        gathering these one at a time, instead of having a copy each. So the model ends.
+        gathering these one at a time, instead of having a copy each. It stays split.
 
     Raises NonFiniteError; SystemExit for a refused start or full memory (status 1) and, after a
     checkpoint, for a signal of safety.STOP_SIGNALS (128 + its number); OSError when config.json or

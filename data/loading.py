@@ -126,7 +126,7 @@ class Seeded(Dataset):
         states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
         bits = stable_hash(self.seed, *key)
         random.seed(bits)
-        np.random.seed(bits & 0xFFFFFFFF)   # not torch's bits: one algorithm, so the same numbers
+        np.random.seed(bits & 0xFFFFFFFF)   # not torch's bits: of one seed both make the same
         torch.default_generator.manual_seed(bits >> 64)     # torch.manual_seed: the GPU's too, slow
         try:
             return self.dataset[key[1]]

@@ -245,7 +245,8 @@ def test_learning_rate_rule(argv, lr, capsys, tmp_path):
     said = capsys.readouterr().out
     assert peak_lr(args, ctx) == pytest.approx(lr)
     assert f"effective batch {4 * args.accum} " in said
-    assert f"learning rate {lr:g} (the recipe's: 0.02 at 8)" in said
+    rule = "as given" if lr == 0.5 else "scaled with the batch"
+    assert f"learning rate {lr:g} {rule} (the recipe's: 0.02 at 8)" in said
 
 
 @pytest.mark.parametrize("steps, rises", [(5, True), (6, False)])
@@ -581,6 +582,16 @@ def test_changed_arguments_are_named(tmp_path, capsys):
     capsys.readouterr()
     toy("--out", tmp_path, "--resume", "--resume-changed", "--epochs", 2)
     assert "epochs 2.0 (checkpoint: 1.0)" in capsys.readouterr().out and load(tmp_path / "last.pt")["step"] == 12
+
+
+def test_a_changed_weight_decay_is_what_the_resumed_run_trains_with(tmp_path):
+    def decays():
+        return [group["weight_decay"] for group in load(tmp_path / "last.pt")["optimizer"]["param_groups"]]
+
+    toy("--out", tmp_path, "--epochs", 1, "--weight-decay", 0.3, weight_decay=None)
+    assert set(decays()) == {0.3, 0}
+    toy("--out", tmp_path, "--resume", "--epochs", 2, "--weight-decay", 0.1, "--resume-changed", weight_decay=None)
+    assert set(decays()) == {0.1, 0}
 
 
 def test_fresh_start_does_not_overwrite(tmp_path):
