@@ -183,8 +183,7 @@ def caller(library):
         fields = array.array("q", numbers)      # faster than an array of ctypes
         error = getattr(library, operation)(ctypes.c_void_p(fields.buffer_info()[0]), None)
         if error == 1:
-            raise ValueError(f"{operation}: the tables of the walk must visit every token once, "
-                             "and agree on the step of each")
+            raise ValueError(f"{operation}: the tables of the walk must visit every token once")
         if error:
             raise RuntimeError(f"{operation}: out of memory for what the kernels need besides "
                                "their outputs")
@@ -257,7 +256,8 @@ def build_cuda() -> str:
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or ("" if here else "8.0;9.0")
     targets = gpu_targets(";".join([asked, *here]))         # never without the GPUs that are here
     if not targets or here and not gpu_targets(";".join(here)):
-        raise RuntimeError(f"the kernels need a GPU of compute capability 7.5, not {here or asked}")
+        raise RuntimeError("the kernels need a GPU of compute capability 7.5 or more, not "
+                           f"{here or asked}")
     flags = ["-O3", "-std=c++20", "-ftz=true", *targets, "-shared", "-Xcompiler=-fPIC",
              "-cudart=none", "-DTORCH_EXTENSION_NAME=scan_cuda"]
     depends = [*sources, find_source("scan.h")]

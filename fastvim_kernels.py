@@ -243,9 +243,10 @@ def make_walk(token, group, steps, pool_weight) -> Walk:
 @functools.lru_cache(64)
 def full_walk(storage, order, pooled, lengths, slot, scale, device) -> Walk:
     """The Walk of a full grid, remembered: its tables depend on the grid alone. slot: the place of
-    a class token among the tokens, or None. They are copied from the CPU, which waits until they
-    are there, and until nobody reads those that are forgotten for them: so all streams may. Raises
-    RuntimeError within a CUDA graph."""
+    a class token among the tokens, or None. Raises RuntimeError within a CUDA graph.
+
+    All streams may read them: the copy is over when this returns, and begins when the device is
+    idle, so that nobody still reads the tables that are forgotten for them."""
     axes = storage.split()
     sizes = dict(zip(axes, lengths))
     named = all(axis.isidentifier() and axis.islower() for axis in axes)
@@ -344,11 +345,11 @@ class Weights(NamedTuple):
 def weights_of(w) -> Weights:
     """fastvim.SSMWeights -> what kernels take of them."""
     norm = [float32(getattr(w.layernorm, name, None)) for name in ("weight", "bias")]
-    return Weights(*[None if t is None else t.contiguous() for t in (*w[:7], *norm)])
+    return Weights(*[None if t is None else t.contiguous() for t in w[:7]], *norm)
 
 
 def float32(t):
-    return None if t is None else t.float()
+    return None if t is None else t.float().contiguous()
 
 
 def norm_values(residual, weight, bias, dtype) -> dict:
@@ -359,7 +360,7 @@ def norm_values(residual, weight, bias, dtype) -> dict:
         raise ValueError(f"the norm's weight {tuple(weight.shape)} does not fit activations "
                          f"{tuple(residual.shape)}")
     return {"device": residual.device, "dtype": dtype, "rows": residual.numel() // d, "d": d,
-            "batch": residual.shape[:-1], "residual": residual, "weight": weight.float(),
+            "batch": residual.shape[:-1], "residual": residual, "weight": float32(weight),
             "bias": float32(bias)}
 
 
@@ -587,6 +588,8 @@ def save_ssm(ctx, inputs, output):
 
 
 def differentiate_ssm(ctx, dy, *_):
+    if dy is None:                          # y was used, and what used it has no gradient
+        return (None,) * (TENSORS + len(ctx.rest))
     pooled, argmax, s, *inputs = ctx.saved_tensors
     saved = (dy.contiguous(), pooled, argmax, s)
     grads = call("ssm_backward", None, *saved, *inputs, *ctx.rest)
@@ -595,6 +598,8 @@ def differentiate_ssm(ctx, dy, *_):
 
 
 def differentiate_ssm_twice(ctx, dy, *_):
+    if dy is None:
+        return (None,) * (TENSORS + len(ctx.rest))
     plain, grid = ctx.context
     *_, pool, skip, _ = ctx.rest
 
@@ -639,7 +644,7 @@ def norm_of(weight, bias):
 
 def differentiate_plainly(function, inputs, dy) -> list:
     """The gradients of a function of plain PyTorch, which knows its own derivatives: of the inputs
-    that require them, but not of what these were made from, so that views stand for them."""
+    that require them. Views stand for them: it ends there, even if one was made from another."""
     with torch.enable_grad():
         inputs = [None if t is None else t.view_as(t) for t in inputs]
         y = function(*inputs)
@@ -789,6 +794,8 @@ def lacks_weights(w, known: dict) -> str:
         return "attention pooling"
     if w.conv_weight is None or w.conv_weight.shape[2] != 4:
         return "convolution of other than four taps"
+    if w.A_log.shape[2] > MAX_STATES:
+        return f"more than {MAX_STATES} states"
     return lacks_norm(w.layernorm, w.D.shape[-1], known) or lacks_tensors(w[:7])
 
 

@@ -27,7 +27,7 @@ struct Sizes { int64_t dtype, b, l, p, e; };
 // out = residual + hidden;  u = norm(out), LayerNorm if there is a bias, else RMSNorm
 struct AddNorm {
     int64_t dtype, rows, d;
-    const void *hidden;                         // [rows][d] or null: then out is null too
+    const void *hidden;                         // [rows][d]
     const float *residual, *weight, *bias;      // [rows][d], [d], [d] or null
     void *u;                                    // [rows][d]
     float *out;                                 // [rows][d]

@@ -7,14 +7,14 @@
 // of a vector, T the type of the activations, float or bf16 (dtype 0 or 1), and dir a direction.
 //
 // Four ideas carry everything after the naive scan. Figures in comments: FastVim-T, 8 images of 224 px, one core of a
-// 3 GHz AVX-512 Xeon, halved as if for two; ns per b l e element where nothing else is said.
+// 3 GHz AVX-512 Xeon, its time divided by two, as two would take; ns per b l e element if nothing else is said.
 //   1. Channels are the vector axis. No operation mixes them except sums, so nothing is ever transposed, and a token at
 //      any stride is one pointer. e need not be a multiple of W: the rest runs the same code on vectors of width 1.
 //   2. Both convolutions, forward and backward in time, are one pass over tiles of 4 positions and their 3 neighbours
 //      on each side. c = silu(conv(x)) is never stored: it is computed again wherever it is needed.
 //   3. Work is cut into chunks that depend on the sizes alone. Each chunk sums its share of the parameter gradients by
 //      itself, the shares are added in order: the same bits on any number of threads, without atomics.
-//   4. The price is exp: 8 instructions, a sigmoid 12. The rest is arranged around them.
+//   4. The price is exp: with AVX-512 8 instructions, a sigmoid 12. The rest is arranged around them.
 #include "scan.h"
 
 #include <algorithm>
@@ -30,7 +30,7 @@
 using i64 = int64_t;
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 1. The scan in plain loops. It says what selective_scan computes, and is compared with it by a test.
+// 1. The scan in plain loops: what selective_scan computes. Tests compare both with the recurrence.
 
 extern "C" int selective_scan_naive(const SelectiveScan* a, void*) {
     const i64 k = a->k, b = a->b, p = a->p, e = a->e, n = a->n;
@@ -48,7 +48,7 @@ extern "C" int selective_scan_naive(const SelectiveScan* a, void*) {
             for (i64 j = 0; j < n; j++) {
                 const float decay = std::exp(delta * a->A[own * n + j]);                        // equation 2
                 h[j] = decay * h[j] + delta * B[j] * x;                                         // equation 3
-                s += C[j] * h[j];                                                               // equation 4
+                s += C[j] * h[j];                                                               // equation 3: y = C h
             }
             a->s[row * e + channel] = s;
         }
@@ -63,7 +63,7 @@ extern "C" int selective_scan_naive(const SelectiveScan* a, void*) {
 // instruction. Functions are templates over V = Vec or float, so that the same line serves the rest of e % W.
 
 #define INLINE inline __attribute__((always_inline))
-#define INLINED __attribute__((always_inline))                          // the same of a lambda
+#define INLINED __attribute__((always_inline))                          // the same for a lambda
 #define EACH [&](auto lane, At at) INLINED                              // the body of a loop over channels
 #define FULLY _Pragma("GCC unroll 16")                                  // arrays of vectors are registers if unrolled
 
@@ -123,7 +123,7 @@ template <class V> INLINE void store(bf16* p, V v) {
     std::memcpy(p, &h, sizeof h);
 }
 
-#if defined(FASTVIM_AVX512) && defined(__AVX512BF16__)
+#if defined(FASTVIM_AVX512) && defined(__AVX512BF16__)                 // one instruction; denormals become 0
 template <> INLINE void store<Vec>(bf16* p, Vec v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
 #endif
 
@@ -136,7 +136,7 @@ template <class V> INLINE V exp2_fraction(V f) {
     return poly(f, 1.f, 6.931470037e-1f, 2.402224243e-1f, 5.550733581e-2f, 9.671512991e-3f, 1.326472731e-3f);
 }
 
-// t in -127 .. 128, where 2^t is 0 and infinity; NaN stays NaN
+// t in -127 .. 128, at whose ends exp2 gives 0 and infinity; NaN stays NaN
 template <class V> INLINE V bounded(V t) {
     t = t < -127.f ? fill<V>(-127.f) : t;
     return t > 128.f ? fill<V>(128.f) : t;
@@ -200,7 +200,7 @@ INLINE float lane_sum(const float* p) {
     return (q[0][0] + q[0][1]) + (q[0][2] + q[0][3]);
 }
 
-// A sum over channels: whole vectors, and the rest of E % W.
+// A sum over channels: whole vectors, and the rest of e % W.
 struct Sum {
     Vec v = Vec{};
     float rest = 0;
@@ -300,86 +300,53 @@ static Walk image_walk(const Walk& walk, const Sizes& n, i64 image) {
     return {1, walk.token + at, walk.group + at, walk.weight + at, walk.member + at, walk.start + row * (n.p + 1)};
 }
 
-// Would following a walk end outside of its image, or leave something of it out? Every token has one position, and the
-// members of a step are the positions that say so of themselves. An int per position: nothing beside its e channels.
+// Would following a walk end outside of its image, or visit a token twice?
 static bool leads_astray(const Walk& walk, const Sizes& n) {
     std::vector<char> seen(n.l);
     for (i64 image = 0; image < walk.rows; image++) {
         const Walk w = image_walk(walk, n, image);
         std::fill(seen.begin(), seen.end(), 0);
-        i64 real = 0;                           // positions that are no holes
         for (i64 t = 0; t < n.l; t++) {
             const i64 token = w.token[t];
             if (token < 0 || token >= n.l || seen[token] || w.group[t] < -1 || w.group[t] >= n.p) return true;
             seen[token] = 1;
-            real += w.group[t] >= 0;
-        }
-        if (w.start[0] != 0 || w.start[n.p] != real) return true;
-        for (i64 step = 0; step < n.p; step++) {
-            const i64 from = w.start[step], to = w.start[step + 1];
-            if (from > to || to > real) return true;
-            for (i64 i = from, before = -1; i < to; i++) {
-                const i64 t = w.member[i];
-                if (t <= before || t >= n.l || w.group[t] != step) return true;
-                before = t;
-            }
         }
     }
     return false;
 }
 
-// Positions t0 <= t < t1 of an image. If part < 0, the steps p0 <= step < p1 lie in them with all their members. Else
-// the steps are spread over the image (2-D pooling to few steps), and the chunk makes a partial sum of all of them.
-struct Chunk { i64 image, t0, t1, p0, p1, part; };
+// Positions t0 <= t < t1 of an image, which hold all members of the steps p0 <= step < p1
+struct Chunk { i64 image, t0, t1, p0, p1; };
 
-// An image in chunks of at least `least` positions, or in `parts` if it can be cut nowhere between two steps
-static std::vector<Chunk> cut(const Walk& w, const Sizes& n, i64 least, i64 parts) {
+// All images in chunks of at least 24 positions, cut where every step before is less than every step after
+static std::vector<Chunk> cut(const Walk& walk, const Sizes& n) {
     std::vector<Chunk> list;
-    i64 t0 = 0, p0 = 0, reach = -1;
-    for (i64 step = 0; step + 1 < n.p; step++) {
-        // Steps 0 .. step are the first start[step + 1] positions if none of them reaches beyond.
-        const i64 t1 = w.start[step + 1];
-        if (t1 > w.start[step]) reach = std::max<i64>(reach, w.member[t1 - 1]);
-        if (reach + 1 != t1 || t1 - t0 < least) continue;
-        list.push_back({0, t0, t1, p0, step + 1, -1});
-        t0 = t1;
-        p0 = step + 1;
+    std::vector<i64> next(n.l);                 // the least step of a position and all after it
+    for (i64 image = 0; image < std::min(walk.rows, n.b); image++) {
+        const int32_t* group = image_walk(walk, n, image).group;
+        for (i64 t = n.l - 1, least = n.p; t >= 0; t--) {
+            if (group[t] >= 0) least = std::min<i64>(least, group[t]);
+            next[t] = least;
+        }
+        i64 t0 = 0, p0 = 0, last = -1;
+        for (i64 t = 0; t < n.l; t++) {
+            if (t - t0 >= 24 && last < next[t]) {
+                list.push_back({image, t0, t, p0, next[t]});
+                t0 = t;
+                p0 = next[t];
+            }
+            last = std::max<i64>(last, group[t]);
+        }
+        list.push_back({image, t0, n.l, p0, n.p});
     }
-    if (t0 == 0 && parts >= 2)
-        for (i64 i = 0; i < parts; i++) list.push_back({0, i * n.l / parts, (i + 1) * n.l / parts, 0, n.p, i});
-    else
-        list.push_back({0, t0, n.l, p0, n.p, -1});
+    const i64 count = i64(list.size());
+    for (i64 image = walk.rows; image < n.b; image++)                   // rows == 1: all images walk alike
+        for (i64 i = 0; i < count; i++) {
+            list.push_back(list[i]);
+            list.back().image = image;
+        }
     return list;
 }
-
-struct Chunks {
-    std::vector<Chunk> list;
-    std::vector<i64> split;                     // images whose steps are spread, each cut into `parts`
-    i64 parts;
-
-    Chunks(const Sizes& n, const Walk& walk, i64 least, bool may_split)
-        : parts(may_split ? std::min({i64(16), n.l / (2 * n.p), n.l / least}) : 0) {
-        std::vector<Chunk> cuts;
-        for (i64 image = 0; image < n.b; image++) {
-            if (image < walk.rows) cuts = cut(image_walk(walk, n, image), n, least, parts);
-            for (Chunk c : cuts) {
-                c.image = image;
-                if (c.part >= 0) c.part += i64(split.size()) * parts;
-                list.push_back(c);
-            }
-            if (cuts[0].part >= 0) split.push_back(image);
-        }
-    }
-
-    // Room for the partial sums [split image][part][k][floats], and their sums, to result [k][b][floats]
-    float* partial(i64 k, i64 floats) const { return scratch<SPLIT>(i64(split.size()) * parts * k * floats); }
-    void reduce(const float* partial, i64 k, i64 b, i64 floats, float* result) const {
-        parallel(split.size() * k, i64(split.size()) * parts * k * floats, [&](i64 i) {
-            add_rows(partial + (i / k * parts * k + i % k) * floats, parts, k * floats, floats,
-                     result + (i % k * b + split[i / k]) * floats);
-        });
-    }
-};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 4. The convolution of a tile
@@ -502,7 +469,7 @@ INLINE void pool(const V* c, const float* weight, bool one_step, bool max, i64 t
             store(to[u] + at, best + v);
             continue;
         }
-        auto better = (v > best) | ((v != v) & (best == best));         // of equal ones the first stays
+        auto better = (v > best) | ((v != v) & (best == best));         // the first of equal ones stays, and the first NaN
         store(to[u] + at, better ? v : best);
         store(argmax[u] + at, better ? int32_t(t + u) - I{} : load<I>(argmax[u] + at));
     }
@@ -531,14 +498,14 @@ template <int U, class T> INLINE void pool_tile(const Tile<U, T>& tile, const Po
     });
 }
 
-template <class T> void pool_chunk(const ConvPool& a, const View<T>& view, const Chunk& c, float* partial) {
+template <class T> void pool_chunk(const ConvPool& a, const View<T>& view, const Chunk& c) {
     const i64 e = a.n.e, pe = a.n.p * e, from = c.p0 * e, to = c.p1 * e;
     const bool max = a.max;
     float* trash = scratch<TASK>(2 * whole(e));
     Pool out{{}, {}, trash, (int32_t*)trash + whole(e)};
     for (int dir = 0; dir < 2; dir++) {
         const i64 own = (dir * a.n.b + c.image) * pe;
-        out.sum[dir] = c.part < 0 ? a.pooled + own : partial + (c.part * 2 + dir) * pe;
+        out.sum[dir] = a.pooled + own;
         std::fill(out.sum[dir] + from, out.sum[dir] + to, max ? -INFINITY : 0.f);
         if (max) out.argmax[dir] = a.argmax + own;
         if (max) std::fill(out.argmax[dir] + from, out.argmax[dir] + to, -1);
@@ -547,7 +514,7 @@ template <class T> void pool_chunk(const ConvPool& a, const View<T>& view, const
     if (max) tiles(view, c.t0, c.t1, [&](const auto& tile) INLINED { pool_tile(tile, out, true); });
     else tiles(view, c.t0, c.t1, [&](const auto& tile) INLINED { pool_tile(tile, out, false); });
     for (i64 step = c.p0; max && step < c.p1; step++)
-        if (view.walk.start[step] == view.walk.start[step + 1])         // nothing was kept of it
+        if (out.argmax[0][step * e] < 0)                                // nothing was kept of it
             for (float* sum : out.sum) std::fill(sum + step * e, sum + (step + 1) * e, 0.f);
 }
 
@@ -555,25 +522,38 @@ extern "C" int conv_pool(const ConvPool* a, void*) try {
     const Sizes n = a->n;
     if (leads_astray(a->walk, n)) return 1;
     const Packed packed = pack(n.e, a->conv_weight, a->conv_bias);
-    const Chunks chunks(n, a->walk, 24, !a->max);
-    float* partial = chunks.partial(2, n.p * n.e);
-    parallel(n.dtype, chunks.list.size(), n.b * n.l * n.e, [&](auto type, i64 i) {
-        const View<decltype(type)> view(*a, packed, chunks.list[i].image);
-        pool_chunk(*a, view, chunks.list[i], partial);
+    const std::vector<Chunk> chunks = cut(a->walk, n);
+    parallel(n.dtype, chunks.size(), n.b * n.l * n.e, [&](auto type, i64 i) {
+        pool_chunk(*a, View<decltype(type)>(*a, packed, chunks[i].image), chunks[i]);
     });
-    chunks.reduce(partial, 2, n.b, n.p * n.e, a->pooled);
     return 0;
 } OUT_OF_MEMORY
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 6. expand_gate: v = (s0 + s1 + D0 c0 + D1 c1) / 2, its norm over the channels, times silu(z)
 
+struct Stats { float mean, scale; };
+
+// From the sum of a row, or, for RMSNorm, whose mean counts as 0, of its squares. The variance is a second pass over the
+// row, which lies in the first cache. The mean of squares less the square of the mean would save it (3 %), and lose all
+// digits when the mean is large.
+INLINE Stats statistics(i64 d, const float* row, bool centred, const Sum& sum) {
+    if (!centred) return {0, 1 / std::sqrt(sum.total() / d + 1e-5f)};
+    const float mean = sum.total() / d;
+    Sum square;
+    channels(d, EACH {
+        auto v = load<decltype(lane)>(row + at) - mean;
+        square.add(v * v);
+    });
+    return {mean, 1 / std::sqrt(square.total() / d + 1e-5f)};
+}
+
 enum Norm { NONE, RMS, LAYER };
 
 template <class Args> Norm norm_of(const Args& a) { return a.norm_bias ? LAYER : a.norm_weight ? RMS : NONE; }
 
 // v of a tile and its statistics: the norm is n = norm_weight xhat + norm_bias, xhat = (v - mean) scale.
-template <int U> struct Mixed { float *v, mean[U], scale[U]; };         // v: U rows, whole(e) apart
+template <int U> struct Mixed { float* v; Stats of[U]; };               // v: U rows, whole(e) apart
 
 // `out` are OUT rows that the caller writes afterwards. Asking for them here hides that memory has to be read before it
 // is written: expand_gate_backward at 2048 px, out of cache, 2.0 -> 1.4. (Elsewhere it did not pay, nor did asking for
@@ -588,7 +568,7 @@ INLINE Mixed<U> mix(const Args& a, const Tile<U, T>& tile, float* buffer, T* con
     tile.of_steps(a.s + (a.n.b + tile.view.image) * pe, zero, s1);
     Mixed<U> m;
     m.v = buffer;
-    Sum sum[U], square[U];
+    Sum sum[U];
     channels(e, EACH {
         using V = decltype(lane);
         const float* row = rows + at.in(ROWS);
@@ -608,18 +588,8 @@ INLINE Mixed<U> mix(const Args& a, const Tile<U, T>& tile, float* buffer, T* con
             sum[u].add(norm == LAYER ? v[u] : v[u] * v[u]);
         }
     });
-    for (int u = 0; u < U; u++) m.mean[u] = norm == LAYER ? sum[u].total() / e : 0;
-    // The variance is a second pass over the tile, which lies in the first cache. The mean of squares less the square
-    // of the mean would save it (3 %), and lose all digits when the mean is large.
-    if (norm == LAYER)
-        channels(e, EACH {
-            FULLY for (int u = 0; u < U; u++) {
-                auto d = load<decltype(lane)>(m.v + u * whole(e) + at) - m.mean[u];
-                square[u].add(d * d);
-            }
-        });
     for (int u = 0; u < U; u++)
-        m.scale[u] = norm == NONE ? 1 : 1 / std::sqrt((norm == LAYER ? square : sum)[u].total() / e + 1e-5f);
+        m.of[u] = norm ? statistics(e, buffer + u * whole(e), norm == LAYER, sum[u]) : Stats{0, 1};
     return m;
 }
 
@@ -634,7 +604,7 @@ template <int U, class T> INLINE void gate_tile(const ExpandGate& a, const Tile<
         const float* row = rows + at.in(ROWS);
         V nw = load<V>(row + NW * W), nb = load<V>(row + NB * W);
         FULLY for (int u = 0; u < U; u++) {
-            V n = (load<V>(m.v + u * ew + at) - m.mean[u]) * m.scale[u] * nw + nb;
+            V n = (load<V>(m.v + u * ew + at) - m.of[u].mean) * m.of[u].scale * nw + nb;
             V z = load<V>(tile.x[u + 3] + e + at);
             store(y[u] + at, n * (z * sigmoid2(z * -LOG2E)));
         }
@@ -680,7 +650,7 @@ INLINE void gate_tile_backward(const ExpandGateBackward& a, const Tile<U, T>& ti
         const float* row = rows + at.in(ROWS);
         V nw = load<V>(row + NW * W), nb = load<V>(row + NB * W), dw{}, db{};
         FULLY for (int u = 0; u < U; u++) {
-            V xhat = (load<V>(m.v + u * ew + at) - m.mean[u]) * m.scale[u], n = xhat * nw + nb;
+            V xhat = (load<V>(m.v + u * ew + at) - m.of[u].mean) * m.of[u].scale, n = xhat * nw + nb;
             V z = load<V>(tile.x[u + 3] + e + at), sigma = sigmoid2(z * -LOG2E), silu = z * sigma;
             V dy = load<V>(dy_rows[u] + at), dn = dy * silu, d = dn * nw;
             store(dz[u] + at, dy * n * (silu * (1.f - sigma) + sigma));
@@ -696,14 +666,14 @@ INLINE void gate_tile_backward(const ExpandGateBackward& a, const Tile<U, T>& ti
     float mean1[U], mean2[U];
     for (int u = 0; u < U; u++) {
         mean1[u] = norm == LAYER ? sum1[u].total() / e : 0;
-        mean2[u] = sum2[u].total() / e * m.scale[u];
+        mean2[u] = sum2[u].total() / e * m.of[u].scale;
     }
     channels(e, EACH {
         using V = decltype(lane);
         V dv[U], all{};
         FULLY for (int u = 0; u < U; u++) {
-            V d = load<V>(dxhat + u * ew + at), v = load<V>(m.v + u * ew + at) - m.mean[u];
-            dv[u] = (norm ? (d - mean1[u] - v * mean2[u]) * m.scale[u] : d) * 0.5f;
+            V d = load<V>(dxhat + u * ew + at), v = load<V>(m.v + u * ew + at) - m.of[u].mean;
+            dv[u] = (norm ? (d - mean1[u] - v * mean2[u]) * m.of[u].scale : d) * 0.5f;
             all += dv[u];
             store(g[u] + at, dv[u]);
         }
@@ -720,18 +690,16 @@ extern "C" int expand_gate_backward(const ExpandGateBackward* a, void*) try {
     if (leads_astray(a->walk, n)) return 1;
     const i64 pe = n.p * n.e, ew = whole(n.e);
     const Packed packed = pack(n.e, a->conv_weight, a->conv_bias, a->D, -LN2 / 2, a->norm_weight, a->norm_bias);
-    const Chunks chunks(n, a->walk, 24, true);
-    const Slots slots(chunks.list.size(), 2 * ew);                      // blocked rows: dnorm_weight, dnorm_bias
-    float* partial = chunks.partial(1, pe);
+    const std::vector<Chunk> chunks = cut(a->walk, n);
+    const Slots slots(chunks.size(), 2 * ew);                           // blocked rows: dnorm_weight, dnorm_bias
     slots.run(n.dtype, n.b * n.l * n.e, [&](auto type, i64 i, float* dnorm) {
-        const Chunk c = chunks.list[i];
+        const Chunk c = chunks[i];
         const View<decltype(type)> view(*a, packed, c.image);
         float* buffer = scratch<TASK>((2 * TILE + 1) * ew);
-        float* ds = c.part < 0 ? a->ds + c.image * pe : partial + c.part * pe;
+        float* ds = a->ds + c.image * pe;
         std::fill(ds + c.p0 * n.e, ds + c.p1 * n.e, 0.f);
         tiles(view, c.t0, c.t1, [&](const auto& tile) INLINED { gate_tile_backward(*a, tile, ds, dnorm, buffer); });
     });
-    chunks.reduce(partial, 1, n.b, pe, a->ds);
     const float* total = slots.total();
     if (a->dnorm_weight) unblock(total, n.e, 2, 0, a->dnorm_weight);
     if (a->dnorm_bias) unblock(total, n.e, 2, 1, a->dnorm_bias);
@@ -1105,41 +1073,22 @@ extern "C" int selective_scan_backward(const SelectiveScanBackward* a, void*) tr
 // ---------------------------------------------------------------------------------------------------------------------
 // 9. add_norm: bound by memory. A row is read once and stays in the first cache for mean, variance and norm.
 
-struct Stats { float mean, scale; };
-
-// From the sum of a row, or, for RMSNorm, whose mean counts as 0, of its squares
-INLINE Stats statistics(i64 d, const float* row, bool centred, const Sum& sum) {
-    if (!centred) return {0, 1 / std::sqrt(sum.total() / d + 1e-5f)};
-    const float mean = sum.total() / d;
-    Sum square;
-    channels(d, EACH {
-        auto v = load<decltype(lane)>(row + at) - mean;
-        square.add(v * v);
-    });
-    return {mean, 1 / std::sqrt(square.total() / d + 1e-5f)};
-}
-
 template <class T> void norm_row(const AddNorm& a, i64 i) {
     const i64 d = a.d;
-    const T* hidden = a.hidden ? (const T*)a.hidden + i * d : nullptr;
+    const T* hidden = (const T*)a.hidden + i * d;
     const float *residual = a.residual + i * d, *weight = a.weight, *bias = a.bias;
-    float* out = hidden ? a.out + i * d : nullptr;
+    float* out = a.out + i * d;
     T* u = (T*)a.u + i * d;
     Sum sum;
     channels(d, EACH {
-        using V = decltype(lane);
-        V v = load<V>(residual + at);
-        if (hidden) {
-            v += load<V>(hidden + at);
-            store(out + at, v);
-        }
+        auto v = load<decltype(lane)>(residual + at) + load<decltype(lane)>(hidden + at);
+        store(out + at, v);
         sum.add(bias ? v : v * v);
     });
-    const float* row = hidden ? out : residual;
-    const Stats s = statistics(d, row, bias, sum);
+    const Stats s = statistics(d, out, bias, sum);
     channels(d, EACH {
         using V = decltype(lane);
-        V n = (load<V>(row + at) - s.mean) * s.scale * load<V>(weight + at);
+        V n = (load<V>(out + at) - s.mean) * s.scale * load<V>(weight + at);
         store(u + at, bias ? n + load<V>(bias + at) : n);
     });
 }

@@ -859,9 +859,7 @@ template <class T, int V, int N> __global__ void add_norm_kernel(AddNorm a) {
     T* u = static_cast<T*>(a.u) + row * a.d;
     Vec<V> x[N];
     parts.each([&](int j, int at) {
-        x[j] = load<V>(a.residual + row * a.d + at);
-        if (!a.hidden) return;
-        x[j] = x[j] + load<V>(hidden + at);
+        x[j] = load<V>(a.residual + row * a.d + at) + load<V>(hidden + at);
         store(a.out + row * a.d + at, x[j]);
     });
     parts.normalise(x, a.bias);

@@ -433,23 +433,20 @@ def check_scan(ops, k, b, p, e, n, skip=True, bias=True, shared=True, wide=True)
         assert_near(results[name], value, 2e-5, name)
 
 
-def check_norm(ops, rows, d, dtype, bias=False, hidden=True, dout=True, alias=False):
+def check_norm(ops, rows, d, dtype, bias=False, dhidden=True, dout=True, alias=False):
     torch.manual_seed(0)
     near = tolerance(dtype)
     sizes = {"dtype": DTYPES.index(dtype), "rows": rows, "d": d}
-    h = random_if(hidden, rows, d, dtype=dtype)
+    h = random(rows, d, dtype=dtype)
     r = random(rows, d) + 3
-    total = r.double()
-    if hidden:
-        total = total + h.double()
+    total = r.double() + h.double()
     weights = {"weight": random(d), "bias": random_if(bias, d)}
     expected = norm_reference(total, weights["weight"].double(), leaf(weights["bias"]))
-    residual_out = r if alias else out_if(hidden, rows, d)  # the sum may replace the residual
+    residual_out = r if alias else out(rows, d)  # the sum may replace the residual
     outputs = {"u": out(rows, d, dtype=dtype), "out": residual_out}
     results = call(ops, "add_norm", outputs, **sizes, **weights, hidden=h, residual=r)
     assert_near(results["u"], expected.detach(), near, "u")
-    if hidden:
-        assert_near(results["out"], total, 1e-6, "out")
+    assert_near(results["out"], total, 1e-6, "out")
 
     du = random(rows, d, dtype=dtype)
     d_out = random_if(dout, rows, d)
@@ -461,7 +458,7 @@ def check_norm(ops, rows, d, dtype, bias=False, hidden=True, dout=True, alias=Fa
         loss = loss + (leaves["dresidual"] * d_out.double()).sum()
     expected = gradients(loss, leaves)
     outputs = {
-        "dresidual": out(rows, d), "dhidden": out_if(hidden, rows, d, dtype=dtype),
+        "dresidual": out(rows, d), "dhidden": out_if(dhidden, rows, d, dtype=dtype),
         "dweight": out(d), "dbias": out_if(bias, d),
     }
     results = call(
@@ -470,7 +467,7 @@ def check_norm(ops, rows, d, dtype, bias=False, hidden=True, dout=True, alias=Fa
     )
     for name, value in expected.items():
         assert_near(results[name], value, 2e-5, name)
-    if hidden:
+    if dhidden:
         assert_near(results["dhidden"], expected["dresidual"], near, "dhidden")
 
 
@@ -553,7 +550,7 @@ def check_nothing(ops):
     call(ops, "conv_pool", {"pooled": empty, "argmax": None}, **block, max=0)
     call(ops, "selective_scan", {"s": empty}, **scan)
     call(ops, "expand_gate", {"y": empty}, **gate)
-    call(ops, "add_norm", {"u": empty, "out": None}, **norm, hidden=None, bias=None)
+    call(ops, "add_norm", {"u": empty, "out": empty}, **norm, hidden=empty, bias=None)
 
     outputs = {"dconv_weight": out(2, e, 4), "dconv_bias": out(2, e), "dD": out(2, e)}
     pooled = {"max": 0, "argmax": None, "dpooled": empty, "g": empty, "D": random(2, e)}
@@ -609,7 +606,7 @@ def make_cases():
     for dtype, d in itertools.product(DTYPES, (5, 64, 140)):
         add(f"norm-{str(dtype)[6:]}-{d}", check_norm, 11, d, dtype, bias=d != 64)
     add("norm-no-dout", check_norm, 3, 12, DTYPES[1], dout=False)
-    add("norm-no-hidden", check_norm, 3, 12, f32, hidden=False, bias=True)
+    add("norm-no-dhidden", check_norm, 3, 12, f32, dhidden=False, bias=True)
     add("norm-alias", check_norm, 3, 12, f32, alias=True)
     add("norm-many-rows", check_norm, 150, 4, f32, bias=True)
     add("norm-wide", check_norm, 2, 4096, f32, bias=True)   # the widest that all kernels take

@@ -940,7 +940,7 @@ def test_memory_that_is_short(backend, monkeypatch):
 def test_what_kernels_lack_runs_in_plain_pytorch(backend, caplog):
     fastvim.announce.cache_clear()
     for fields, word in ((dict(pool="attention"), "attention"), (dict(d_conv=3), "four taps"),
-                         (dict(d_conv=0), "taps")):
+                         (dict(d_conv=0), "taps"), (dict(d_state=65), "more than 64 states")):
         model = tiny(torch.float32, **fields)
         x = images(model)
         y = model(x)
@@ -951,6 +951,38 @@ def test_what_kernels_lack_runs_in_plain_pytorch(backend, caplog):
     before = len(caplog.messages)
     model(x)
     assert len(caplog.messages) == before                       # said once
+
+
+def test_norms_whose_weights_are_parts_of_others(backend):
+    model = tiny(torch.float32)
+    x = images(model)
+    expected = outputs_and_gradients(model, x).values()
+    for module in model.modules():
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            for name, weight in [*module.named_parameters()]:
+                wide = torch.stack([weight.detach(), weight.detach()], 1)
+                setattr(module, name, nn.Parameter(wide[:, 0]))
+                assert not getattr(module, name).is_contiguous()
+    assert relative_error(outputs_and_gradients(model, x).values(), expected) < 1e-6
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_an_output_that_is_used_without_a_gradient(backend, create_graph):
+    grid, xz, w = make_float32("rows", 6)
+    xz.requires_grad_()
+    y = NoGradient.apply(backend.ssm(xz, w, grid)).sum() + xz.sum()
+    grad, = torch.autograd.grad(y, xz, create_graph=create_graph)
+    assert torch.equal(grad, torch.ones_like(xz))
 
 
 # ---- the boundary to C ---------------------------------------------------------------------------
