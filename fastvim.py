@@ -251,7 +251,7 @@ SCHEDULES = {
     "fastvim": [("h w", "w"), ("w h", "h")],
     "pool_col": [("h w", "w")],                                             # Table 6
     "pool_row": [("w h", "h")],
-    "channelvim": [("h w c", "")],                                          # section 3.3
+    "channelvim": [("h w c", "")],          # section 3.3; channel-first: a patch's channels together
     "channelvim_spatial": [("c h w", "")],
     "fastchannelvim": [("h w c", "w"), ("w h c", "h")],
     "fastchannelvim_spatial": [("c h w", "w"), ("c w h", "h")],
@@ -264,7 +264,7 @@ SIZES = {                                                                   # Ta
     "small": dict(embed_dim=384, depth=24),
     "base": dict(embed_dim=768, depth=24),
     "large": dict(embed_dim=1024, depth=48),
-    "huge": dict(embed_dim=1280, depth=64, patch_size=14),
+    "huge": dict(embed_dim=1280, depth=64, patch_size=14),                  # of MAE's ViT-H
 }
 
 FAMILIES = {

@@ -158,10 +158,7 @@ def starting_path(chosen: dict) -> str | None:
     """The checkpoint that the options name."""
     if chosen["eval"] or not chosen["predict"]:
         return chosen["eval"] or chosen["init"] or chosen["backbone"]
-    path = pathlib.Path(chosen["out"], "best.pt")
-    if chosen["out"] == RECIPES[chosen["task"]]["out"] and not path.exists():
-        path = pathlib.Path(SCENES[chosen["task"]]["out"], "best.pt")   # of a run without --data
-    return str(path)
+    return runs.last_run(chosen["out"], RECIPES[chosen["task"]], SCENES[chosen["task"]])
 
 
 def options_of(start: runs.Saved, chosen: dict, typed: dict) -> dict:

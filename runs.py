@@ -222,6 +222,14 @@ def built_from_options(options: dict) -> dict:
     return {"name": name, "fields": fields}
 
 
+def last_run(out: str, recipe: dict, toy: dict, name: str = "best.pt") -> str:
+    """The checkpoint of the run in `out`; if that is the recipe's own folder and has none, of the
+    run on built-in data."""
+    outs = [out, toy["out"]] if out == recipe["out"] else [out]
+    paths = [os.path.join(folder, name) for folder in outs]
+    return next(filter(os.path.isfile, paths), paths[0])
+
+
 def starting_point(options: dict, path: str | None) -> Saved:
     """What a run starts from: with --resume its own checkpoint, else that at `path`, else none."""
     if options.get("data"):
@@ -285,6 +293,8 @@ def plain_errors(prog: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError, data.BadDataError, safety.NonFiniteError) as error:
+        if sys.flags.dev_mode:  # python -X dev: for whoever changes the code, the traceback
+            raise
         text = str(error)
         if "Original Traceback" in text:  # from a loading process: only the message is wanted
             text = text.rpartition(f"{type(error).__name__}: ")[2].strip()

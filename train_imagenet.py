@@ -106,7 +106,7 @@ def find_start(options: dict, parser: runs.Parser) -> runs.Saved:
         return runs.starting_point(options, options["init"])
     if options["shard"]:
         raise ValueError("--shard is for training our models: leave it out")
-    return runs.read(options["eval"] or f"{options['out']}/best.pt")
+    return runs.read(options["eval"] or runs.last_run(options["out"], RECIPE, DIGITS))
 
 
 def drop_path_of(model: str) -> float:

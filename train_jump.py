@@ -165,19 +165,20 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
         parser.error("--per goes with --embed")
     looks = bool(typed.keys() & {"eval", "predict", "embed"})
     start = runs.Saved()
+    recipe = {**runs.defaults(parser), **RECIPE}
     if looks:
-        path = typed.get("eval") or f"{typed.get('out', RECIPE['out'])}/best.pt"
+        out = typed.get("out", RECIPE["out"])
+        path = typed.get("eval") or runs.last_run(out, RECIPE, CELLS)
         start = runs.read(path)
         if start.options and "mean" in typed:
             raise ValueError("--mean and --std: the model keeps those that it was trained with")
-        reading = {name: start.options.get(name) for name in READING}
-        typed = {"out": os.path.dirname(path) or ".", **reading, **typed}
-    toy = {}
-    if not looks and not typed.keys() & {"data", "index"}:
-        toy = CELLS
+        recipe |= {name: start.options.get(name) for name in READING}
+        recipe["out"] = os.path.dirname(path) or "."
+    elif not typed.keys() & {"data", "index"}:
+        recipe |= CELLS
     if typed.keys() & {"ablations", "quick"}:
-        toy = {**CELLS, **ablations.options(typed, parser)}
-    chosen = {**runs.defaults(parser), **RECIPE, **toy, **typed}
+        recipe |= ablations.options(typed, parser)
+    chosen = {**recipe, **typed}
     if not looks and not chosen["stats"]:
         start = runs.starting_point(chosen, chosen["init"])
     return runs.Options({**chosen, **start.model_options(), **typed}), start

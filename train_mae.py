@@ -29,7 +29,6 @@ What the paper reports (ImageNet-1k top-1):
                   over the kept tokens (pretrain --mask-divisor count)
 """
 import math
-import pathlib
 from typing import NamedTuple
 
 import torch
@@ -165,8 +164,8 @@ def find_start(options: dict) -> runs.Saved:
     try:
         if not options.get("reconstruct"):
             return runs.starting_point(options, path)
-        own = [pathlib.Path(out, "last.pt") for out in (options["out"], DIGITS["pretrain"]["out"])]
-        return runs.read(path or next(filter(pathlib.Path.is_file, own), own[0]))
+        own = runs.last_run(options["out"], RECIPES["pretrain"], DIGITS["pretrain"], "last.pt")
+        return runs.read(path or own)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}: run `python train_mae.py pretrain` first, or name one "
                                 "with --init; to fine-tune from none, --scratch") from error

@@ -132,13 +132,12 @@ class ImageFolder(Files):
 
 
 def image_transform(img_size: int, train: bool, *, auto_augment: str | None = None,
-                    reprob: float = 0.0, crop_pct: float = 0.875, scale: tuple = (0.08, 1.0),
-                    hflip: float = 0.5, color_jitter: float | None = None) -> Callable:
+                    reprob: float = 0.0, crop_pct: float = 0.875, scale: tuple = (0.08, 1.0)
+                    ) -> Callable:
     """PIL image -> (3 img_size img_size) float32: bicubic, ImageNet's mean and deviation.
 
     train: random resized crop to an area share in `scale`, horizontal flip, `auto_augment` as
-    timm's string ("rand-m9-mstd0.5-inc1"), erasing to noise with probability `reprob`. timm ignores
-    color_jitter beside RandAugment.
+    timm's string ("rand-m9-mstd0.5-inc1"), erasing to noise with probability `reprob`.
     Else: short side to img_size / crop_pct (224 / 0.875 = 256), then the centre.
     """
     timm = extra("timm.data")
@@ -148,7 +147,7 @@ def image_transform(img_size: int, train: bool, *, auto_augment: str | None = No
     try:
         steps = timm.create_transform(
             img_size, is_training=train, interpolation="bicubic", auto_augment=auto_augment,
-            crop_pct=crop_pct, scale=scale, hflip=hflip, color_jitter=color_jitter, separate=train)
+            crop_pct=crop_pct, scale=scale, color_jitter=None, separate=train)
     except (AssertionError, KeyError, NotImplementedError) as error:
         raise ValueError(f"--auto-augment {auto_augment}: timm does not know it; the paper's is "
                          "rand-m9-mstd0.5-inc1") from error

@@ -486,26 +486,21 @@ def test_training_transform():
     pytest.importorskip("timm")
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     image = gradient(32)
-    still = dict(scale=(1.0, 1.0), hflip=0.0)
     plain = (unit(image) - MEAN) / STD
-    for _ in range(8):
-        # The defaults add nothing.
-        torch.testing.assert_close(data.image_transform(32, True, **still)(image), plain)
-        flipped = data.image_transform(32, True, scale=(1.0, 1.0), hflip=1.0)(image)
-        torch.testing.assert_close(flipped, plain.flip(-1))
-    erased = data.image_transform(32, True, reprob=1.0, **still)(image)
-    changed = (erased != plain).all(0)
+    transform = data.image_transform(32, True, scale=(1.0, 1.0))
+    mirrored = 0
+    for _ in range(16):                                     # the defaults flip, and add nothing
+        made = transform(image)
+        mirrored += not torch.allclose(made, plain, atol=1e-5)
+        assert min((made - plain).abs().max(), (made - plain.flip(-1)).abs().max()) < 1e-5
+    assert 3 < mirrored < 13
+    erased = data.image_transform(32, True, reprob=1.0, scale=(1.0, 1.0))(image)
+    changed = min(((erased != base).all(0) for base in (plain, plain.flip(-1))), key=torch.sum)
     # Noise, not a constant.
     assert 0.02 * 1024 < changed.sum() < 0.4 * 1024 and erased[:, changed].std() > 0.5
-    jittered = data.image_transform(32, True, color_jitter=0.4, **still)(image)
-    assert not torch.allclose(jittered, plain)
-    recipe = str(
-        data.image_transform(
-            224, True, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, reprob=0.25
-        )
-    )
+    recipe = str(data.image_transform(224, True, auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25))
     assert "RandAugment(n=2" in recipe and "bicubic" in recipe and "p=0.25, mode=pixel" in recipe
-    assert "ColorJitter" not in recipe                    # inert beside RandAugment
+    assert "ColorJitter" not in recipe
     assert "scale=(0.2, 1.0)" in str(data.image_transform(224, True, scale=(0.2, 1.0)))
 
 

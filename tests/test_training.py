@@ -13,6 +13,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -853,6 +854,29 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(out, tmp_path):
     with pytest.raises(SystemExit, match="script: .*(cannot be written|File name too long)") as caught, runs.plain_errors("script"):
         toy("--out", tmp_path / out)
     assert "\n" not in str(caught.value)
+
+
+def test_the_last_run_is_that_of_the_recipe_or_else_of_the_built_in_data(tmp_path):
+    recipe, toy_recipe, typed = ({"out": str(tmp_path / name)} for name in ("recipe", "toy", "typed"))
+
+    def found(out, name="best.pt"):
+        return os.path.relpath(runs.last_run(out["out"], recipe, toy_recipe, name), tmp_path)
+
+    assert found(recipe) == "recipe/best.pt"                    # there is none: it is named
+    for folder in ("toy", "recipe"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "best.pt").touch()
+        assert found(recipe) == f"{folder}/best.pt"
+    assert found(typed) == "typed/best.pt" and found(recipe, "last.pt") == "recipe/last.pt"
+
+
+@pytest.mark.parametrize("dev", [False, True])
+def test_errors_are_a_line_and_for_developers_a_traceback(dev):
+    code = "import runs\nwith runs.plain_errors('script'): raise ValueError('--lr is odd')"
+    result = subprocess.run([sys.executable, *["-X", "dev"][:2 * dev], "-W", "ignore", "-c", code], cwd=os.path.dirname(runs.__file__),
+                            capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and ("Traceback" in result.stderr) == dev
+    assert result.stderr.endswith("script: --lr is odd\n") != dev
 
 
 def flood(descriptor, *argv):
