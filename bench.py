@@ -220,8 +220,8 @@ def machine(args) -> dict:
           f"{rates['float32']:.3g} GFLOP/s in float32 (without TF32), {rates['bfloat16']:.3g} in "
           "bfloat16")
     return {"device": args.device, "name": name, "threads": torch.get_num_threads(),
-            "platform": platform.platform(), "python": sys.version, "torch": torch.__version__,
-            "timm": timm.__version__, "rates": rates}
+            "platform": f"{platform.system()} {platform.machine()}", "python": sys.version,
+            "torch": torch.__version__, "timm": timm.__version__, "rates": rates}
 
 
 def expected_seconds(spec: Spec, rates: dict) -> float:

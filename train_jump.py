@@ -16,8 +16,8 @@ channel. FastChannelVim and its baselines on the JUMP-CP benchmark, or on your o
     python train_jump.py --embed OUT.parquet --data DIR --eval runs/jump/best.pt    features, for
                                                     other tools; --per well: their means
 
-What the paper reports: top-1 on plate BR00116991 (161 classes, all 8 channels, S models, channel
-sampling, 8 GPUs: a batch of 256):
+What the paper reports: top-1 on plate BR00116991 (160 perturbations, all 8 channels, S models,
+channel sampling, 8 GPUs: a batch of 256):
 
                        patch 16  patch 8     flags
     FastChannelVim       73.6     83.1
