@@ -123,9 +123,7 @@ def match_channels(args, ctx, raw: data.Files | None, saved: dict) -> Channels:
         --channels may leave some out. {}: a model to be trained."""
     count = count_channels(args, raw) if raw else len(saved["files"])
     benchmark = bool(args.index) and count == len(data.JUMP_CHANNELS)
-    default = [str(i) for i in range(count)]
-    if benchmark:
-        default = list(data.JUMP_CHANNELS)
+    default = list(data.JUMP_CHANNELS) if benchmark else [str(i) for i in range(count)]
     by_file = getattr(raw, "channels", [])          # of a file for each channel
     files = args.channel_names or by_file or saved.get("files", default)
     if raw and len(files) != count:

@@ -314,16 +314,15 @@ def _fit_positions(model, weights, released_pos_rows, pos_grid, content):
     """Moves and resizes weights["pos_embed"] to where the model expects it; says what was done."""
     pos = weights.get("pos_embed", torch.empty(0))
     new = model.grid_size
+    row = model.class_row                               # the class token's in the model, or None
     if pos.ndim != 3 or pos.shape[::2] != (1, model.cfg.embed_dim):
         return ""                                       # listed as of another shape
-    row = model.class_row                               # the class token's in the model, or None
-    has_class = row is not None
-    cells = pos.shape[1] - has_class
+    cells = pos.shape[1] - (row is not None)
     old, note = _stored_grid(model, cells, pos_grid, content)
     if math.prod(old) != cells:
         return ""
     old_row = None
-    if has_class:
+    if row is not None:
         old_row = model._class_slot(*old)
         if "mask_token" in weights and not released_pos_rows:
             old_row = 0                                 # of an autoencoder
@@ -331,7 +330,7 @@ def _fit_positions(model, weights, released_pos_rows, pos_grid, content):
     if old != new:
         note += f", position embeddings resized from {old[0]} x {old[1]} to {new[0]} x {new[1]}"
     pos, class_pos = model.resize_pos_embed(pos, old, new, old_row)
-    if has_class:
+    if row is not None:
         pos = torch.cat([pos[:, :row], class_pos, pos[:, row:]], 1)
     weights["pos_embed"] = pos
     return note

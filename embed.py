@@ -42,10 +42,9 @@ PART = 1024     # images, about
 
 def new_file(text: str) -> str:
     """An argparse type: a file that is not there yet."""
-    path = os.path.expanduser(text)
-    if os.path.exists(path):
-        raise argparse.ArgumentTypeError(f"{path} exists: delete it, or choose another name")
-    return path
+    if os.path.exists(text):
+        raise argparse.ArgumentTypeError(f"{text} exists: delete it, or choose another name")
+    return text
 
 
 def write(args: runs.Options, ctx: training.Context, files: data.Files, listing: dict[str, list],

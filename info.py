@@ -139,10 +139,7 @@ def print_machine() -> None:
         if gpus or "cuda" not in backend.devices:
             state = backend.problem() or backend.why                        # asking compiles it
         print(f"  {backend.name:8} {', '.join(backend.devices) or 'every device'}: {state}")
-    devices = ["cpu"]
-    if gpus:
-        devices.append("cuda")
-    for device in devices:
+    for device in ["cpu", "cuda"] if gpus else ["cpu"]:
         print(f"  on {device} models run by {fastvim.pick_backend(device).name!r}")
 
 
