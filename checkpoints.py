@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # A mixer's parameters hold both directions, k = 2, on their first axis. Released files hold the two
-# apart, and some with an axis of length 1: the number is its place when both are stacked.
+# apart, and some with an axis of length 1: the number is its place when both are stacked, or 0.
 PAIRS = {
     "conv_weight": ("conv1d.weight", "conv1d_b.weight", 2),             # (k e w)       (e 1 w)
-    "conv_bias": ("conv1d.bias", "conv1d_b.bias", None),                # (k e)         (e)
-    "x_proj": ("x_proj.weight", "x_proj_b.weight", None),               # (k r+2n e)    (r+2n e)
-    "dt_proj": ("dt_proj.weight", "dt_proj_b.weight", None),            # (k e r)       (e r)
-    "dt_bias": ("dt_proj.bias", "dt_proj_b.bias", None),                # (k e)         (e)
-    "A_log": ("A_log", "A_b_log", None),                                # (k e n)       (e n)
-    "D": ("D", "D_b", None),                                            # (k e)         (e)
+    "conv_bias": ("conv1d.bias", "conv1d_b.bias", 0),                   # (k e)         (e)
+    "x_proj": ("x_proj.weight", "x_proj_b.weight", 0),                  # (k r+2n e)    (r+2n e)
+    "dt_proj": ("dt_proj.weight", "dt_proj_b.weight", 0),               # (k e r)       (e r)
+    "dt_bias": ("dt_proj.bias", "dt_proj_b.bias", 0),                   # (k e)         (e)
+    "A_log": ("A_log", "A_b_log", 0),                                   # (k e n)       (e n)
+    "D": ("D", "D_b", 0),                                               # (k e)         (e)
     "score_weight": ("pool_proj.weight", "pool_proj_b.weight", 1),      # (k e)         (1 e)
     "score_bias": ("pool_proj.bias", "pool_proj_b.bias", 1),            # (k)           (1)
 }
@@ -45,11 +45,9 @@ def from_released(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     weights = dict(weights)
     for own, first, second, axis in _pairs(weights):
         halves = [weights[name] for name in (first, second) if name in weights]
-        if len(halves) == 2 and halves[0].shape == halves[1].shape:
+        if len(halves) == 2 and halves[0].shape == halves[1].shape and halves[0].ndim >= axis:
             del weights[first], weights[second]
-            weights[own] = torch.stack(halves)
-            if axis is not None:
-                weights[own] = weights[own].squeeze(axis)
+            weights[own] = torch.stack(halves).squeeze(axis)    # 0: of length 2, it stays
     return weights
 
 
@@ -59,7 +57,7 @@ def to_released(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for own, first, second, axis in _pairs(weights):
         if own in weights and second not in weights:
             both = weights.pop(own)
-            if axis is not None:
+            if axis:
                 both = both.unsqueeze(axis)
             weights[first], weights[second] = both
     return weights
@@ -338,11 +336,8 @@ def _fit_positions(model, weights, released_pos_rows, pos_grid, content):
 
 def _fit_time(own, weights):
     """Resizes what the weights have for time to the steps of the model's clips; says so."""
-    name = "patch_embed.time_embed"
-    if name not in own or name not in weights:
-        return ""
-    old = weights[name].shape
-    new = own[name].shape                                   # (1 d t)
+    name = "patch_embed.time_embed"                         # (1 d t)
+    old, new = (held.get(name, torch.empty(0)).shape for held in (weights, own))
     if len(old) != 3 or old[:2] != new[:2] or old == new:   # others: listed as of another shape
         return ""
     weights[name] = F.interpolate(weights[name], new[2], mode="linear")
