@@ -1,7 +1,7 @@
 """What all scripts share: their options, and the checkpoints that they start from.
 
 One rule for every option: {**defaults, **RECIPE, **toy, **checkpoint, **typed}. The last one holds.
-It does not change after that: what is computed from options has a name of its own. An option that
+Options do not change after that: what is computed from them has a name of its own. An option that
 makes the model is called like its field of fastvim.Config: a checkpoint's fields are options, too.
 """
 import argparse
@@ -40,7 +40,6 @@ SPLITS = ("train", "val", "test", "images", "annotations", "train2017", "val2017
 TRAINING = dict(batch_size=128, accum=1, weight_decay=0.0, clip=0.0, ema=0.0, amp=False,
                 eval_every=1, save_minutes=10.0, seed=0, workers=min(4, os.cpu_count() or 1),
                 device="auto")
-
 
 # Groups of options, in the order in which --help shows those that are not empty.
 GROUPS = ("recipe", "data and weights", "instead of training", "model", "channels", "augmentation",
