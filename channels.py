@@ -270,10 +270,8 @@ def draw_accuracy(rows: list[dict], title: str, file: BinaryIO) -> None:
     axes = figure.subplots()
     for row in rows:
         size = len(row["channels"])
-        if row["name"]:
-            axes.plot(size, row["top1"], "D", label=row["name"])
-        else:
-            axes.plot(size, row["top1"], "C0.")
+        mark = "D" if row["name"] else "C0."
+        axes.plot(size, row["top1"], mark, label=row["name"])   # "": not in the legend
         if "best" in row:
             axes.plot(size, row["best"], "C7_", markersize=12)
     axes.set(xlabel="channels", ylabel="top-1, % (gray: best possible)", title=title)

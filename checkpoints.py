@@ -353,9 +353,13 @@ def _stored_grid(model, cells, pos_grid, content):
             raise ValueError(f"pos_grid={pos_grid} must be two whole numbers, rows and columns, "
                              f"of {cells} patches, as the file's pos_embed is")
         return said, ""
-    said = _said_grid(content, model.cfg.patch_size)
-    if said is not None and math.prod(said) == cells:
-        return said, ""
+    try:
+        size = torch.tensor(content["built"]["fields"]["img_size"]).expand(2).tolist()
+        said = tuple(math.ceil(pixels / model.cfg.patch_size) for pixels in size)
+        if min(said) > 0 and math.prod(said) == cells:
+            return said, ""
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError):
+        pass                                            # the file does not say it, or not rightly
     side = math.isqrt(max(cells, 0))
     if side == 0 or side * side != cells:
         return (h, w), ""
@@ -366,12 +370,3 @@ def _stored_grid(model, cells, pos_grid, content):
         raise ValueError(f"pos_embed may be of {side} x {side} patches or, like the model's, of "
                          f"{rows} x {cells // rows}: say which by pos_grid=(rows, columns)")
     return (side, side), ""
-
-
-def _said_grid(content, patch_size):
-    """The grid of the model that the file says it was trained with, or None."""
-    try:
-        h, w = torch.tensor(content["built"]["fields"]["img_size"]).expand(2).tolist()
-    except (KeyError, TypeError, ValueError, RuntimeError):
-        return None
-    return math.ceil(h / patch_size), math.ceil(w / patch_size)

@@ -186,8 +186,7 @@ def well_means(table, listing: dict[str, list]):
 def embed_images(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> None:
     """--embed of train_imagenet.py."""
     runs.require_data(args, saved)
-    digits = not args.data
-    if digits:
+    if not args.data:
         sets = {split: data.Digits(split == "train", args.img_size) for split in ("train", "val")}
         sets["train"].augment = False
         listing, load = data.list_built_in(sets, {name: sets[name].labels for name in sets})
