@@ -123,9 +123,7 @@ def match_channels(args, ctx, raw: data.Files | None, saved: dict) -> Channels:
         --channels may leave some out. {}: a model to be trained."""
     count = count_channels(args, raw) if raw else len(saved["files"])
     benchmark = bool(args.index) and count == len(data.JUMP_CHANNELS)
-    default = [str(i) for i in range(count)]
-    if benchmark:
-        default = list(data.JUMP_CHANNELS)
+    default = list(data.JUMP_CHANNELS) if benchmark else [str(i) for i in range(count)]
     by_file = getattr(raw, "channels", [])          # of a file for each channel
     files = args.channel_names or by_file or saved.get("files", default)
     if raw and len(files) != count:
@@ -143,9 +141,17 @@ def match_channels(args, ctx, raw: data.Files | None, saved: dict) -> Channels:
     if saved:
         return Channels(files, model, saved["mean"], saved["std"], taken, masked)
     mean, std = statistics_of(args, ctx, raw, count, benchmark)[:, taken].tolist()
-    seen = Channels(files, model, mean, std, taken, masked)
-    check_deviations(args, seen, raw.where)
-    return seen._replace(std=[deviation or 1.0 for deviation in std])       # 0: a masked one's
+    constant = [name for name, deviation in zip(model, std)
+                if deviation <= 0 and name not in masked]
+    if not np.isfinite([*mean, *std]).all() or (args.std and constant):
+        raise ValueError("--mean and --std need one number for each channel that is used, and no "
+                         f"deviation of 0: they are {mean} and {std}")
+    if constant:
+        others = [name for name in model if name not in constant]
+        raise ValueError(f"{raw.where}: channel {', '.join(constant)} is constant, so that it "
+                         f"cannot be normalised: leave it out by --channels {','.join(others)}")
+    std = [deviation or 1.0 for deviation in std]                           # 0: a masked one's
+    return Channels(files, model, mean, std, taken, masked)
 
 
 def statistics_of(args, ctx, raw: data.Files, count: int, benchmark: bool) -> np.ndarray:
@@ -159,19 +165,6 @@ def statistics_of(args, ctx, raw: data.Files, count: int, benchmark: bool) -> np
         return np.array([data.JUMP_MEAN, data.JUMP_STD])
     own = torch.tensor(data.channel_statistics(raw, count, 1000), device=ctx.device)
     return (ctx.sum(own) / ctx.world_size).cpu().double().numpy()       # the same everywhere
-
-
-def check_deviations(args, seen: Channels, where: str) -> None:
-    """ValueError: the deviation of a channel that is not masked is 0, or some number is none."""
-    constant = [name for name, deviation in zip(seen.model, seen.std)
-                if deviation <= 0 and name not in seen.masked]
-    if not np.isfinite([*seen.mean, *seen.std]).all() or (args.std and constant):
-        raise ValueError("--mean and --std need one number for each channel that is used, and no "
-                         f"deviation of 0: they are {seen.mean} and {seen.std}")
-    if constant:
-        others = [name for name in seen.model if name not in constant]
-        raise ValueError(f"{where}: channel {', '.join(constant)} is constant, so that it cannot "
-                         f"be normalised: leave it out by --channels {','.join(others)}")
 
 
 def count_channels(args, raw: data.Files) -> int:
@@ -277,10 +270,8 @@ def draw_accuracy(rows: list[dict], title: str, file: BinaryIO) -> None:
     axes = figure.subplots()
     for row in rows:
         size = len(row["channels"])
-        if row["name"]:
-            axes.plot(size, row["top1"], "D", label=row["name"])
-        else:
-            axes.plot(size, row["top1"], "C0.")
+        mark = "D" if row["name"] else "C0."
+        axes.plot(size, row["top1"], mark, label=row["name"])   # "": not in the legend
         if "best" in row:
             axes.plot(size, row["best"], "C7_", markersize=12)
     axes.set(xlabel="channels", ylabel="top-1, % (gray: best possible)", title=title)

@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # A mixer's parameters hold both directions, k = 2, on their first axis. Released files hold the two
-# apart, and some with an axis of length 1: the number is its place when both are stacked.
+# apart, and some with an axis of length 1: the number is its place when both are stacked, or 0.
 PAIRS = {
     "conv_weight": ("conv1d.weight", "conv1d_b.weight", 2),             # (k e w)       (e 1 w)
-    "conv_bias": ("conv1d.bias", "conv1d_b.bias", None),                # (k e)         (e)
-    "x_proj": ("x_proj.weight", "x_proj_b.weight", None),               # (k r+2n e)    (r+2n e)
-    "dt_proj": ("dt_proj.weight", "dt_proj_b.weight", None),            # (k e r)       (e r)
-    "dt_bias": ("dt_proj.bias", "dt_proj_b.bias", None),                # (k e)         (e)
-    "A_log": ("A_log", "A_b_log", None),                                # (k e n)       (e n)
-    "D": ("D", "D_b", None),                                            # (k e)         (e)
+    "conv_bias": ("conv1d.bias", "conv1d_b.bias", 0),                   # (k e)         (e)
+    "x_proj": ("x_proj.weight", "x_proj_b.weight", 0),                  # (k r+2n e)    (r+2n e)
+    "dt_proj": ("dt_proj.weight", "dt_proj_b.weight", 0),               # (k e r)       (e r)
+    "dt_bias": ("dt_proj.bias", "dt_proj_b.bias", 0),                   # (k e)         (e)
+    "A_log": ("A_log", "A_b_log", 0),                                   # (k e n)       (e n)
+    "D": ("D", "D_b", 0),                                               # (k e)         (e)
     "score_weight": ("pool_proj.weight", "pool_proj_b.weight", 1),      # (k e)         (1 e)
     "score_bias": ("pool_proj.bias", "pool_proj_b.bias", 1),            # (k)           (1)
 }
@@ -45,11 +45,9 @@ def from_released(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     weights = dict(weights)
     for own, first, second, axis in _pairs(weights):
         halves = [weights[name] for name in (first, second) if name in weights]
-        if len(halves) == 2 and halves[0].shape == halves[1].shape:
+        if len(halves) == 2 and halves[0].shape == halves[1].shape and halves[0].ndim >= axis:
             del weights[first], weights[second]
-            weights[own] = torch.stack(halves)
-            if axis is not None:
-                weights[own] = weights[own].squeeze(axis)
+            weights[own] = torch.stack(halves).squeeze(axis)    # 0: of length 2, it stays
     return weights
 
 
@@ -59,7 +57,7 @@ def to_released(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for own, first, second, axis in _pairs(weights):
         if own in weights and second not in weights:
             both = weights.pop(own)
-            if axis is not None:
+            if axis:
                 both = both.unsqueeze(axis)
             weights[first], weights[second] = both
     return weights
@@ -314,16 +312,15 @@ def _fit_positions(model, weights, released_pos_rows, pos_grid, content):
     """Moves and resizes weights["pos_embed"] to where the model expects it; says what was done."""
     pos = weights.get("pos_embed", torch.empty(0))
     new = model.grid_size
+    row = model.class_row                               # the class token's in the model, or None
     if pos.ndim != 3 or pos.shape[::2] != (1, model.cfg.embed_dim):
         return ""                                       # listed as of another shape
-    row = model.class_row                               # the class token's in the model, or None
-    has_class = row is not None
-    cells = pos.shape[1] - has_class
+    cells = pos.shape[1] - (row is not None)
     old, note = _stored_grid(model, cells, pos_grid, content)
     if math.prod(old) != cells:
         return ""
     old_row = None
-    if has_class:
+    if row is not None:
         old_row = model._class_slot(*old)
         if "mask_token" in weights and not released_pos_rows:
             old_row = 0                                 # of an autoencoder
@@ -331,7 +328,7 @@ def _fit_positions(model, weights, released_pos_rows, pos_grid, content):
     if old != new:
         note += f", position embeddings resized from {old[0]} x {old[1]} to {new[0]} x {new[1]}"
     pos, class_pos = model.resize_pos_embed(pos, old, new, old_row)
-    if has_class:
+    if row is not None:
         pos = torch.cat([pos[:, :row], class_pos, pos[:, row:]], 1)
     weights["pos_embed"] = pos
     return note
@@ -339,11 +336,8 @@ def _fit_positions(model, weights, released_pos_rows, pos_grid, content):
 
 def _fit_time(own, weights):
     """Resizes what the weights have for time to the steps of the model's clips; says so."""
-    name = "patch_embed.time_embed"
-    if name not in own or name not in weights:
-        return ""
-    old = weights[name].shape
-    new = own[name].shape                                   # (1 d t)
+    name = "patch_embed.time_embed"                         # (1 d t)
+    old, new = (held.get(name, torch.empty(0)).shape for held in (weights, own))
     if len(old) != 3 or old[:2] != new[:2] or old == new:   # others: listed as of another shape
         return ""
     weights[name] = F.interpolate(weights[name], new[2], mode="linear")
@@ -359,9 +353,13 @@ def _stored_grid(model, cells, pos_grid, content):
             raise ValueError(f"pos_grid={pos_grid} must be two whole numbers, rows and columns, "
                              f"of {cells} patches, as the file's pos_embed is")
         return said, ""
-    said = _said_grid(content, model.cfg.patch_size)
-    if said is not None and math.prod(said) == cells:
-        return said, ""
+    try:
+        size = torch.tensor(content["built"]["fields"]["img_size"]).expand(2).tolist()
+        said = tuple(math.ceil(pixels / model.cfg.patch_size) for pixels in size)
+        if min(said) > 0 and math.prod(said) == cells:
+            return said, ""
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError):
+        pass                                            # the file does not say it, or not rightly
     side = math.isqrt(max(cells, 0))
     if side == 0 or side * side != cells:
         return (h, w), ""
@@ -372,12 +370,3 @@ def _stored_grid(model, cells, pos_grid, content):
         raise ValueError(f"pos_embed may be of {side} x {side} patches or, like the model's, of "
                          f"{rows} x {cells // rows}: say which by pos_grid=(rows, columns)")
     return (side, side), ""
-
-
-def _said_grid(content, patch_size):
-    """The grid of the model that the file says it was trained with, or None."""
-    try:
-        h, w = torch.tensor(content["built"]["fields"]["img_size"]).expand(2).tolist()
-    except (KeyError, TypeError, ValueError, RuntimeError):
-        return None
-    return math.ceil(h / patch_size), math.ceil(w / patch_size)

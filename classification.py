@@ -62,7 +62,7 @@ def add_arguments(parser: runs.Parser, recipe: dict, others: str = "") -> None:
 
 
 def check_pairs(options: dict, parser: argparse.ArgumentParser) -> None:
-    if (options["mixup"] or options["cutmix"]) and options["batch_size"] % 2:
+    if (options.get("mixup") or options.get("cutmix")) and options["batch_size"] % 2:
         parser.error(f"--batch-size {options['batch_size']}: mixup and cutmix pair images, so it "
                      "has to be even")
 
@@ -178,12 +178,10 @@ def open_images(args: runs.Options, train: bool, classes: list | None = None):
 # ---- Training ------------------------------------------------------------------------------------
 
 def train(args: runs.Options, ctx: training.Context, start: runs.Saved, build: Callable,
-          optimizer_of: Callable, lr_start: float = 0.0, lr_end: float = 0.0,
-          released_pos_rows: bool = False, shard: bool = False) -> list[dict]:
+          optimizer_of: Callable, lr_start: float = 0.0, lr_end: float = 0.0) -> list[dict]:
     """One run; returns training.fit's log.
 
     build(args, num_classes) -> model; optimizer_of(model, args, lr): what updates it.
-    shard: the processes share the weights of our model, block by block.
     lr_start, lr_end: where the warmup begins and the cosine ends."""
     train_set = open_images(args, True)
     if args.data:
@@ -194,7 +192,8 @@ def train(args: runs.Options, ctx: training.Context, start: runs.Saved, build: C
     val_loader = runs.loader_of(args, ctx, val_set, False)
     model = build(args, len(classes))
     if start.gives_weights:
-        note = checkpoints.load(model, start.content, True, released_pos_rows)
+        pos_rows = vars(args).get("released_pos_rows", False)
+        note = checkpoints.load(model, start.content, True, pos_rows)
         ctx.print(f"{start.path}: {note}; pool_scale {model.cfg.pool_scale:g}")
     model = model.to(ctx.device)
     ctx.print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
@@ -213,7 +212,8 @@ def train(args: runs.Options, ctx: training.Context, start: runs.Saved, build: C
     return training.fit(
         args, ctx, model, loader, classification_loss(args, len(classes)), optimizer, lr,
         evaluate=evaluate, metric="top1",
-        about={"built": built, "classes": classes}, shard_blocks=model.layers if shard else ())
+        about={"built": built, "classes": classes},
+        shard_blocks=model.layers if vars(args).get("shard") else ())
 
 
 def classification_loss(args: runs.Options, num_classes: int) -> Callable:

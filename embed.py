@@ -42,10 +42,9 @@ PART = 1024     # images, about
 
 def new_file(text: str) -> str:
     """An argparse type: a file that is not there yet."""
-    path = os.path.expanduser(text)
-    if os.path.exists(path):
-        raise argparse.ArgumentTypeError(f"{path} exists: delete it, or choose another name")
-    return path
+    if os.path.exists(text):
+        raise argparse.ArgumentTypeError(f"{text} exists: delete it, or choose another name")
+    return text
 
 
 def write(args: runs.Options, ctx: training.Context, files: data.Files, listing: dict[str, list],
@@ -187,8 +186,7 @@ def well_means(table, listing: dict[str, list]):
 def embed_images(args: runs.Options, ctx: training.Context, saved: runs.Saved) -> None:
     """--embed of train_imagenet.py."""
     runs.require_data(args, saved)
-    digits = not args.data
-    if digits:
+    if not args.data:
         sets = {split: data.Digits(split == "train", args.img_size) for split in ("train", "val")}
         sets["train"].augment = False
         listing, load = data.list_built_in(sets, {name: sets[name].labels for name in sets})

@@ -10,7 +10,6 @@ import collections
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -114,15 +113,6 @@ def print_figure_4(resolutions: list[int]) -> None:
         print(f"{pixels:8} " + " ".join(f"{count / 1e9:10.2f}" for count in counts))
 
 
-def _version(command):
-    path = shutil.which(command)
-    if path is None:
-        return "not found"
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    numbers = re.findall(r"\d+(?:\.\d+)+", said)
-    return " ".join([*numbers[:1], path])
-
-
 def print_machine() -> None:
     """What this machine has: torch, devices, compilers, backends; builds the backends."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -131,7 +121,12 @@ def print_machine() -> None:
           f"cpu       {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
           f"{torch.backends.cpu.get_cpu_capability()}\n"
           f"gpu       {', '.join(gpus) or 'none'}")
-    print(f"g++       {_version('g++')}\n"
+    found = "not found: install g++, or set CXX"
+    if compiler := fastvim_build.find_compiler():
+        command = [*compiler, "--version"]
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        found = " ".join([*re.findall(r"\d+(?:\.\d+)+", said)[:1], *compiler])
+    print(f"C++       {found}\n"
           f"nvcc      {fastvim_build.find_nvcc()[1]}")
     print(f"backends  FASTVIM_BACKEND is {os.environ.get('FASTVIM_BACKEND') or 'not set'}")
     for backend in fastvim.BACKENDS.values():
@@ -139,10 +134,7 @@ def print_machine() -> None:
         if gpus or "cuda" not in backend.devices:
             state = backend.problem() or backend.why                        # asking compiles it
         print(f"  {backend.name:8} {', '.join(backend.devices) or 'every device'}: {state}")
-    devices = ["cpu"]
-    if gpus:
-        devices.append("cuda")
-    for device in devices:
+    for device in ["cpu", "cuda"] if gpus else ["cpu"]:
         print(f"  on {device} models run by {fastvim.pick_backend(device).name!r}")
 
 

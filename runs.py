@@ -1,17 +1,7 @@
 """What all scripts share: their options, and the checkpoints that they start from.
 
 One rule for every option: {**defaults, **RECIPE, **toy, **checkpoint, **typed}. The last one holds.
-
-    RECIPE = {**runs.TRAINING, "epochs": 300.0, "recipe_lr": 1e-3, "recipe_batch": 1024, ...}
-    parser = runs.Parser(description=...)                   # it keeps what was typed, nothing else
-    parser.groups["model"].add_argument("--depth", ...)
-    runs.add_training_arguments(parser, RECIPE)             # last: help texts get defaults
-    typed = vars(parser.parse_args(argv))
-    chosen = {**runs.defaults(parser), **RECIPE, **typed}
-    start = runs.starting_point(chosen, chosen["init"])     # the run's own, or --init, or none
-    args = runs.Options({**chosen, **start.model_options(), **typed})
-
-args does not change after that: what is computed from it has a name of its own. An option that
+Options do not change after that: what is computed from them has a name of its own. An option that
 makes the model is called like its field of fastvim.Config: a checkpoint's fields are options, too.
 """
 import argparse
@@ -50,7 +40,6 @@ SPLITS = ("train", "val", "test", "images", "annotations", "train2017", "val2017
 TRAINING = dict(batch_size=128, accum=1, weight_decay=0.0, clip=0.0, ema=0.0, amp=False,
                 eval_every=1, save_minutes=10.0, seed=0, workers=min(4, os.cpu_count() or 1),
                 device="auto")
-
 
 # Groups of options, in the order in which --help shows those that are not empty.
 GROUPS = ("recipe", "data and weights", "instead of training", "model", "channels", "augmentation",
@@ -245,11 +234,9 @@ def starting_point(options: dict, path: str | None) -> Saved:
 
 def refuse_out_inside_data(out: str, root: str) -> None:
     """ValueError: --out is where the readers look for the images of --data."""
-    if not os.path.isdir(root):
-        return
     folder = Path(root).resolve()
     inside = Path(out).resolve()
-    if folder not in inside.parents:
+    if not folder.is_dir() or folder not in inside.parents:
         return
     splits = [name for name in SPLITS if (folder / name).is_dir()]
     if not splits or inside.relative_to(folder).parts[0] in splits:
@@ -258,27 +245,23 @@ def refuse_out_inside_data(out: str, root: str) -> None:
 
 
 def encoder_options(saved: Saved, typed: dict) -> dict:
-    """saved.model_options() for a model that is shown whole images."""
+    """saved.model_options() for a model that is shown whole images.
+
+    Of masked ones a row's sum had 1 - mask_ratio of its tokens and was divided by the row's length:
+    a whole row's mean is so much larger, which pool_scale undoes (recipes: 0.25)."""
     options = saved.model_options()
     options.pop("mask_divisor", None)
-    if saved.gives_weights and "mask_token" in checkpoints.model_weights(saved.content)[0]:
-        options |= whole_image_scale(saved, {"model": "fastvim_tiny", **options, **typed})
-    return options
-
-
-def whole_image_scale(saved: Saved, options: dict) -> dict:
-    """{"pool_scale": ...} for weights that saw masked images, or {} if it stays as it is.
-
-    A row's sum had 1 - mask_ratio of its tokens and was divided by the row's length: a whole row's
-    mean is so much larger (recipes: 0.25)."""
-    family = fastvim.FAMILIES.get(options["model"].rpartition("_")[0], {})
-    schedule = options.get("schedule") or family.get("schedule", "vim")
+    if not saved.gives_weights or "mask_token" not in checkpoints.model_weights(saved.content)[0]:
+        return options
+    made = {"model": "fastvim_tiny", **options, **typed}
+    family = fastvim.FAMILIES.get(made["model"].rpartition("_")[0], {})
+    schedule = made.get("schedule") or family.get("schedule", "vim")
     pooled = any(axes for _, axes in fastvim.SCHEDULES[schedule])
     by_axis = saved.options.get("mask_divisor") != "count"
-    if not pooled or not by_axis or options.get("pool", "mean") != "mean":
-        return {}
-    kept = 1 - saved.options.get("mask_ratio", 0.75)
-    return {"pool_scale": saved.fields.get("pool_scale", 1) * kept}
+    if pooled and by_axis and made.get("pool", "mean") == "mean":
+        kept = 1 - saved.options.get("mask_ratio", 0.75)
+        options["pool_scale"] = saved.fields.get("pool_scale", 1) * kept
+    return options
 
 
 # ---- Running -------------------------------------------------------------------------------------

@@ -124,8 +124,7 @@ def adamw(model: nn.Module, args: runs.Options, lr: float) -> torch.optim.Optimi
 def train(args: runs.Options, ctx: training.Context, start: runs.Saved) -> None:
     if args.data is None:
         ctx.print("no --data: training on the built-in digits, by a recipe scaled to them")
-    classification.train(args, ctx, start, classification.build_model, adamw, LR_WARMUP, LR_END,
-                         shard=args.shard)
+    classification.train(args, ctx, start, classification.build_model, adamw, LR_WARMUP, LR_END)
 
 
 def main() -> None:

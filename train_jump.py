@@ -306,9 +306,7 @@ def restore(args, ctx, saved: runs.Saved, raw: data.Files | None = None, headles
         every = runs.Options({**vars(args), "channels": None})
         known = match_channels(every, ctx, raw, {})._asdict()
     seen = match_channels(args, ctx, raw, known)
-    head = checkpoints.model_weights(saved.content)[0].get("head.weight", ())
-    if headless:
-        head = ()
+    head = () if headless else checkpoints.model_weights(saved.content)[0].get("head.weight", ())
     model = build_model(args, fields_of(args, len(seen.model), len(head)))
     note = fastvim.load_checkpoint(model, saved.content, encoder_only=headless)
     ctx.print(f"{saved.path}: {note} into {args.model}, patch {args.patch_size}")

@@ -45,10 +45,10 @@ import runs
 import training
 
 # Tables 9 to 11. A learning rate is that of the whole batch: MAE's base rate x batch / 256.
-COMMON = dict(runs.TRAINING, model="fastvim_tiny", img_size=classification.IMG_SIZE)
+COMMON = dict(runs.TRAINING, model="fastvim_tiny", img_size=classification.IMG_SIZE,
+              drop_path_rate=0.0, auto_augment="none", reprob=0.0)
 PRETRAIN = dict(COMMON, recipe_lr=1.5e-4 * 4096 / 256, recipe_batch=4096, epochs=1600.0,
-                warmup=40.0, weight_decay=0.05, eval_every=20, drop_path_rate=0.0,
-                auto_augment="none", reprob=0.0, crop_scale=0.2, out="runs/mae")
+                warmup=40.0, weight_decay=0.05, eval_every=20, crop_scale=0.2, out="runs/mae")
 MASKING = dict(mask_ratio=0.75, mask_divisor="axis", decoder_depth=2, decoder_dim=512)
 FINETUNE = dict(COMMON, **classification.AUGMENTATION, recipe_lr=5e-4 * 1024 / 256,
                 recipe_batch=1024, epochs=100.0, warmup=5.0, weight_decay=0.05, layer_decay=0.65,
@@ -58,7 +58,6 @@ FINETUNE_LARGE = dict(recipe_lr=1e-3 * 1024 / 256, epochs=50.0, layer_decay=0.75
 FINETUNE_448 = dict(clip=3.0, crop_pct=1.0)
 FINETUNE_END = 1e-5  # of its cosine; the others end at 0
 LINEAR = dict(COMMON, recipe_lr=0.1 * 4096 / 256, recipe_batch=4096, epochs=90.0, warmup=10.0,
-              weight_decay=0.0, drop_path_rate=0.0, auto_augment="none", reprob=0.0,
               crop_scale=0.08, mixup=0.0, cutmix=0.0, smoothing=0.0, init="runs/mae/last.pt",
               out="runs/mae_linear")
 RECIPES = dict(pretrain=PRETRAIN | MASKING, finetune=FINETUNE, linear=LINEAR)
@@ -98,7 +97,14 @@ def make_parsers() -> tuple[runs.Parser, dict[str, runs.Parser]]:
               "(default: the last pretraining; pretrain: none)")
         add = parser.groups["model"].add_argument
         if stage == "pretrain":
-            add_pretraining_arguments(parser)
+            add("--mask-ratio", type=float, help="share of the patches that is removed")
+            add("--mask-divisor", choices=["axis", "count"],
+                help="what divides a row's sum: its length, or how many tokens it kept")
+            add("--decoder-depth", type=runs.WHOLE, help="Vim blocks")
+            add("--decoder-dim", type=runs.WHOLE, help="their width")
+            parser.groups["instead of training"].add_argument(
+                "--reconstruct", metavar="IMAGE", nargs="+", help="paint these images by --init "
+                "(default: OUT/last.pt), into OUT/reconstruct.png")
         else:
             start("--scratch", dest="init", action="store_const", const=None,
                   help="start from random weights (default: as --init says)")
@@ -113,18 +119,6 @@ def make_parsers() -> tuple[runs.Parser, dict[str, runs.Parser]]:
     return top, stages.choices
 
 
-def add_pretraining_arguments(parser: runs.Parser) -> None:
-    parser.groups["instead of training"].add_argument(
-        "--reconstruct", metavar="IMAGE", nargs="+",
-        help="paint these images by --init (default: OUT/last.pt), into OUT/reconstruct.png")
-    add = parser.groups["model"].add_argument
-    add("--mask-ratio", type=float, help="share of the patches that is removed")
-    add("--mask-divisor", choices=["axis", "count"],
-        help="what divides a row's sum: its length, or how many tokens it kept")
-    add("--decoder-depth", type=runs.WHOLE, help="Vim blocks")
-    add("--decoder-dim", type=runs.WHOLE, help="their width")
-
-
 def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     """The command line -> the options, and the checkpoint that the stage starts from.
 
@@ -133,20 +127,18 @@ def get_args(argv: list[str] | None = None) -> tuple[runs.Options, runs.Saved]:
     typed = vars(top.parse_args(argv))
     stage = typed["stage"]
     recipe = {**runs.defaults(parsers[stage]), **RECIPES[stage]}
-    toy = {}
-    if not typed.keys() & {"data", "reconstruct"}:
-        toy = DIGITS[stage]
-    if stage != "pretrain":
-        classification.check_pairs({**recipe, **toy, **typed}, parsers[stage])
-    start = find_start({**recipe, **toy, **typed})
+    toy = {} if typed.keys() & {"data", "reconstruct"} else DIGITS[stage]
+    chosen = {**recipe, **toy, **typed}
+    classification.check_pairs(chosen, parsers[stage])
+    start = find_start(chosen)
     if toy and not start.content:
         toy = {**toy, **DIGITS_MODEL}
+    known = classification.crop_of(start, typed)
     if stage == "pretrain":
-        known = start.model_options()
+        known |= start.model_options()
         known |= {name: start.options[name] for name in MASKING if name in start.options}
     else:
-        known = runs.encoder_options(start, typed)
-    known |= classification.crop_of(start, typed)
+        known |= runs.encoder_options(start, typed)
     found = {**recipe, **toy, **known, **typed}
     if not classification.is_ours(found["model"]):
         raise ValueError(f"--model {found['model']} is none of ours: "
@@ -459,7 +451,7 @@ def finetune(args: runs.Options, ctx: training.Context, start: runs.Saved) -> li
         return torch.optim.AdamW(groups, lr=lr, fused=True)
 
     return classification.train(args, ctx, start, classification.build_model, optimizer_of,
-                                lr_end=FINETUNE_END, released_pos_rows=args.released_pos_rows)
+                                lr_end=FINETUNE_END)
 
 
 def linear(args: runs.Options, ctx: training.Context, start: runs.Saved) -> list[dict]:
@@ -471,8 +463,7 @@ def linear(args: runs.Options, ctx: training.Context, start: runs.Saved) -> list
         groups = training.parameter_groups(model, args.weight_decay)
         return torch.optim.SGD(groups, lr=lr, momentum=0.9)
 
-    return classification.train(args, ctx, start, build, optimizer_of,
-                                released_pos_rows=args.released_pos_rows)
+    return classification.train(args, ctx, start, build, optimizer_of)
 
 
 def main() -> None:

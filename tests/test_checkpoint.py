@@ -427,6 +427,13 @@ def test_a_pair_of_two_shapes_is_refused(released, name):
     assert_loaded(model, before)
 
 
+def test_a_pair_with_too_few_axes_is_refused(released):
+    for half in ("conv1d", "conv1d_b"):
+        released[f"layers.2.mixer.{half}.weight"] = torch.zeros(32)
+    with pytest.raises(ValueError, match=r"2 of another shape: layers.2.mixer.conv1d.weight \(32,\)"):
+        fastvim.load_checkpoint(blank(), released)
+
+
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
 def test_an_exported_model_is_the_model(tmp_path, fields, name):
