@@ -186,8 +186,11 @@ def read(path: str, resumed: bool = False) -> Saved:
     if "built" not in content and not {"model", "data"} <= options.keys():
         return Saved(path, content, resumed)  # a released file may have args of its own
     built = content.get("built") or built_from_options(options)
-    classes = content.get("classes", options.get("classes"))
-    return Saved(path, content, resumed, options, built["name"], built["fields"], classes)
+    match built:
+        case {"name": str(name), "fields": dict(fields)}:
+            classes = content.get("classes", options.get("classes"))
+            return Saved(path, content, resumed, options, name, fields, classes)
+    raise ValueError(f"{path} does not say rightly how its model was built")
 
 
 def built_from_options(options: dict) -> dict:

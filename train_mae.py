@@ -419,7 +419,7 @@ def reconstruct(args: runs.Options, ctx: training.Context, start: runs.Saved) ->
         for _, image in data.each_readable(args.reconstruct, data.load_rgb):
             images.append(transform(image))
     finally:
-        if images:
+        if images and ctx.is_main:
             digits = runs.trained_on_built_in(start)
             paint(model, torch.stack(images).to(ctx.device), args, "reconstruct.png", digits, True)
             print(f"{args.out}/reconstruct.png: {len(images)} images")

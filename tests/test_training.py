@@ -870,6 +870,14 @@ def test_the_last_run_is_that_of_the_recipe_or_else_of_the_built_in_data(tmp_pat
     assert found(typed) == "typed/best.pt" and found(recipe, "last.pt") == "recipe/last.pt"
 
 
+@pytest.mark.parametrize("built", ["fastvim_tiny", [1], {"name": 3, "fields": {}}, {"fields": {}}, {"name": "fastvim_tiny"},
+                                   {"name": "fastvim_tiny", "fields": [("depth", 2)]}])
+def test_a_checkpoint_that_says_wrongly_how_its_model_was_built(built, tmp_path):
+    torch.save({"model": {}, "built": built, "args": {}}, tmp_path / "best.pt")
+    with pytest.raises(ValueError, match="best.pt does not say rightly how its model was built"):
+        runs.read(str(tmp_path / "best.pt"))
+
+
 @pytest.mark.parametrize("dev", [False, True])
 def test_errors_are_a_line_and_for_developers_a_traceback(dev):
     code = "import runs\nwith runs.plain_errors('script'): raise ValueError('--lr is odd')"
