@@ -29,7 +29,7 @@ from .cells import (
     load_cells,
     take_channels,
 )
-from .coco import Coco, object_mask
+from .coco import Coco
 from .dense import (
     ADE20K,
     IGNORE_INDEX,

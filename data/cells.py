@@ -89,8 +89,7 @@ def load_file(path: str, planes: Mapping[str, int] | None) -> np.ndarray:
 
 
 def channels_come_last(shape: tuple[int, int, int]) -> bool:
-    """Is it (h w channels)? The last axis is small, the others are large, and equal or far larger.
-    """
+    """Is the last axis small, and are the others large, and equal or far larger?"""
     *sides, last = shape
     large = min(sides)
     return large >= 16 and last < large and (sides[0] == sides[1] or 4 * last <= large)
@@ -157,25 +156,21 @@ def channel_statistics(files: Files, count: int, limit: int | None = None
     """
     load = functools.partial(take_channels, files.load, count, list(range(count)))
     chosen = np.linspace(0, len(files) - 1, min(limit or len(files), len(files))).astype(int)
-    images = Files([files.samples[i] for i in chosen], files.classes, load, sums_of_pixels,
+    images = Files([files.samples[i] for i in chosen], files.classes, load, np.asarray,
                    files.where)
-    total = np.zeros((3, count))
+    pixels = 0
+    total = np.zeros((2, count))
     for i in tqdm(range(len(images)), "mean and deviation", disable=None):
         if item := images[i]:
-            total += item[0]
-    pixels, first, second = total                           # (count) each
-    if not pixels.all():
+            x = item[0].reshape(count, -1).astype(np.float64)
+            pixels += x.shape[1]
+            total += x.sum(1), np.square(x).sum(1)
+    if not pixels:
         raise ValueError(f"none of {len(images)} images in {files.where} can be read")
-    mean = first / pixels
-    variance = second / pixels - mean ** 2
+    mean, square = total / pixels                           # (count) each
+    variance = square - mean ** 2
     variance[variance < 1e-12 * mean ** 2] = 0              # a constant, but for rounding
     return mean.tolist(), np.sqrt(variance).tolist()
-
-
-def sums_of_pixels(image: np.ndarray) -> np.ndarray:
-    """(channels h w) -> (3 channels) float64: number of pixels, their sum, the sum of squares."""
-    x = image.reshape(len(image), -1).astype(np.float64)
-    return np.stack([np.full(len(x), x.shape[1], np.float64), x.sum(1), np.square(x).sum(1)])
 
 
 # ---- Augmentation --------------------------------------------------------------------------------

@@ -31,9 +31,8 @@ class Coco(DenseFiles):
     As DenseFiles, of what load_objects gives. .classes: the categories' names in the order of their
     ids, .category_ids: those ids. val: .coco has crowds too. train leaves out crowds, objects
     smaller than a pixel, images without any object.
-    Numbers may be text. Sizes of images that are missing are their files'; boxes that are missing
-    and areas that are missing or impossible are the masks'; categories without names have numbers.
-    Warnings count what is left out, and boxes that are not around their masks.
+    Sizes of images that are missing are their files'; boxes that are missing and areas that are
+    missing or impossible are the masks'; categories without names have numbers.
     """
 
     def __init__(self, root: str, split: str, transform: Callable):
@@ -83,7 +82,7 @@ def load_objects(path: str, text: bytes) -> tuple[torch.Tensor, dict]:
                          f"{' x '.join(map(str, known['size']))}")
     masks = np.zeros((len(known["masks"]), height, width), np.uint8)
     for mask, outline in zip(masks, known["masks"]):
-        mask[:] = object_mask(outline, height, width)
+        mask[:] = extra("pycocotools.mask").decode(encoded(outline, height, width))
     labels = torch.tensor(known["labels"], dtype=torch.long)
     return pixels, dict(labels=labels, id=known["id"], masks=torch.from_numpy(masks))
 
@@ -249,17 +248,14 @@ def drawable(item: dict, height: int, width: int) -> tuple[list | dict, list, bo
     box = plain(item.get("bbox")) or []
     if box and not (are_near(box) and len(box) == 4 and min(box[2:]) >= 0):
         raise ValueError("without a proper box")
-    outline = plain(item.get("segmentation"))
-    partly = False
-    if isinstance(outline, dict):
-        outline = sound_runs(outline, height, width)
-    elif isinstance(outline, list):
-        given = outline
-        outline = [polygon for polygon in given if is_polygon(polygon)]
-        partly = len(outline) < len(given)
-    if not isinstance(outline, list | dict) or not outline:
+    given = plain(item.get("segmentation"))
+    if isinstance(given, dict):
+        outline = given = sound_runs(given, height, width)
+    else:
+        outline = list(filter(is_polygon, given if isinstance(given, list) else []))
+    if not outline:
         raise ValueError("without a polygon of three points")
-    return outline, box or box_around(outline, height, width), partly
+    return outline, box or box_around(outline, height, width), len(outline) < len(given)
 
 
 def is_polygon(coordinates) -> bool:
@@ -276,17 +272,17 @@ def are_near(coordinates) -> bool:
 
 
 def sound_runs(outline: dict, height: int, width: int) -> dict:
-    """A run-length encoding, packed or not, as numbers."""
-    packed = outline.get("counts")
+    """A run-length encoding, packed or not -> not packed, as numbers."""
+    given = outline.get("counts")
     runs = []
-    if isinstance(packed, str):
-        runs = run_lengths(packed)
-    elif isinstance(packed, list):
-        runs = packed = [plain(run) for run in packed]
+    if isinstance(given, str):
+        runs = run_lengths(given)
+    elif isinstance(given, list):
+        runs = [plain(run) for run in given]
     whole = all(type(run) is int and run >= 0 for run in runs)
     if plain(outline.get("size")) != [height, width] or not whole or sum(runs) != height * width:
         raise ValueError("whose mask is not of their image's size")
-    return dict(size=[height, width], counts=packed)
+    return dict(size=[height, width], counts=runs)
 
 
 def run_lengths(text: str) -> list[int]:
@@ -314,19 +310,11 @@ def run_lengths(text: str) -> list[int]:
 
 # ---- Masks and boxes -----------------------------------------------------------------------------
 
-def object_mask(outline: list | dict, height: int, width: int) -> np.ndarray:
-    """COCO's polygons, or a run-length encoding, packed or not -> mask (height width) uint8."""
-    return extra("pycocotools.mask").decode(encoded(outline, height, width))
-
-
 def encoded(outline: list | dict, height: int, width: int) -> dict:
-    """As object_mask -> the packed encoding."""
+    """Polygons, or a run-length encoding -> its packed form."""
     rle = extra("pycocotools.mask")
-    if isinstance(outline, list):
-        return rle.merge(rle.frPyObjects(outline, height, width))
-    if isinstance(outline["counts"], list):
-        return rle.frPyObjects(outline, height, width)
-    return outline
+    found = rle.frPyObjects(outline, height, width)
+    return rle.merge(found) if isinstance(outline, list) else found
 
 
 def edges_of(outline: list | dict) -> list:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .huggingface import Rows, find_split
-from .images import EXTENSIONS, ImageFolder, load_rgb
+from .images import EXTENSIONS, ImageFolder, each_file, load_rgb
 from .loading import Files, extra, first_few
 from .shards import Shards, find_shards
 from .survey import Finder, one_error, order_labels
@@ -30,7 +30,7 @@ def open_split(root: str, split: str, transform: Callable | None,
     if kind == "hfds":
         return Rows(place, split, transform, classes)
     folder = os.path.join(place, split)
-    if split == "val" and is_flat(folder):
+    if split == "val" and os.path.isdir(folder) and not Finder(folder, ()).folders(folder):
         return flat_validation(root, folder, transform, classes)
     return ImageFolder(place, split, transform, classes)
 
@@ -50,27 +50,24 @@ def class_order(root: str, names: Sequence[str], outputs: int) -> tuple[list[str
     ImageNet's folders n01440764 ... are sorted, and so is the output of models of ImageNet. Numbers
     are sorted as numbers. Shards and data sets of Hugging Face number their classes.
     """
+    unnamed = "the weights do not name their classes"
     if kind_of(root)[0]:
-        return list(names), ("the weights do not name their classes: those of the data are taken "
-                             f"as it numbers them, {first_few(names)}")
+        return list(names), (f"{unnamed}: those of the data are taken as it numbers them, "
+                             f"{first_few(names)}")
     if all(name.isdecimal() for name in names):
-        numbers = [int(name) for name in names]
-        if len(set(numbers)) < len(numbers):
-            raise ValueError(f"folders of the same number: {first_few(sorted(names, key=int))}; "
-                             "the weights do not say which class is which")
         order = sorted(names, key=int)
-        return order, (f"the weights do not name their classes: the folders {order[0]} to "
-                       f"{order[-1]} are taken in the order of their numbers, not of their names")
+        if len(set(map(int, names))) < len(names):
+            raise ValueError(f"folders of the same number: {first_few(order)}; {unnamed}")
+        return order, (f"{unnamed}: the folders {order[0]} to {order[-1]} are taken in the order "
+                       "of their numbers, not of their names")
     if outputs != 1000 or len(names) != 1000:
-        return sorted(names), ("the weights do not name their classes: the folders are taken in "
-                               f"alphabetical order, {first_few(sorted(names))}")
+        order = sorted(names)
+        return order, f"{unnamed}: the folders are taken in alphabetical order, {first_few(order)}"
     known = extra("timm.data").ImageNetInfo().label_names()
-    unknown = sorted(set(names) - set(known))
-    if unknown:
-        raise ValueError(
-            f"the weights do not name their 1,000 classes, which are ImageNet's if the folders are "
-            f"{known[0]} to {known[-1]}, or their numbers 0 to 999. Neither are "
-            f"{first_few(unknown)}: rename the folders")
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"{unnamed}, which are ImageNet's if the folders are {known[0]} to "
+                         f"{known[-1]}, or their numbers 0 to 999. Neither are "
+                         f"{first_few(unknown)}: rename the folders")
     return known, ""
 
 
@@ -87,18 +84,10 @@ def kind_of(root: str) -> tuple[str, str]:
 
 # ---- ILSVRC's validation images ------------------------------------------------------------------
 
-def is_flat(folder: str) -> bool:
-    """Are there images in the folder, and no folders?"""
-    finder = Finder(folder, EXTENSIONS)
-    return os.path.isdir(folder) and not finder.folders(folder) and bool(finder.find(folder))
-
-
 def flat_validation(root: str, folder: str, transform: Callable | None,
                     classes: list[str] | None = None) -> Files:
     """The images in `folder`; root: where the ground truth is; classes: as for ImageFolder."""
-    finder = Finder(folder, EXTENSIONS)
-    paths = finder.find(folder)
-    finder.report(folder)
+    paths = list(each_file([folder], EXTENSIONS))
     names = ground_truth(root, folder, paths)
     found = sorted(set(names))
     place = {name: label for label, name in enumerate(found)}

@@ -142,13 +142,11 @@ def labels_of_wells(platemap: str, metadata: str) -> tuple[dict, list[str], dict
 # ---- Tables --------------------------------------------------------------------------------------
 
 def read_table(path: str, *wanted: str) -> list[list[str | None]]:
-    """The columns `wanted`, or of one sequence of names, of the table at `path` (as for fetch).
+    """The columns `wanted` of the table at `path` (as for fetch).
 
     Parquet or text (tabs, semicolons or commas), perhaps packed by gzip. "a|b" means a if the table
     has it, else b. None where there is nothing, or NaN.
     """
-    if len(wanted) == 1 and not isinstance(wanted[0], str):
-        wanted, = wanted
     content = fetch(path)
     with one_error(f"{path}: neither a Parquet nor a text table"):
         if content.startswith(b"\x1f\x8b"):

@@ -65,13 +65,13 @@ class Finder:
     def folders(self, folder: str) -> list[str]:
         """The sorted names of the folders in `folder`; find() enters them, but no link to them."""
         return sorted(entry.name for entry in entries(folder)
-                      if self.is_folder(entry) and self.enter(entry))
+                      if is_folder(entry) and self.enter(entry))
 
     def find(self, folder: str) -> list[str]:
         """Sorted paths of the files in `folder` and below."""
         paths = []
         for entry in entries(folder):           # knows folder from file: no stat per file (1.28 M)
-            if self.is_folder(entry):
+            if is_folder(entry):
                 if self.enter(entry):
                     paths += self.find(entry.path)
             elif entry.name.lower().endswith(self.extensions):
@@ -80,12 +80,6 @@ class Finder:
                 suffix = os.path.splitext(entry.name)[1].lower()
                 self.others[suffix or "without ending"] += 1
         return sorted(paths)
-
-    def is_folder(self, entry: os.DirEntry) -> bool:
-        try:
-            return entry.is_dir()
-        except OSError:                         # a link to itself
-            return False
 
     def enter(self, entry: os.DirEntry) -> bool:
         """Is this folder to be entered? Not twice, and not where a link leads up."""
@@ -115,6 +109,11 @@ class Finder:
         if self.links:
             warnings.warn(f"{where}: not read are folders that are read elsewhere: "
                           f"{first_few(self.links)}")
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """entry.is_dir() alone fails at a link to itself."""
+    return os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
 
 
 def entries(folder: str) -> list[os.DirEntry]:
