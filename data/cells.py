@@ -79,20 +79,16 @@ def load_file(path: str, planes: Mapping[str, int] | None) -> np.ndarray:
     if image.ndim != 3 or 0 in image.shape or image.dtype.kind not in "buif":
         raise ValueError("expected real numbers of shape (channels, height, width), got "
                          f"{image.dtype} of shape {image.shape}")
-    if channels_come_last(image.shape):
+    height, width, last = image.shape
+    large = min(height, width)
+    # A small axis behind large ones, which are equal or far larger: it is that of the channels.
+    if large >= 16 and last < large and (height == width or 4 * last <= large):
         raise ValueError(f"shape {image.shape}: channels come first here, and seem to come last. "
                          "Convert it once: numpy.save(path, numpy.moveaxis(image, -1, 0))")
     if image.dtype.kind == "f" and not np.isfinite(image).all():
         bad = np.count_nonzero(~np.isfinite(image))
         raise ValueError(f"{bad} of {image.size} pixels are NaN or infinite")
     return image
-
-
-def channels_come_last(shape: tuple[int, int, int]) -> bool:
-    """Is the last axis small, and are the others large, and equal or far larger?"""
-    *sides, last = shape
-    large = min(sides)
-    return large >= 16 and last < large and (sides[0] == sides[1] or 4 * last <= large)
 
 
 def parse_npy(content: bytes) -> np.ndarray:

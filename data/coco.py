@@ -31,8 +31,6 @@ class Coco(DenseFiles):
     As DenseFiles, of what load_objects gives. .classes: the categories' names in the order of their
     ids, .category_ids: those ids. val: .coco has crowds too. train leaves out crowds, objects
     smaller than a pixel, images without any object.
-    Sizes of images that are missing are their files'; boxes that are missing and areas that are
-    missing or impossible are the masks'; categories without names have numbers.
     """
 
     def __init__(self, root: str, split: str, transform: Callable):
@@ -44,7 +42,9 @@ class Coco(DenseFiles):
             text = file.read()
         with one_error(f"{path}: no annotations of COCO's layout"):
             content = json.loads(text)
-            categories = categories_of(content)
+            categories = dict(sorted(by_id(content["categories"], "categories").items()))
+            for number, category in categories.items():
+                category["name"] = str(category.get("name") or number)
             images, unsized = images_of(content, folder)
             found, truth, notes = sort_objects(content, images, list(categories), split == "train")
             self.category_ids = list(categories)
@@ -70,10 +70,8 @@ class Coco(DenseFiles):
 
 
 def load_objects(path: str, text: bytes) -> tuple[torch.Tensor, dict]:
-    """An image, and its objects as Coco notes them -> pixels, objects as for DetectionTransform.
-
-    An image that the camera turned is as the noted size is.
-    """
+    """An image, turned as its noted size is, and what Coco notes of it -> pixels, objects as for
+    DetectionTransform."""
     known = json.loads(text)
     pixels = to_pixels(load_rgb(path, upright=False, size=known["size"]))
     height, width = pixels.shape[1:]
@@ -116,14 +114,6 @@ def id_of(value, what: str) -> int | str:
     raise ValueError(f"{what} is {value!r}, which is no id")
 
 
-def is_crowd(value) -> int:
-    """iscrowd of an object, 0 or 1."""
-    said = plain(str(value or 0).lower())               # "True" is no JSON, "true" is
-    if said not in (0, 1):
-        raise ValueError(f"iscrowd is {value!r}, and should be 0 or 1")
-    return int(said)
-
-
 def by_id(items: list[dict], kind: str) -> dict:
     """{id: item with that id}, in the order of the items."""
     known = {}
@@ -133,12 +123,6 @@ def by_id(items: list[dict], kind: str) -> dict:
             raise ValueError(f"the id {number} belongs to more than one of the {kind}")
         known[number] = item | dict(id=number)
     return known
-
-
-def categories_of(content: dict) -> dict:
-    """{id: category with a name}, in the order of the ids."""
-    known = sorted(by_id(content["categories"], "categories").items())
-    return {number: item | dict(name=str(item.get("name") or number)) for number, item in known}
 
 
 def images_of(content: dict, folder: str) -> tuple[dict, list[str]]:
@@ -167,8 +151,7 @@ def sort_objects(content: dict, images: dict, category_ids: list, train: bool
     """The content of an annotation file -> images to learn from, objects to measure by, notes.
 
     The images are filled, but for crowds and objects smaller than a pixel; the objects are as in
-    the file, none in training. Neither has what cannot be drawn. The notes say what was left out,
-    and what is odd.
+    the file, none in training. Neither has what cannot be drawn.
     """
     label_of = {number: label for label, number in enumerate(category_ids)}
     truth = []
@@ -182,7 +165,9 @@ def sort_objects(content: dict, images: dict, category_ids: list, train: bool
             raise ValueError(f"an object is of category {category} in image {number}, and there is "
                              "no such category or image")
         image = images[number]
-        crowd = is_crowd(item.get("iscrowd"))
+        crowd = plain(str(item.get("iscrowd") or 0).lower())    # "True" is no JSON, "true" is
+        if crowd not in (0, 1):
+            raise ValueError(f"iscrowd is {item['iscrowd']!r}, and should be 0 or 1")
         try:
             outline, box, partly = drawable(item, *image["size"])
         except ValueError as error:
@@ -195,7 +180,7 @@ def sort_objects(content: dict, images: dict, category_ids: list, train: bool
             if type(area) not in (int, float) or not 0 < area < math.inf:
                 area = float(extra("pycocotools.mask").area(encoded(outline, *image["size"])))
             truth.append(item | dict(id=len(truth) + 1, image_id=number, category_id=category,
-                                     iscrowd=crowd, bbox=box, segmentation=outline, area=area))
+                                     iscrowd=int(crowd), bbox=box, segmentation=outline, area=area))
         if crowd:
             unlearnt["objects in a crowd"] += 1
         elif min(box[2:]) < 1:

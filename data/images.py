@@ -100,8 +100,6 @@ class ImageFolder(Files):
     classes: the class names in the order of the labels, by default the sorted folder names. Give
     the training split's `.classes` to the validation split, or a missing folder would shift the
     meaning of its labels in silence.
-    Each folder is read once, whatever links lead to it; hidden files and those of file servers
-    (Thumbs.db, @eaDir, __MACOSX ...) are passed over, a warning counts all others.
     """
 
     def __init__(self, root: str, split: str, transform: Callable | None,

@@ -95,10 +95,8 @@ class BatchSampler(Sampler):
         if self.train:
             key = stable_hash(self.seed, epoch) >> 64   # seed + epoch would repeat seed 0's orders
             order = torch.randperm(self.n, generator=torch.Generator().manual_seed(key))
-        for i in range(self.skip, len(self)):
-            whole_batch = order[i * self.global_size:(i + 1) * self.global_size]
-            indices = whole_batch[self.rank::self.world_size].tolist()
-            yield [(epoch, index) for index in indices]
+        for batch in order.split(self.global_size)[self.skip:len(self)]:
+            yield [(epoch, index) for index in batch[self.rank::self.world_size].tolist()]
 
 
 class Seeded(Dataset):

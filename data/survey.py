@@ -3,7 +3,8 @@ A look at a data set as a whole, before anything is learnt from it. It takes sec
 
 A single bad file is found when it is read (loading.py). Here is what only shows in the whole:
 files that no reader takes, folders that links lead to twice, one class, labels that name nothing.
-What cannot be meant is refused, what may be meant is counted and named in a warning.
+What cannot be meant is refused, by ValueError or FileNotFoundError; what may be meant is counted
+and named in a warning.
 """
 
 import collections
@@ -193,9 +194,7 @@ def spread(paths: Sequence, count: int = LOOKED_AT) -> list:
 def report_turned(where: str, paths: Iterable[str], sized: bool = True) -> None:
     """Warns of photographs whose labels may be of the picture as stored, or as seen.
 
-    sized: labels have a size, which tells the two apart where the picture is no square and lies on
-    its side.
-    """
+    sized: labels have a size, which tells the two apart, but for squares and half turns."""
     looked_at = spread(list(paths))
     unclear = [path for path in looked_at if may_be_turned(path, sized)]
     if unclear:

@@ -35,8 +35,7 @@ def parse_tiff(content: bytes, name: str = "", planes: Mapping[str, int] | None 
     """The TIFF `content` -> (channels h w), of the type that is stored.
 
     Channels are the channels of an ImageJ or OME description, the samples of a pixel, or else the
-    pages. planes: which slice, time point or series to take, {"z": 2, "t": 0, "series": 1}, where
-    a file has several.
+    pages. planes: which slice, time point or series to take, as {"z": 2, "t": 0, "series": 1}.
     name: the file's, by which an OME description may speak of it.
     """
     extra("imagecodecs")
