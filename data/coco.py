@@ -47,13 +47,13 @@ class Coco(DenseFiles):
                 category["name"] = str(category.get("name") or number)
             images, unsized = images_of(content, folder)
             found, truth, notes = sort_objects(content, images, list(categories), split == "train")
+            files = [os.path.join(folder, image["file"]) for image in found]
             self.category_ids = list(categories)
             if split == "val":
                 sizes = [dict(id=image["id"], height=image["size"][0], width=image["size"][1])
                          for image in found]
                 self.coco = as_coco(dict(annotations=truth, images=sizes,
                                          categories=list(categories.values())))
-        files = [os.path.join(folder, image["file"]) for image in found]
         looked_at = spread(files)
         if not any(map(os.path.exists, looked_at)):
             raise FileNotFoundError(f"{looked_at[0]}: not found, nor any other of the "
@@ -132,8 +132,6 @@ def images_of(content: dict, folder: str) -> tuple[dict, list[str]]:
     unsized = []
     for number, image in by_id(content["images"], "images").items():
         name = image["file_name"]
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"the file_name of image {number} is {name!r}, and no name")
         height, width = (plain(image.get(side)) for side in ("height", "width"))
         if not all(type(length) is int and 0 < length < FAR for length in (height, width)):
             unsized.append(os.path.join(folder, name))

@@ -185,9 +185,9 @@ def order_labels(labels: Sequence[int], names: list[str] | None, classes: list[s
 
 # ---- Photographs that the camera turned ----------------------------------------------------------
 
-def spread(paths: Sequence, count: int = LOOKED_AT) -> list:
-    """At most `count` of the paths, evenly spread over them, in their order."""
-    chosen = np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int)
+def spread(paths: Sequence) -> list:
+    """At most LOOKED_AT of the paths, evenly spread over them, in their order."""
+    chosen = np.linspace(0, len(paths) - 1, min(LOOKED_AT, len(paths))).round().astype(int)
     return [paths[i] for i in chosen]
 
 
