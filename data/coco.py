@@ -38,10 +38,8 @@ class Coco(DenseFiles):
         path = os.path.join(root, "annotations", f"instances_{split}2017.json")
         require(folder, path, hint=f"not found. Expected {root}/{{train,val}}2017/*.jpg and "
                                    f"{root}/annotations/instances_{{train,val}}2017.json")
-        with open(path, "rb") as file:
-            text = file.read()
-        with one_error(f"{path}: no annotations of COCO's layout"):
-            content = json.loads(text)
+        with one_error(f"{path}: no annotations of COCO's layout"), open(path, "rb") as file:
+            content = json.load(file)
             categories = dict(sorted(by_id(content["categories"], "categories").items()))
             for number, category in categories.items():
                 category["name"] = str(category.get("name") or number)
@@ -198,10 +196,9 @@ def sort_objects(content: dict, images: dict, category_ids: list, train: bool
         found = list(images.values())
     notes = []
     if wrong := boxes["beside"] + boxes["corners"]:
-        notes.append(
-            f"the box of {wrong:,} of {boxes.total():,} objects is not around their mask. Boxes "
-            f"are learnt from masks, and measured by what the file says. {boxes['corners']:,} "
-            "would be, if they were two corners, x, y, X, Y: COCO's are x, y, width, height")
+        notes.append(f"the box of {wrong:,} of {boxes.total():,} objects is not around their mask, "
+                     f"by which they are learnt. {boxes['corners']:,} would be, if they were two "
+                     "corners, x, y, X, Y: COCO's are x, y, width, height")
     if left_out := list_of(reasons):
         notes.append(f"left out {left_out}")
     return found, truth, notes

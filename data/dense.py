@@ -241,10 +241,9 @@ def load_labels(classes: int, path: str, label_path: str) -> tuple[torch.Tensor,
     """
     labels = read_map(label_path)
     pixels = to_pixels(load_rgb(path, upright=False, size=labels.shape[:2]))
-    height, width = pixels.shape[1:]
-    if labels.shape != (height, width):
+    if labels.shape != pixels.shape[1:]:
         raise ValueError(f"{label_path} is {' x '.join(map(str, labels.shape))} and not one number "
-                         f"for each of {height} x {width} pixels")
+                         f"for each of {' x '.join(map(str, pixels.shape[1:]))} pixels")
     if classes < IGNORE_INDEX:
         labels = np.where(labels == IGNORE_INDEX, 0, labels)
     if labels.max() > classes:
