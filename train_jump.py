@@ -192,12 +192,14 @@ def open_split(args, split: str, classes: list[str] | None = None) -> data.Files
     ValueError: they show other classes than a model knows."""
     if args.index:
         raw = data.JumpCP(args.index, args.platemap, args.metadata, split, np.asarray,
-                          args.images or "", args.split_by or "site", dict(args.planes or []))
+                          args.images or "", args.split_by or "site")
     elif args.data:
         raw = data.cell_folder(args.data, split, np.asarray, classes, args.pattern or "",
-                               args.split_by or "", dict(args.planes or []))
+                               args.split_by or "")
     else:
         raw = data.Cells(split, np.asarray, args.img_size)
+    if args.planes and (args.index or args.data):
+        raw.load = functools.partial(data.load_cells, planes=dict(args.planes))
     if classes and raw.classes != classes:
         raise ValueError(f"{raw.where}: {len(raw.classes)} classes "
                          f"({data.first_few(raw.classes)}), the model knows {len(classes)} "

@@ -11,13 +11,9 @@ The data of the experiments: readers of data sets, built-in data without downloa
     for images, labels in loader: ...                   # (b 3 224 224) float32, (b) int64
 
 loading.py has the loader, and how a run goes on with a bad file; survey.py a look at the whole
-before training; images.py ImageNet, also as it is kept by shards.py and huggingface.py, which
-layouts.py tells apart; cells.py and tiff.py microscopy, in folders by sites.py, of JUMP-CP by
-plates.py; listing.py what is to be embedded; dense.py transforms and ADE20K; coco.py COCO;
-builtin.py digits, drawn cells, scenes and pairs.
-
-A data set that cannot be meant is refused in one line, by ValueError or FileNotFoundError; what may
-be meant is counted in a warning. A file raises anything; Files skips, names and counts it.
+before training; images.py ImageNet, also as layouts.py finds it in tar shards and Parquet; cells.py
+and tiff.py microscopy, in folders by sites.py, of JUMP-CP by plates.py; dense.py transforms and
+ADE20K; coco.py COCO; builtin.py digits, drawn cells, scenes and pairs.
 """
 
 from .builtin import DIGITS_MEAN, DIGITS_STD, Cells, Digits, Pairs, Scenes, digit_transform
@@ -29,7 +25,7 @@ from .cells import (
     load_cells,
     take_channels,
 )
-from .coco import Coco, object_mask
+from .coco import Coco
 from .dense import (
     ADE20K,
     IGNORE_INDEX,
@@ -50,8 +46,16 @@ from .images import (
     load_rgb,
 )
 from .layouts import class_order, has_split, open_split
-from .listing import list_built_in, list_folder, pick, well_columns
 from .loading import BadDataError, Files, Seeded, extra, first_few, make_loader
 from .plates import JUMP_CHANNELS, JUMP_MEAN, JUMP_STD, JumpCP, list_index, read_table
-from .sites import cell_folder, group_sites, list_cells, named_by_channel
+from .sites import (
+    cell_folder,
+    group_sites,
+    list_built_in,
+    list_cells,
+    list_folder,
+    named_by_channel,
+    pick,
+    well_columns,
+)
 from .survey import require_classes

@@ -27,7 +27,6 @@ class Digits(Dataset):
 
     Item i is ((3 img_size img_size) float32, label): bicubic, normalised; train: under a random
     affine map drawn from torch's global generator.
-    .classes: '0'..'9'; .labels: list of the items' labels.
     """
 
     def __init__(self, train: bool, img_size: int = 32):

@@ -79,21 +79,16 @@ def load_file(path: str, planes: Mapping[str, int] | None) -> np.ndarray:
     if image.ndim != 3 or 0 in image.shape or image.dtype.kind not in "buif":
         raise ValueError("expected real numbers of shape (channels, height, width), got "
                          f"{image.dtype} of shape {image.shape}")
-    if channels_come_last(image.shape):
+    height, width, last = image.shape
+    large = min(height, width)
+    # A small axis behind large ones, which are equal or far larger: it is that of the channels.
+    if large >= 16 and last < large and (height == width or 4 * last <= large):
         raise ValueError(f"shape {image.shape}: channels come first here, and seem to come last. "
                          "Convert it once: numpy.save(path, numpy.moveaxis(image, -1, 0))")
     if image.dtype.kind == "f" and not np.isfinite(image).all():
         bad = np.count_nonzero(~np.isfinite(image))
         raise ValueError(f"{bad} of {image.size} pixels are NaN or infinite")
     return image
-
-
-def channels_come_last(shape: tuple[int, int, int]) -> bool:
-    """Is it (h w channels)? The last axis is small, the others are large, and equal or far larger.
-    """
-    *sides, last = shape
-    large = min(sides)
-    return large >= 16 and last < large and (sides[0] == sides[1] or 4 * last <= large)
 
 
 def parse_npy(content: bytes) -> np.ndarray:
@@ -157,25 +152,21 @@ def channel_statistics(files: Files, count: int, limit: int | None = None
     """
     load = functools.partial(take_channels, files.load, count, list(range(count)))
     chosen = np.linspace(0, len(files) - 1, min(limit or len(files), len(files))).astype(int)
-    images = Files([files.samples[i] for i in chosen], files.classes, load, sums_of_pixels,
+    images = Files([files.samples[i] for i in chosen], files.classes, load, np.asarray,
                    files.where)
-    total = np.zeros((3, count))
+    pixels = 0
+    total = np.zeros((2, count))
     for i in tqdm(range(len(images)), "mean and deviation", disable=None):
         if item := images[i]:
-            total += item[0]
-    pixels, first, second = total                           # (count) each
-    if not pixels.all():
+            x = item[0].reshape(count, -1).astype(np.float64)
+            pixels += x.shape[1]
+            total += x.sum(1), np.square(x).sum(1)
+    if not pixels:
         raise ValueError(f"none of {len(images)} images in {files.where} can be read")
-    mean = first / pixels
-    variance = second / pixels - mean ** 2
+    mean, square = total / pixels                           # (count) each
+    variance = square - mean ** 2
     variance[variance < 1e-12 * mean ** 2] = 0              # a constant, but for rounding
     return mean.tolist(), np.sqrt(variance).tolist()
-
-
-def sums_of_pixels(image: np.ndarray) -> np.ndarray:
-    """(channels h w) -> (3 channels) float64: number of pixels, their sum, the sum of squares."""
-    x = image.reshape(len(image), -1).astype(np.float64)
-    return np.stack([np.full(len(x), x.shape[1], np.float64), x.sum(1), np.square(x).sum(1)])
 
 
 # ---- Augmentation --------------------------------------------------------------------------------

@@ -31,9 +31,6 @@ class Coco(DenseFiles):
     As DenseFiles, of what load_objects gives. .classes: the categories' names in the order of their
     ids, .category_ids: those ids. val: .coco has crowds too. train leaves out crowds, objects
     smaller than a pixel, images without any object.
-    Numbers may be text. Sizes of images that are missing are their files'; boxes that are missing
-    and areas that are missing or impossible are the masks'; categories without names have numbers.
-    Warnings count what is left out, and boxes that are not around their masks.
     """
 
     def __init__(self, root: str, split: str, transform: Callable):
@@ -41,20 +38,20 @@ class Coco(DenseFiles):
         path = os.path.join(root, "annotations", f"instances_{split}2017.json")
         require(folder, path, hint=f"not found. Expected {root}/{{train,val}}2017/*.jpg and "
                                    f"{root}/annotations/instances_{{train,val}}2017.json")
-        with open(path, "rb") as file:
-            text = file.read()
-        with one_error(f"{path}: no annotations of COCO's layout"):
-            content = json.loads(text)
-            categories = categories_of(content)
+        with one_error(f"{path}: no annotations of COCO's layout"), open(path, "rb") as file:
+            content = json.load(file)
+            categories = dict(sorted(by_id(content["categories"], "categories").items()))
+            for number, category in categories.items():
+                category["name"] = str(category.get("name") or number)
             images, unsized = images_of(content, folder)
             found, truth, notes = sort_objects(content, images, list(categories), split == "train")
+            files = [os.path.join(folder, image["file"]) for image in found]
             self.category_ids = list(categories)
             if split == "val":
                 sizes = [dict(id=image["id"], height=image["size"][0], width=image["size"][1])
                          for image in found]
                 self.coco = as_coco(dict(annotations=truth, images=sizes,
                                          categories=list(categories.values())))
-        files = [os.path.join(folder, image["file"]) for image in found]
         looked_at = spread(files)
         if not any(map(os.path.exists, looked_at)):
             raise FileNotFoundError(f"{looked_at[0]}: not found, nor any other of the "
@@ -71,10 +68,8 @@ class Coco(DenseFiles):
 
 
 def load_objects(path: str, text: bytes) -> tuple[torch.Tensor, dict]:
-    """An image, and its objects as Coco notes them -> pixels, objects as for DetectionTransform.
-
-    An image that the camera turned is as the noted size is.
-    """
+    """An image, turned as its noted size is, and what Coco notes of it -> pixels, objects as for
+    DetectionTransform."""
     known = json.loads(text)
     pixels = to_pixels(load_rgb(path, upright=False, size=known["size"]))
     height, width = pixels.shape[1:]
@@ -83,7 +78,7 @@ def load_objects(path: str, text: bytes) -> tuple[torch.Tensor, dict]:
                          f"{' x '.join(map(str, known['size']))}")
     masks = np.zeros((len(known["masks"]), height, width), np.uint8)
     for mask, outline in zip(masks, known["masks"]):
-        mask[:] = object_mask(outline, height, width)
+        mask[:] = extra("pycocotools.mask").decode(encoded(outline, height, width))
     labels = torch.tensor(known["labels"], dtype=torch.long)
     return pixels, dict(labels=labels, id=known["id"], masks=torch.from_numpy(masks))
 
@@ -117,14 +112,6 @@ def id_of(value, what: str) -> int | str:
     raise ValueError(f"{what} is {value!r}, which is no id")
 
 
-def is_crowd(value) -> int:
-    """iscrowd of an object, 0 or 1."""
-    said = plain(str(value or 0).lower())               # "True" is no JSON, "true" is
-    if said not in (0, 1):
-        raise ValueError(f"iscrowd is {value!r}, and should be 0 or 1")
-    return int(said)
-
-
 def by_id(items: list[dict], kind: str) -> dict:
     """{id: item with that id}, in the order of the items."""
     known = {}
@@ -136,12 +123,6 @@ def by_id(items: list[dict], kind: str) -> dict:
     return known
 
 
-def categories_of(content: dict) -> dict:
-    """{id: category with a name}, in the order of the ids."""
-    known = sorted(by_id(content["categories"], "categories").items())
-    return {number: item | dict(name=str(item.get("name") or number)) for number, item in known}
-
-
 def images_of(content: dict, folder: str) -> tuple[dict, list[str]]:
     """{id: dict(id, file, size, labels, masks)} without any object yet, and the files of those that
     had no size: it is theirs. A size of 0 x 0: the file cannot be opened. It is a bad file."""
@@ -149,8 +130,6 @@ def images_of(content: dict, folder: str) -> tuple[dict, list[str]]:
     unsized = []
     for number, image in by_id(content["images"], "images").items():
         name = image["file_name"]
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"the file_name of image {number} is {name!r}, and no name")
         height, width = (plain(image.get(side)) for side in ("height", "width"))
         if not all(type(length) is int and 0 < length < FAR for length in (height, width)):
             unsized.append(os.path.join(folder, name))
@@ -168,8 +147,7 @@ def sort_objects(content: dict, images: dict, category_ids: list, train: bool
     """The content of an annotation file -> images to learn from, objects to measure by, notes.
 
     The images are filled, but for crowds and objects smaller than a pixel; the objects are as in
-    the file, none in training. Neither has what cannot be drawn. The notes say what was left out,
-    and what is odd.
+    the file, none in training. Neither has what cannot be drawn.
     """
     label_of = {number: label for label, number in enumerate(category_ids)}
     truth = []
@@ -183,7 +161,9 @@ def sort_objects(content: dict, images: dict, category_ids: list, train: bool
             raise ValueError(f"an object is of category {category} in image {number}, and there is "
                              "no such category or image")
         image = images[number]
-        crowd = is_crowd(item.get("iscrowd"))
+        crowd = plain(str(item.get("iscrowd") or 0).lower())    # "True" is no JSON, "true" is
+        if crowd not in (0, 1):
+            raise ValueError(f"iscrowd is {item['iscrowd']!r}, and should be 0 or 1")
         try:
             outline, box, partly = drawable(item, *image["size"])
         except ValueError as error:
@@ -196,7 +176,7 @@ def sort_objects(content: dict, images: dict, category_ids: list, train: bool
             if type(area) not in (int, float) or not 0 < area < math.inf:
                 area = float(extra("pycocotools.mask").area(encoded(outline, *image["size"])))
             truth.append(item | dict(id=len(truth) + 1, image_id=number, category_id=category,
-                                     iscrowd=crowd, bbox=box, segmentation=outline, area=area))
+                                     iscrowd=int(crowd), bbox=box, segmentation=outline, area=area))
         if crowd:
             unlearnt["objects in a crowd"] += 1
         elif min(box[2:]) < 1:
@@ -216,10 +196,9 @@ def sort_objects(content: dict, images: dict, category_ids: list, train: bool
         found = list(images.values())
     notes = []
     if wrong := boxes["beside"] + boxes["corners"]:
-        notes.append(
-            f"the box of {wrong:,} of {boxes.total():,} objects is not around their mask. Boxes "
-            f"are learnt from masks, and measured by what the file says. {boxes['corners']:,} "
-            "would be, if they were two corners, x, y, X, Y: COCO's are x, y, width, height")
+        notes.append(f"the box of {wrong:,} of {boxes.total():,} objects is not around their mask, "
+                     f"by which they are learnt. {boxes['corners']:,} would be, if they were two "
+                     "corners, x, y, X, Y: COCO's are x, y, width, height")
     if left_out := list_of(reasons):
         notes.append(f"left out {left_out}")
     return found, truth, notes
@@ -249,17 +228,14 @@ def drawable(item: dict, height: int, width: int) -> tuple[list | dict, list, bo
     box = plain(item.get("bbox")) or []
     if box and not (are_near(box) and len(box) == 4 and min(box[2:]) >= 0):
         raise ValueError("without a proper box")
-    outline = plain(item.get("segmentation"))
-    partly = False
-    if isinstance(outline, dict):
-        outline = sound_runs(outline, height, width)
-    elif isinstance(outline, list):
-        given = outline
-        outline = [polygon for polygon in given if is_polygon(polygon)]
-        partly = len(outline) < len(given)
-    if not isinstance(outline, list | dict) or not outline:
+    given = plain(item.get("segmentation"))
+    if isinstance(given, dict):
+        outline = given = sound_runs(given, height, width)
+    else:
+        outline = list(filter(is_polygon, given if isinstance(given, list) else []))
+    if not outline:
         raise ValueError("without a polygon of three points")
-    return outline, box or box_around(outline, height, width), partly
+    return outline, box or box_around(outline, height, width), len(outline) < len(given)
 
 
 def is_polygon(coordinates) -> bool:
@@ -276,17 +252,17 @@ def are_near(coordinates) -> bool:
 
 
 def sound_runs(outline: dict, height: int, width: int) -> dict:
-    """A run-length encoding, packed or not, as numbers."""
-    packed = outline.get("counts")
+    """A run-length encoding, packed or not -> not packed, as numbers."""
+    given = outline.get("counts")
     runs = []
-    if isinstance(packed, str):
-        runs = run_lengths(packed)
-    elif isinstance(packed, list):
-        runs = packed = [plain(run) for run in packed]
+    if isinstance(given, str):
+        runs = run_lengths(given)
+    elif isinstance(given, list):
+        runs = [plain(run) for run in given]
     whole = all(type(run) is int and run >= 0 for run in runs)
     if plain(outline.get("size")) != [height, width] or not whole or sum(runs) != height * width:
         raise ValueError("whose mask is not of their image's size")
-    return dict(size=[height, width], counts=packed)
+    return dict(size=[height, width], counts=runs)
 
 
 def run_lengths(text: str) -> list[int]:
@@ -314,19 +290,11 @@ def run_lengths(text: str) -> list[int]:
 
 # ---- Masks and boxes -----------------------------------------------------------------------------
 
-def object_mask(outline: list | dict, height: int, width: int) -> np.ndarray:
-    """COCO's polygons, or a run-length encoding, packed or not -> mask (height width) uint8."""
-    return extra("pycocotools.mask").decode(encoded(outline, height, width))
-
-
 def encoded(outline: list | dict, height: int, width: int) -> dict:
-    """As object_mask -> the packed encoding."""
+    """Polygons, or a run-length encoding -> its packed form."""
     rle = extra("pycocotools.mask")
-    if isinstance(outline, list):
-        return rle.merge(rle.frPyObjects(outline, height, width))
-    if isinstance(outline["counts"], list):
-        return rle.frPyObjects(outline, height, width)
-    return outline
+    found = rle.frPyObjects(outline, height, width)
+    return rle.merge(found) if isinstance(outline, list) else found
 
 
 def edges_of(outline: list | dict) -> list:

@@ -76,10 +76,7 @@ def crop_and_flip(pixels: torch.Tensor, masks: torch.Tensor, window: tuple, new:
                   train: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The window of (3 h w) and its masks (m h w), resized; train: mirrored half of the time."""
     pixels = resized_crop(pixels, window, new)
-    if len(masks):
-        masks = resized_crop(masks, window, new, nearest=True)
-    else:
-        masks = masks.new_zeros(0, *new)
+    masks = resized_crop(masks, window, new, nearest=True)
     if train and torch.rand(()) < 0.5:
         return pixels.flip(2), masks.flip(2)
     return pixels, masks
@@ -193,8 +190,7 @@ class ADE20K(DenseFiles):
     """ROOT/images/{training,validation}/*.jpg with ROOT/annotations/{training,validation}/*.png.
 
     As DenseFiles, of what load_labels gives. An image without its map, or a map without its image,
-    is a bad file. .classes: the last column of ROOT/objectInfo150.txt, which comes with the data
-    set; without it numbers, 150.
+    is a bad file. .classes: those of ROOT/objectInfo150.txt; without it numbers, 150.
     """
 
     def __init__(self, root: str, split: str, transform: Callable):
@@ -245,10 +241,9 @@ def load_labels(classes: int, path: str, label_path: str) -> tuple[torch.Tensor,
     """
     labels = read_map(label_path)
     pixels = to_pixels(load_rgb(path, upright=False, size=labels.shape[:2]))
-    height, width = pixels.shape[1:]
-    if labels.shape != (height, width):
+    if labels.shape != pixels.shape[1:]:
         raise ValueError(f"{label_path} is {' x '.join(map(str, labels.shape))} and not one number "
-                         f"for each of {height} x {width} pixels")
+                         f"for each of {' x '.join(map(str, pixels.shape[1:]))} pixels")
     if classes < IGNORE_INDEX:
         labels = np.where(labels == IGNORE_INDEX, 0, labels)
     if labels.max() > classes:
@@ -282,8 +277,7 @@ def paths_by_stem(folder: str, extensions: tuple[str, ...]) -> dict[str, str]:
 
 
 def names_of_classes(path: str) -> list[str]:
-    """The names in a table like ADE20K's objectInfo150.txt: number, more columns, "name, synonyms".
-    """
+    """Those of a table like ADE20K's objectInfo150.txt: number, more columns, "name, synonyms"."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         rows = [line.strip().split("\t") for line in file]
     rows = sorted((int(row[0]), row[-1]) for row in rows if row[0].isdecimal())     # no header

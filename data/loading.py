@@ -63,7 +63,6 @@ class BatchSampler(Sampler):
     comes once over all processes: nothing is padded, so the last batch of a process may be
     shorter or missing. Keep collective calls out of such a loop.
     len() counts this process's batches in the whole epoch, skipped or not.
-    ValueError: train, and there is not one whole batch.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int = 0, train: bool = True, rank: int = 0,
@@ -95,10 +94,8 @@ class BatchSampler(Sampler):
         if self.train:
             key = stable_hash(self.seed, epoch) >> 64   # seed + epoch would repeat seed 0's orders
             order = torch.randperm(self.n, generator=torch.Generator().manual_seed(key))
-        for i in range(self.skip, len(self)):
-            whole_batch = order[i * self.global_size:(i + 1) * self.global_size]
-            indices = whole_batch[self.rank::self.world_size].tolist()
-            yield [(epoch, index) for index in indices]
+        for batch in order.split(self.global_size)[self.skip:len(self)]:
+            yield [(epoch, index) for index in batch[self.rank::self.world_size].tolist()]
 
 
 class Seeded(Dataset):
@@ -117,10 +114,23 @@ class Seeded(Dataset):
         return len(self.dataset)
 
     def fingerprint(self) -> str:
-        """What tells this list of samples from others; "1437 samples" if there is no list."""
+        """What tells this list of samples from others; "1437 samples" if there is no list.
+
+        Of names what lies below the folder that all share, so that data may be moved.
+        """
         text = f"{len(self)} samples"
-        samples = getattr(self.dataset, "samples", None)
-        return text if samples is None else f"{text}, list {hash_samples(samples)}"
+        if not hasattr(self.dataset, "samples"):
+            return text
+        digest = hashlib.blake2b(digest_size=8)
+        for column in zip(*self.dataset.samples):
+            if isinstance(column[0], str):
+                shared = os.path.commonprefix([min(column), max(column)])
+                start = shared.rfind("/") + 1
+                column = (os.fsencode(path[start:]) for path in column)
+            for value in column:
+                digest.update(value if isinstance(value, bytes) else str(value).encode())
+                digest.update(b"\0")
+        return f"{text}, list {digest.hexdigest()}"
 
     def __getitem__(self, key: tuple[int, int]):            # (epoch, index)
         states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
@@ -143,11 +153,10 @@ def stable_hash(*key: int) -> int:
 
 
 def collate(samples: Sequence, refill: bool, merge: Callable = default_collate):
-    """merge([sample]) of the good samples; bad ones are None.
+    """merge([sample]) of the good samples, None without any; bad ones are None.
 
-    refill: the good ones are repeated, so that the batch keeps the size of the recipe (and mixup
-    an even one). If none is good: BadDataError with refill, else None.
-    """
+    refill: they are repeated, so that the batch keeps the size of the recipe (and mixup an even
+    one). BadDataError: refill, and none is good."""
     good = [sample for sample in samples if sample is not None]
     if refill:
         if not good:
@@ -198,20 +207,6 @@ class Samples(Sequence):
             return [self[j] for j in range(*i.indices(len(self)))]
         i = range(len(self))[i]             # IndexError; from the end, where negative
         return pickle.loads(self.text[self.ends[i]:self.ends[i + 1]])
-
-
-def hash_samples(samples: Iterable[tuple]) -> str:
-    """Of names as they are below the folder that all share, so that data may be moved."""
-    digest = hashlib.blake2b(digest_size=8)
-    for column in zip(*samples):
-        if isinstance(column[0], str):
-            shared = os.path.commonprefix([min(column), max(column)])
-            start = shared.rfind("/") + 1
-            column = (os.fsencode(path[start:]) for path in column)
-        for value in column:
-            digest.update(value if isinstance(value, bytes) else str(value).encode())
-            digest.update(b"\0")
-    return digest.hexdigest()
 
 
 class Files(Dataset):

@@ -1,16 +1,12 @@
-"""JUMP-CP: tables of images with their wells, and of what was in the wells.
-
-They are Parquet, or text as instruments and spreadsheets write it.
-"""
+"""JUMP-CP: tables, Parquet or text, of images with their wells, and of what was in the wells."""
 
 import collections
 import csv
-import functools
 import gzip
 import io
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from .cells import fetch, load_cells
 from .loading import Files, extra, first_few
@@ -26,7 +22,7 @@ JUMP_STD = (17.3184, 12.0159, 16.9661, 15.0648, 17.9641, 21.6388, 21.6706, 21.63
 
 
 class JumpCP(Files):
-    """The JUMP-CP benchmark: tables of images with their wells, and of what was in the wells.
+    """As Files, of arrays (channels h w); .classes: control and the targets.
 
     index: path or URL, or a list of them, of tables with columns path and well_loc: one image each.
         Relative paths begin at the index's folder. images="OLD=NEW" replaces the beginning OLD of
@@ -34,14 +30,11 @@ class JumpCP(Files):
     platemap: table of well_position and broad_sample; metadata: of broad_sample and target, or
         gene (CRISPR and ORF). Wells A1, a01 and " A01 " are one.
     split_by: "site", the benchmark's own split, in which sites of a well part; "well": they do not.
-    planes: see load_cells.
-    As Files, of arrays (channels h w). .classes: control and the targets.
-    A well's label: see labels_of_wells. Images in wells without one are left out, and counted.
+    Images in wells without a label are left out, and counted.
     """
 
     def __init__(self, index: str | list[str], platemap: str, metadata: str, split: str,
-                 transform: Callable, images: str = "", split_by: str = "site",
-                 planes: Mapping[str, int] | None = None):
+                 transform: Callable, images: str = "", split_by: str = "site"):
         tables = [index] if isinstance(index, str) else list(index)
         where = f"{first_few(tables)} ({split})"
         label_of, classes, _ = labels_of_wells(platemap, metadata)
@@ -65,8 +58,7 @@ class JumpCP(Files):
                    if its_split == split and well in label_of]
         if not samples:
             raise ValueError(f"{where}: no images in this split of {count}")
-        load = functools.partial(load_cells, planes=planes)
-        super().__init__(samples, classes, load, transform, where)
+        super().__init__(samples, classes, load_cells, transform, where)
 
     @staticmethod
     def locate(path: str | None, index: str, images: str) -> str | None:
@@ -142,17 +134,18 @@ def labels_of_wells(platemap: str, metadata: str) -> tuple[dict, list[str], dict
 # ---- Tables --------------------------------------------------------------------------------------
 
 def read_table(path: str, *wanted: str) -> list[list[str | None]]:
-    """The columns `wanted`, or of one sequence of names, of the table at `path` (as for fetch).
+    """The columns `wanted` of the table at `path` (as for fetch).
 
     Parquet or text (tabs, semicolons or commas), perhaps packed by gzip. "a|b" means a if the table
     has it, else b. None where there is nothing, or NaN.
     """
-    if len(wanted) == 1 and not isinstance(wanted[0], str):
-        wanted, = wanted
     content = fetch(path)
     with one_error(f"{path}: neither a Parquet nor a text table"):
         if content.startswith(b"\x1f\x8b"):
-            content = unpack(content)
+            with gzip.open(io.BytesIO(content)) as file:
+                content = file.read(MAX_BYTES + 1)
+            if len(content) > MAX_BYTES:
+                raise ValueError(f"more than {MAX_BYTES} bytes when unpacked")
         if content.startswith(b"PAR1"):         # the released benchmark has some named .tsv
             columns = read_parquet(content)
         else:
@@ -170,14 +163,6 @@ def read_table(path: str, *wanted: str) -> list[list[str | None]]:
         found.append([None if v is None or v != v else str(v)           # noqa: PLR0124  NaN
                       for v in table[name]])
     return found
-
-
-def unpack(content: bytes) -> bytes:
-    with gzip.open(io.BytesIO(content)) as file:
-        text = file.read(MAX_BYTES + 1)
-    if len(text) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES} bytes when unpacked")
-    return text
 
 
 def read_parquet(content: bytes) -> list[tuple[str, list]]:

@@ -3,6 +3,10 @@ Folders of multi-channel images: classes, sites, wells, splits.
 
 Without a pattern each file is an image. The raw layout of Cell Painting has a file for each channel
 of a site, and wells of several sites: a pattern says what the names mean.
+
+A listing is what is to be embedded: a dictionary of columns, lists of text of one length, None
+where nothing is known: path, split, label, perhaps compound, well and what tells wells and sites
+apart.
 """
 
 import functools
@@ -15,10 +19,12 @@ from typing import NamedTuple
 import numpy as np
 
 from .cells import BETWEEN_FILES, CELL_EXTENSIONS, load_cells
-from .images import ImageFolder
-from .listing import SPLITS, list_folder
+from .images import ImageFolder, each_file
 from .loading import MAX_BAD, Files, first_few
+from .survey import require
 
+SPLITS = ("train", "val", "test")
+OWN_COLUMNS = ("path", "split", "label", "compound", "site")    # all others name a well
 TAKEN = {"path", "split", "label", "sites", "features"}     # no group of a pattern is called so
 WELL = re.compile(r"([A-Za-z]{1,2})0*([0-9]{1,2})")
 # How Harmony, ImageXpress, CellVoyager and Bio-Formats write the number of a channel.
@@ -35,17 +41,15 @@ class Site(NamedTuple):
 
 
 def cell_folder(root: str, split: str, transform: Callable, classes: list[str] | None = None,
-                pattern: str = "", split_by: str = "", planes: Mapping[str, int] | None = None
-                ) -> Files:
+                pattern: str = "", split_by: str = "") -> Files:
     """Multi-channel images in ROOT/SPLIT/CLASS/, as ImageFolder, of arrays (channels h w).
 
     Without a folder ROOT/train: in ROOT/CLASS/, each class split 60 : 20 : 20, so that the sites of
     a well fall into one split, unless split_by is "site".
-    pattern: see group_sites; names of channels in it become .channels. planes: see load_cells.
+    pattern: see group_sites; names of channels in it become .channels.
     """
-    load = functools.partial(load_cells, planes=planes)
     sorted_already = os.path.isdir(os.path.join(root, "train"))
-    files = ImageFolder(root, split if sorted_already else "", transform, classes, load,
+    files = ImageFolder(root, split if sorted_already else "", transform, classes, load_cells,
                         CELL_EXTENSIONS)
     sites, names = group_sites(files.samples, pattern, root)
     if split_by == "well" and any(site.well is None for site in sites):
@@ -64,10 +68,12 @@ def cell_folder(root: str, split: str, transform: Callable, classes: list[str] |
                     f"site parts them), to split 60 : 20 : 20: {split!r} gets none. Give it at "
                     "least 3, or sort the files into train/CLASS, val/CLASS and test/CLASS")
     samples = [(site.path, site.label) for site in sites]
-    files = Files(samples, files.classes, load, transform, where)
+    files = Files(samples, files.classes, load_cells, transform, where)
     files.channels = names
     return files
 
+
+# ---- Listings ------------------------------------------------------------------------------------
 
 def list_cells(root: str, pattern: str, split_by: str) -> tuple[dict[str, list], list[str]]:
     """The images of a folder -> the listing, with a column for each group of the pattern, and names
@@ -85,6 +91,49 @@ def list_cells(root: str, pattern: str, split_by: str) -> tuple[dict[str, list],
         splits = split_sites(sites, labels, split_by)
     listing = {"path": [site.path for site in sites], "split": splits, "label": labels}
     return listing | {name: [site.groups[name] for site in sites] for name in groups}, names
+
+
+def pick(listing: Mapping[str, list], chosen: Sequence[int]) -> dict[str, list]:
+    """The rows of these numbers."""
+    return {name: [values[i] for i in chosen] for name, values in listing.items()}
+
+
+def well_columns(listing: Mapping[str, list]) -> list[str]:
+    """The columns that name a well together; none where wells are not known."""
+    return [name for name in listing if name not in OWN_COLUMNS] if "well" in listing else []
+
+
+def list_folder(root: str, extensions: Sequence[str]) -> dict[str, list]:
+    """The images in ROOT/CLASS/ and below, in ROOT/SPLIT/CLASS/ where there is a ROOT/train or
+    ROOT/val, or in ROOT itself, without a label."""
+    require(root, hint="no such folder; check the path of the data set")
+    has_splits = any(os.path.isdir(os.path.join(root, split)) for split in SPLITS[:2])
+    listing = {"path": list(each_file([root], extensions)), "split": [], "label": []}
+    for path in listing["path"]:
+        *folders, _ = os.path.relpath(path, root).split(os.sep)
+        split = None
+        if has_splits and folders and folders[0] in SPLITS:
+            split = folders.pop(0)
+        listing["split"].append(split)
+        listing["label"].append(folders[0] if folders else None)
+    return listing
+
+
+def list_built_in(sets: Mapping[str, Sequence], labels: Mapping[str, Sequence[int]]
+                  ) -> tuple[dict[str, list], Callable]:
+    """Built-in data sets, one a split, with the labels of their items -> the listing, with paths as
+    "train/17", and load(path) -> the image as the data set gives it."""
+    listing = {"path": [], "split": [], "label": []}
+    for split, images in sets.items():
+        listing["path"] += [f"{split}/{i}" for i in range(len(images))]
+        listing["split"] += [split] * len(images)
+        listing["label"] += [images.classes[label] for label in labels[split]]
+    return listing, functools.partial(item_of, sets)
+
+
+def item_of(sets: Mapping[str, Sequence], path: str):
+    split, number = path.split("/")
+    return sets[split][int(number)][0]
 
 
 # ---- Splits --------------------------------------------------------------------------------------

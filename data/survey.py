@@ -3,7 +3,8 @@ A look at a data set as a whole, before anything is learnt from it. It takes sec
 
 A single bad file is found when it is read (loading.py). Here is what only shows in the whole:
 files that no reader takes, folders that links lead to twice, one class, labels that name nothing.
-What cannot be meant is refused, what may be meant is counted and named in a warning.
+What cannot be meant is refused, by ValueError or FileNotFoundError; what may be meant is counted
+and named in a warning.
 """
 
 import collections
@@ -65,13 +66,13 @@ class Finder:
     def folders(self, folder: str) -> list[str]:
         """The sorted names of the folders in `folder`; find() enters them, but no link to them."""
         return sorted(entry.name for entry in entries(folder)
-                      if self.is_folder(entry) and self.enter(entry))
+                      if is_folder(entry) and self.enter(entry))
 
     def find(self, folder: str) -> list[str]:
         """Sorted paths of the files in `folder` and below."""
         paths = []
         for entry in entries(folder):           # knows folder from file: no stat per file (1.28 M)
-            if self.is_folder(entry):
+            if is_folder(entry):
                 if self.enter(entry):
                     paths += self.find(entry.path)
             elif entry.name.lower().endswith(self.extensions):
@@ -80,12 +81,6 @@ class Finder:
                 suffix = os.path.splitext(entry.name)[1].lower()
                 self.others[suffix or "without ending"] += 1
         return sorted(paths)
-
-    def is_folder(self, entry: os.DirEntry) -> bool:
-        try:
-            return entry.is_dir()
-        except OSError:                         # a link to itself
-            return False
 
     def enter(self, entry: os.DirEntry) -> bool:
         """Is this folder to be entered? Not twice, and not where a link leads up."""
@@ -115,6 +110,11 @@ class Finder:
         if self.links:
             warnings.warn(f"{where}: not read are folders that are read elsewhere: "
                           f"{first_few(self.links)}")
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """entry.is_dir() alone fails at a link to itself."""
+    return os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
 
 
 def entries(folder: str) -> list[os.DirEntry]:
@@ -185,18 +185,16 @@ def order_labels(labels: Sequence[int], names: list[str] | None, classes: list[s
 
 # ---- Photographs that the camera turned ----------------------------------------------------------
 
-def spread(paths: Sequence, count: int = LOOKED_AT) -> list:
-    """At most `count` of the paths, evenly spread over them, in their order."""
-    chosen = np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int)
+def spread(paths: Sequence) -> list:
+    """At most LOOKED_AT of the paths, evenly spread over them, in their order."""
+    chosen = np.linspace(0, len(paths) - 1, min(LOOKED_AT, len(paths))).round().astype(int)
     return [paths[i] for i in chosen]
 
 
 def report_turned(where: str, paths: Iterable[str], sized: bool = True) -> None:
     """Warns of photographs whose labels may be of the picture as stored, or as seen.
 
-    sized: labels have a size, which tells the two apart where the picture is no square and lies on
-    its side.
-    """
+    sized: labels have a size, which tells the two apart, but for squares and half turns."""
     looked_at = spread(list(paths))
     unclear = [path for path in looked_at if may_be_turned(path, sized)]
     if unclear:

@@ -1,7 +1,6 @@
 """A TIFF as (channels h w): the numbers as they are stored, or a sentence on why not."""
 
 import io
-import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -35,13 +34,12 @@ def parse_tiff(content: bytes, name: str = "", planes: Mapping[str, int] | None 
     """The TIFF `content` -> (channels h w), of the type that is stored.
 
     Channels are the channels of an ImageJ or OME description, the samples of a pixel, or else the
-    pages. planes: which slice, time point or series to take, {"z": 2, "t": 0, "series": 1}, where
-    a file has several.
+    pages. planes: which slice, time point or series to take, as {"z": 2, "t": 0, "series": 1}.
     name: the file's, by which an OME description may speak of it.
     """
     extra("imagecodecs")
     tifffile = extra("tifffile")
-    tifffile.logger().addHandler(logging.NullHandler())     # what it says of a file is checked here
+    tifffile.logger().disabled = True       # what it says of a file is checked here
     chosen = dict(planes or {})
     with tifffile.TiffFile(io.BytesIO(content), name=name, _multifile=False) as tiff:
         tiff.filehandle.seek(tiff.pages.next_page_offset)
@@ -82,11 +80,10 @@ def all_series(tiff) -> Sequence:
 def take_series(found: Sequence, chosen: dict[str, int]):
     """The one there is, but for previews, or the one that is chosen."""
     found = [series for series in found if not series.keyframe.is_reduced] or found
-    index = chosen.pop("series", None)
-    if index is None and len(found) > 1:
+    if "series" not in chosen and len(found) > 1:
         shapes = ", ".join(f"{series.get_shape(True)} {series.dtype}" for series in found)
         raise ValueError(f"{len(found)} series of images ({shapes}): {CHOOSE} series=0")
-    index = index or 0
+    index = chosen.pop("series", 0)
     if not 0 <= index < len(found):
         raise ValueError(f"no series {index}: there are {len(found)}, numbered from 0")
     return found[index]

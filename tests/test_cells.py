@@ -855,7 +855,7 @@ def test_tables_as_spreadsheets_write_them(tmp_path, content):
             content[9:])):
         path = write(str(tmp_path), "table", packed)
         assert data.read_table(path, "path", "well_loc") == expected
-        assert data.read_table(path, ("path", "well|well_loc")) == expected
+        assert data.read_table(path, "path", "well|well_loc") == expected
 
 
 def test_parquet_is_read_from_memory_that_is_not_pythons(tmp_path, monkeypatch):
