@@ -58,8 +58,7 @@ def setup(args, training: bool = True) -> Context:
         return ctx
     if args.log:
         sinks.require(args.log)
-    problem = safety.lock_folder(args.out) if ctx.is_main else ""
-    problem = ctx.gather(problem)[0]
+    problem = ctx.gather(safety.lock_folder(args.out) if ctx.is_main else "")[0]
     if problem:  # all processes raise it: none waits for one that was refused
         raise ValueError(problem)
     safety.outlast_readers()
@@ -84,15 +83,11 @@ def peak_lr(args, ctx: Context) -> float:
 
 def run_length(args, loader) -> tuple[int, int]:
     """-> (optimizer steps of the run, steps per epoch). Batches that fill no step are left out.
-
     ValueError: the run is shorter than a step."""
     per_epoch = len(loader) // args.accum
-    limits = []
+    total = math.inf if args.epochs is None else round(args.epochs * per_epoch)
     if args.steps is not None:
-        limits.append(args.steps)
-    if args.epochs is not None:
-        limits.append(round(args.epochs * per_epoch))
-    total = min(limits)
+        total = min(total, args.steps)
     if not per_epoch or not total:
         raise ValueError(f"{len(loader)} batches per epoch, --accum {args.accum}, --epochs "
                          f"{args.epochs}: a run needs at least one step")

@@ -114,23 +114,10 @@ class Seeded(Dataset):
         return len(self.dataset)
 
     def fingerprint(self) -> str:
-        """What tells this list of samples from others; "1437 samples" if there is no list.
-
-        Of names what lies below the folder that all share, so that data may be moved.
-        """
+        """What tells this list of samples from others; "1437 samples" if there is no list."""
         text = f"{len(self)} samples"
-        if not hasattr(self.dataset, "samples"):
-            return text
-        digest = hashlib.blake2b(digest_size=8)
-        for column in zip(*self.dataset.samples):
-            if isinstance(column[0], str):
-                shared = os.path.commonprefix([min(column), max(column)])
-                start = shared.rfind("/") + 1
-                column = (os.fsencode(path[start:]) for path in column)
-            for value in column:
-                digest.update(value if isinstance(value, bytes) else str(value).encode())
-                digest.update(b"\0")
-        return f"{text}, list {digest.hexdigest()}"
+        samples = getattr(self.dataset, "samples", None)
+        return text if samples is None else f"{text}, list {hash_samples(samples)}"
 
     def __getitem__(self, key: tuple[int, int]):            # (epoch, index)
         states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
@@ -207,6 +194,20 @@ class Samples(Sequence):
             return [self[j] for j in range(*i.indices(len(self)))]
         i = range(len(self))[i]             # IndexError; from the end, where negative
         return pickle.loads(self.text[self.ends[i]:self.ends[i + 1]])
+
+
+def hash_samples(samples: Iterable[tuple]) -> str:
+    """Of names as they are below the folder that all share, so that data may be moved."""
+    digest = hashlib.blake2b(digest_size=8)
+    for column in zip(*samples):
+        if isinstance(column[0], str):
+            shared = os.path.commonprefix([min(column), max(column)])
+            start = shared.rfind("/") + 1
+            column = (os.fsencode(path[start:]) for path in column)
+        for value in column:
+            digest.update(value if isinstance(value, bytes) else str(value).encode())
+            digest.update(b"\0")
+    return digest.hexdigest()
 
 
 class Files(Dataset):
