@@ -47,7 +47,9 @@ def from_released(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         halves = [weights[name] for name in (first, second) if name in weights]
         if len(halves) == 2 and halves[0].shape == halves[1].shape and halves[0].ndim >= axis:
             del weights[first], weights[second]
-            weights[own] = torch.stack(halves).squeeze(axis)    # 0: of length 2, it stays
+            weights[own] = torch.stack(halves)
+            if axis:
+                weights[own] = weights[own].squeeze(axis)
     return weights
 
 
@@ -337,7 +339,10 @@ def _fit_positions(model, weights, released_pos_rows, pos_grid, content):
 def _fit_time(own, weights):
     """Resizes what the weights have for time to the steps of the model's clips; says so."""
     name = "patch_embed.time_embed"                         # (1 d t)
-    old, new = (held.get(name, torch.empty(0)).shape for held in (weights, own))
+    if name not in own or name not in weights:
+        return ""
+    old = weights[name].shape
+    new = own[name].shape
     if len(old) != 3 or old[:2] != new[:2] or old == new:   # others: listed as of another shape
         return ""
     weights[name] = F.interpolate(weights[name], new[2], mode="linear")

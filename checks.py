@@ -53,11 +53,15 @@ def check_config(cfg, schedules: dict, norms: dict, pools: dict):
             if not right(value):
                 raise ValueError(f"{field}={value!r} {must}")
 
-    choices = {"schedule": schedules, "block_norm": norms, "ssm_norm": [None, *norms],
-               "pool": pools, "mask_divisor": ["axis", "count"]}
-    for field, names in choices.items():
+    def choose(field, names):
         known = f"is unknown; choose from {', '.join(map(str, names))}"
-        require(list(names).__contains__, known, field)
+        require(lambda v: v in list(names), known, field)
+
+    choose("schedule", schedules)
+    choose("block_norm", norms)
+    choose("ssm_norm", [None, *norms])
+    choose("pool", pools)
+    choose("mask_divisor", ["axis", "count"])
     require(lambda v: type(v) is int and v >= 0, "must be a whole number of at least 0",
             "num_classes", "d_conv")
     require(lambda v: type(v) is int and v >= 1, "must be a whole number of at least 1",

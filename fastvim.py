@@ -251,7 +251,7 @@ SCHEDULES = {
     "fastvim": [("h w", "w"), ("w h", "h")],
     "pool_col": [("h w", "w")],                                             # Table 6
     "pool_row": [("w h", "h")],
-    "channelvim": [("h w c", "")],          # section 3.3; channel-first: a patch's together
+    "channelvim": [("h w c", "")],          # section 3.3; channel-first, patch by patch
     "channelvim_spatial": [("c h w", "")],
     "fastchannelvim": [("h w c", "w"), ("w h c", "h")],
     "fastchannelvim_spatial": [("c h w", "w"), ("c w h", "h")],

@@ -236,7 +236,7 @@ def gpu_targets(archs: str) -> list[str]:
         if found is None:
             raise RuntimeError(f"TORCH_CUDA_ARCH_LIST={archs}: {arch} is no number such as 9.0 or "
                                "9.0+PTX")
-        if (int(found[1]), found[2]) < (7, "5"):
+        if float(f"{found[1]}.{found[2][0]}") < 7.5:
             continue
         number = found[1] + found[2]
         options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
@@ -255,7 +255,7 @@ def build_cuda() -> str:
     here = sorted({"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in gpus})
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or ("" if here else "8.0;9.0")
     targets = gpu_targets(";".join([asked, *here]))         # never without the GPUs that are here
-    if not targets or here and not gpu_targets(";".join(here)):
+    if not targets or (here and not gpu_targets(";".join(here))):
         raise RuntimeError("the kernels need a GPU of compute capability 7.5 or more, not "
                            f"{here or asked}")
     flags = ["-O3", "-std=c++20", "-ftz=true", *targets, "-shared", "-Xcompiler=-fPIC",

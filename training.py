@@ -46,7 +46,6 @@ from processes import Context, join, seed_everything
 
 def setup(args, training: bool = True) -> Context:
     """Joins the processes that a launcher started, if it did; chooses the device, seeds.
-
     training=False: neither locks --out nor prints batch and learning rate. SystemExit: no such
     device. ValueError: another run works in --out, or nothing can be written there; the processes
     do not fit together. ImportError: a package of --log is missing."""
@@ -58,7 +57,8 @@ def setup(args, training: bool = True) -> Context:
         return ctx
     if args.log:
         sinks.require(args.log)
-    problem = ctx.gather(safety.lock_folder(args.out) if ctx.is_main else "")[0]
+    problem = safety.lock_folder(args.out) if ctx.is_main else ""
+    problem = ctx.gather(problem)[0]
     if problem:  # all processes raise it: none waits for one that was refused
         raise ValueError(problem)
     safety.outlast_readers()
@@ -255,8 +255,9 @@ def take_up(run: Run, path: Path) -> None:
     try:
         run.model.load_state_dict(checkpoint["model"])
         run.optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, options in zip(run.optimizer.param_groups, groups if changed else ()):
-            group.update(options)  # this run's, such as --weight-decay
+        if changed:
+            for group, options in zip(run.optimizer.param_groups, groups):
+                group.update(options)  # this run's, such as --weight-decay
         if run.ema:
             run.ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
     except (RuntimeError, ValueError) as error:

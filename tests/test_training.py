@@ -1064,6 +1064,8 @@ def test_out_of_memory_says_what_to_try(tmp_path, error):
     assert caught.value.__cause__ is error
     with pytest.raises(SystemExit, match="smaller model"):
         toy("--out", tmp_path, "--batch-size", 1, loss_fn=loss_fn)
+    with pytest.raises(SystemExit, match="smaller model"):      # 3 would be odd, which mixup refuses
+        toy("--out", tmp_path, "--batch-size", 6, loss_fn=loss_fn)
 
 
 def test_other_errors_pass(tmp_path):
