@@ -406,6 +406,17 @@ def test_what_is_not_finite_spreads_as_in_pytorch(backend, name, pool, value):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("argument", range(7))
+def test_a_nan_in_any_argument_of_the_scan_goes_where_it_goes_in_pytorch(backend, argument):
+    inputs = scan_inputs(e=19)                                  # whole vectors, and a rest
+    for place in (0, 18):
+        tensors = [t.clone() for t in inputs]
+        tensors[argument].view(-1)[place] = math.nan
+        expected = fastvim.selective_scan(*tensors).isnan()
+        assert expected.any()
+        assert torch.equal(backend.selective_scan(*tensors).isnan(), expected)
+
+
 def test_argmax_of_ties_and_nan(backend):
     """Of equal maxima the first position wins; a NaN wins over everything."""
     grid, xz, w = make_float32("columns", 4, pool="max")
